@@ -1,0 +1,1 @@
+"""Benchmarks: cases, dense peers, rows and plots."""

@@ -1,0 +1,1 @@
+"""Triton kernels for grouped, structured-sparse convolution. Needs torch and triton only."""

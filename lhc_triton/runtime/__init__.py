@@ -1,0 +1,1 @@
+"""Running: packing, the one op, its backends, and whole networks."""

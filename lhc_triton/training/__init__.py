@@ -1,0 +1,1 @@
+"""Training: data, the coarse and the fine stage, checkpoints."""

@@ -1,0 +1,50 @@
+# Two commands do everything from a bare clone: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+WORKERS ?= 2
+
+# One thread a worker: the workers fill the cores, and results do not depend on the machine's size.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+.PHONY: demo test lint types unit interpreter aot test-gpu format clean
+
+demo: $(READY)
+	$(BIN)/lhc-triton demo --out out/demo
+
+test: lint types unit interpreter aot
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+unit: $(READY)
+	$(PYTEST) -m "not interpreter and not aot and not gpu"
+
+# Interpreted and compiled kernels cannot share a process: the variable is read when a kernel is decorated.
+interpreter: $(READY)
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreter
+
+aot: $(READY)
+	$(PYTEST) -m aot
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else \
+	  "make: Python %d.%d found, 3.11 to 3.13 supported: set PYTHON=/path/to/python3.11" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

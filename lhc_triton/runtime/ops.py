@@ -1,0 +1,331 @@
+"""``torch.ops.lhc.grouped_conv2d``: the only way into a kernel.
+
+Importing this module registers the operator with its CPU and CUDA implementations (which pick the backend by
+name), its fake kernel (torch.compile, torch.export), its refusal to differentiate, and its FLOP formula.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lhc_triton.runtime import reference, torch_backend
+from lhc_triton.runtime.backends import unavailable
+from lhc_triton.runtime.epilogue import ACTIVATIONS, LAYOUTS, MEMORY_FORMATS, POOLS, with_layout
+
+SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor[] tables, Tensor? bias, Tensor? residual, Tensor? scale, "
+    "int out_channels, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+    "str activation, str pool, str layout, str backend, int[] config) -> Tensor"
+)
+BACKWARD_MESSAGE = (
+    "lhc::grouped_conv2d is for inference only and has no backward; train the LHCConv2d model, "
+    "or call the accelerated one under torch.inference_mode()"
+)
+
+torch.library.define("lhc::grouped_conv2d", SCHEMA)
+
+
+def output_size(
+    height: int,
+    width: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """Return OH, OW of a convolution before pooling; padding is (top, bottom, left, right)."""
+    top, bottom, left, right = padding
+    oh = (height + top + bottom - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
+    ow = (width + left + right - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
+    return oh, ow
+
+
+def _checked_size(
+    x: Tensor,
+    weight: Tensor,
+    tables: list[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    out_channels: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str,
+    pool: str,
+    layout: str,
+) -> tuple[int, int]:
+    """Check everything that host ints can tell, and return OH, OW before pooling."""
+    if x.dim() != 4:
+        raise ValueError(f"grouped_conv2d: x has {x.dim()} dimensions, expected [N, C, H, W]")
+    if weight.dim() != 3:
+        raise ValueError(
+            f"grouped_conv2d: weight has shape {tuple(weight.shape)}, expected [E, in_block, tile_width]"
+        )
+    if weight.dtype != x.dtype:
+        raise TypeError(f"grouped_conv2d: weight is {weight.dtype}, x is {x.dtype}; pack it in x's type")
+    if weight.device != x.device:
+        raise ValueError(f"grouped_conv2d: weight is on {weight.device}, x on {x.device}")
+    if len(tables) != 3:
+        raise ValueError(f"grouped_conv2d: {len(tables)} tables given, expected tile_ptr, entries, filters")
+    tile_ptr, entries, filters = tables
+    if any(t.dtype != torch.int32 for t in tables):
+        raise TypeError(f"grouped_conv2d: the tables are {[t.dtype for t in tables]}, expected int32")
+    if (
+        tile_ptr.dim() != 1
+        or entries.shape != (weight.shape[0] + 1,)
+        or filters.shape != (tile_ptr.shape[0] - 1, weight.shape[2])
+    ):
+        raise ValueError(
+            f"grouped_conv2d: tables of shapes {[tuple(t.shape) for t in tables]} do not fit the weight "
+            f"{tuple(weight.shape)}; expected [T + 1], [E + 1], [T, tile_width]"
+        )
+    for name, values, length, least in (
+        ("kernel_size", kernel_size, 2, 1),
+        ("stride", stride, 2, 1),
+        ("padding", padding, 4, 0),
+        ("dilation", dilation, 2, 1),
+    ):
+        if len(values) != length or min(values) < least:
+            raise ValueError(f"grouped_conv2d: {name}={values}, expected {length} integers >= {least}")
+    for name, choice, choices in (
+        ("activation", activation, ACTIVATIONS),
+        ("pool", pool, POOLS),
+        ("layout", layout, LAYOUTS),
+    ):
+        if choice not in choices:
+            raise ValueError(f"grouped_conv2d: {name}={choice!r}, expected one of {choices}")
+    if out_channels < 1:
+        raise ValueError(f"grouped_conv2d: out_channels={out_channels}, expected at least 1")
+    for name, vector in (("bias", bias), ("scale", scale)):
+        if vector is not None and vector.shape != (out_channels,):
+            raise ValueError(
+                f"grouped_conv2d: {name} has shape {tuple(vector.shape)}, expected ({out_channels},)"
+            )
+    oh, ow = output_size(x.shape[2], x.shape[3], kernel_size, stride, padding, dilation)
+    least = 2 if pool == "max2x2" else 1
+    if oh < least or ow < least:
+        raise ValueError(
+            f"grouped_conv2d: an input of {x.shape[2]}x{x.shape[3]} pixels is too small for this kernel, "
+            f"padding, dilation and pool (output {oh}x{ow} before pooling)"
+        )
+    if residual is not None and residual.shape != (x.shape[0], out_channels, oh, ow):
+        raise ValueError(
+            f"grouped_conv2d: residual has shape {tuple(residual.shape)}, expected the output's "
+            f"{(x.shape[0], out_channels, oh, ow)}"
+        )
+    return oh, ow
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    tables: list[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    out_channels: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str,
+    pool: str,
+    layout: str,
+    backend: str,
+    config: list[int],
+) -> Tensor:
+    reason = unavailable(backend, x.dtype, x.device)
+    if reason is not None:
+        raise ValueError(f"grouped_conv2d: {reason}")
+    _checked_size(
+        x,
+        weight,
+        tables,
+        bias,
+        residual,
+        scale,
+        out_channels,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        activation,
+        pool,
+        layout,
+    )
+    if backend == "triton":
+        return _run_triton(
+            x,
+            weight,
+            tables,
+            bias,
+            residual,
+            scale,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            activation,
+            pool,
+            layout,
+            config,
+        )
+    run = reference.grouped_conv2d if backend == "reference" else torch_backend.grouped_conv2d
+    return run(
+        x,
+        weight,
+        tables,
+        bias,
+        residual,
+        scale,
+        out_channels=out_channels,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        activation=activation,
+        pool=pool,
+        layout=layout,
+    )
+
+
+def _run_triton(
+    x: Tensor,
+    weight: Tensor,
+    tables: list[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    out_channels: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str,
+    pool: str,
+    layout: str,
+    config: list[int],
+) -> Tensor:
+    # Imported here because it imports Triton, which a CPU-only user never needs.
+    import lhc_kernels
+
+    y: Tensor = lhc_kernels.grouped_conv2d(
+        x,
+        weight,
+        tables,
+        bias,
+        residual,
+        scale,
+        out_channels=out_channels,
+        kernel_size=tuple(kernel_size),
+        stride=tuple(stride),
+        padding=tuple(padding),
+        dilation=tuple(dilation),
+        activation=activation,
+        config=tuple(config),
+    )
+    if pool == "max2x2":
+        y = F.max_pool2d(y, 2)
+    return with_layout(y, layout)
+
+
+torch.library.impl("lhc::grouped_conv2d", ("cpu", "cuda"), _run)
+
+
+@torch.library.register_fake("lhc::grouped_conv2d")
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    tables: list[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    out_channels: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str,
+    pool: str,
+    layout: str,
+    backend: str,
+    config: list[int],
+) -> Tensor:
+    oh, ow = _checked_size(
+        x,
+        weight,
+        tables,
+        bias,
+        residual,
+        scale,
+        out_channels,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        activation,
+        pool,
+        layout,
+    )
+    if pool == "max2x2":
+        oh, ow = oh // 2, ow // 2
+    shape = (x.shape[0], out_channels, oh, ow)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=MEMORY_FORMATS[layout])
+
+
+def _refuse_backward(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError(BACKWARD_MESSAGE)
+
+
+torch.library.register_autograd("lhc::grouped_conv2d", _refuse_backward)
+
+
+def grouped_conv2d_flops(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    tables: Any,
+    bias: Any,
+    residual: Any,
+    scale: Any,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """Return the floating-point operations of one call: two for each multiply-accumulate of the tiles.
+
+    Counted are the packed weights, hence also what a tile computes for blocks its groups lack.
+    """
+    oh, ow = output_size(x_shape[2], x_shape[3], kernel_size, stride, padding, dilation)
+    return 2 * math.prod(weight_shape) * x_shape[0] * oh * ow
+
+
+@functools.cache
+def register_flops() -> None:
+    """Tell torch.utils.flop_counter the operator's formula; further calls do nothing.
+
+    Not done on import unless that module is loaded already: it imports Triton, which costs a CPU-only user
+    time for nothing. Whatever builds a module around the operator calls this.
+    """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    if torch.ops.lhc.grouped_conv2d not in flop_registry:
+        register_flop_formula(torch.ops.lhc.grouped_conv2d)(grouped_conv2d_flops)
+
+
+if "torch.utils.flop_counter" in sys.modules:
+    register_flops()

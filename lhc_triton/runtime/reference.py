@@ -1,0 +1,84 @@
+"""The oracle: the grouped convolution as its definition reads, in plain torch, slow and obvious."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lhc_triton.runtime.epilogue import finish
+
+
+def grouped_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    tables: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    *,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    pool: str,
+    layout: str,
+) -> Tensor:
+    """Run one grouped convolution, tile by tile and entry by entry.
+
+    Sums are kept in float32, or in float64 for float64 inputs. An infinite or NaN input reaches only the
+    filters of the tiles that hold its entry.
+
+    Args:
+        x: [N, C, H, W] in any memory format.
+        weight: [E, in_block, tile_width], the entries of all tiles one after another.
+        tables: tile_ptr [T + 1], entries [E + 1], filters [T, tile_width]; see ``packing``.
+        bias: [O] or None.
+        residual: [N, O, OH, OW] or None.
+        scale: [O] or None.
+        out_channels: O.
+        kernel_size: (kh, kw).
+        stride: (vertical, horizontal).
+        padding: zero border in pixels as (top, bottom, left, right).
+        dilation: (vertical, horizontal).
+        activation: "none" or "relu".
+        pool: "none" or "max2x2".
+        layout: "channels_last" or "contiguous".
+
+    Returns:
+        [N, O, OH, OW] in x's type (halved sizes with pooling).
+    """
+    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    (kh, kw), (sh, sw), (dh, dw) = kernel_size, stride, dilation
+    top, bottom, left, right = padding
+    padded = F.pad(x.to(sums), (left, right, top, bottom))
+    n, channels, height, width = padded.shape
+    oh = (height - dh * (kh - 1) - 1) // sh + 1
+    ow = (width - dw * (kw - 1) - 1) // sw + 1
+    in_block = weight.shape[1]
+    in_blocks = -(-channels // in_block)
+
+    tile_ptr, entries = tables[0].tolist(), tables[1].tolist()
+    y = padded.new_zeros((n, out_channels, oh, ow))
+    for tile, filters in enumerate(tables[2].tolist()):
+        total = padded.new_zeros((n, len(filters), oh, ow))
+        for e in range(tile_ptr[tile], tile_ptr[tile + 1]):
+            tap, block = divmod(entries[e], in_blocks)
+            r, s = divmod(tap, kw)
+            first = block * in_block
+            window = padded[
+                :,
+                first : first + in_block,
+                r * dh : r * dh + (oh - 1) * sh + 1 : sh,
+                s * dw : s * dw + (ow - 1) * sw + 1 : sw,
+            ]
+            w = weight[e, : window.shape[1]].to(sums)
+            total += torch.einsum("nchw,cf->nfhw", window, w)
+        for column, f in enumerate(filters):
+            if f >= 0:
+                y[:, f] = total[:, column]
+    return finish(y, bias, residual, scale, activation=activation, pool=pool, layout=layout, dtype=x.dtype)

@@ -1,0 +1,296 @@
+"""From a plain network to one that learns its topology, and back to numbers: convert, freeze, summary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .layers import LHCConv2d
+from .topology import LHCConfig
+
+FilterFn = Callable[[str, nn.Conv2d], bool]
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def lhc_layers(model: nn.Module) -> dict[str, LHCConv2d]:
+    """Return the LHCConv2d layers by name, in the order of model.named_modules(); shared ones once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LHCConv2d)}
+
+
+def convert(model: ModelT, config: LHCConfig | None = None, filter_fn: FilterFn | None = None) -> ModelT:
+    """Turn a model's convolutions into LHCConv2d layers, in place, and return the model.
+
+    Weight and bias stay the same Parameter objects (an optimiser made before still needs the new `effects`
+    parameters); device, dtype, training and requires_grad flags are kept. The model's first convolution
+    stays dense, as do subclasses of nn.Conv2d and convolutions with groups, another padding_mode, a
+    parametrised weight, or (for rigid shapes) an even kernel. A module that is used twice stays shared.
+    Either all chosen layers are converted or, after an error, none.
+
+    Args:
+        model: any module that holds nn.Conv2d modules.
+        config: blocks, shapes, density target; LHCConfig() by default.
+        filter_fn: called as filter_fn(name, module) for every convolution that could be converted; return
+            False to leave it dense.
+
+    Raises:
+        ValueError: the model has no convolution, none can be converted, or a weight has NaN or infinity.
+        TypeError: model or config is of another type.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: give a torch.nn.Module")
+    config = LHCConfig() if config is None else config
+    if not isinstance(config, LHCConfig):
+        raise TypeError(f"config={config!r} is not supported: give an LHCConfig")
+    convolutions = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    if not convolutions:
+        raise ValueError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to convert")
+
+    chosen: dict[str, nn.Conv2d] = {}
+    left: list[str] = []
+    for index, (name, conv) in enumerate(convolutions):
+        reason = "is the first convolution" if index == 0 else _why_dense(conv, config)
+        if reason is None and filter_fn is not None and not filter_fn(name, conv):
+            reason = "was left out by filter_fn"
+        if reason is None:
+            chosen[name] = conv
+        else:
+            left.append(f"{name or 'the model itself'} {reason}")
+    if not chosen:
+        more = f", and {len(left) - 3} more" if len(left) > 3 else ""
+        raise ValueError(
+            f"no convolution of {type(model).__name__} can be converted: {'; '.join(left[:3])}{more}"
+        )
+    for name, conv in chosen.items():
+        if not conv.weight.is_meta and not bool(torch.isfinite(conv.weight).all()):
+            raise ValueError(f"layer {name!r} has NaN or infinity in its weight: repair it before converting")
+
+    replacements = {conv: LHCConv2d.from_conv(conv, config) for conv in chosen.values()}
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if isinstance(child, nn.Conv2d) and child in replacements:
+                setattr(parent, child_name, replacements[child])
+    return model
+
+
+def _why_dense(conv: nn.Conv2d, config: LHCConfig) -> str | None:
+    """Why a convolution cannot be converted, or None."""
+    if isinstance(conv, LHCConv2d):
+        return "is an LHCConv2d already"
+    if type(conv) is not nn.Conv2d:
+        return f"is a {type(conv).__name__}, not exactly nn.Conv2d"
+    if conv.groups != 1:
+        return f"has groups={conv.groups} (supported: 1)"
+    if conv.padding_mode != "zeros":
+        return f"has padding_mode={conv.padding_mode!r} (supported: 'zeros')"
+    if "weight" not in conv._parameters:
+        return "has a parametrised weight"
+    if config.shapes == "rigid" and not all(size % 2 for size in conv.kernel_size):
+        return f"has the even kernel_size={conv.kernel_size} (rigid shapes need odd ones)"
+    return None
+
+
+def freeze(model: ModelT) -> ModelT:
+    """End the coarse stage: fix the topology of every LHCConv2d, in place, and return the model.
+
+    Raises:
+        ValueError: the model has no LHCConv2d.
+    """
+    layers = lhc_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no LHCConv2d: call convert() before freeze()")
+    for layer in layers.values():
+        layer.freeze()
+    return model
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no_grad; training flags and random states are put back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def output_pixels(
+    model: nn.Module, example_input: Tensor | tuple[Any, ...], kinds: tuple[type[nn.Module], ...]
+) -> dict[str, int]:
+    """Run the model once and count the positions that its layers compute, over the batch and all calls.
+
+    For a convolution that is N * H * W of its output, for a linear layer the rows of its output: times the
+    number of weights, it gives the MACs. The run is in eval mode without gradients; training flags and
+    random states are left as they were.
+
+    Args:
+        model: the network.
+        example_input: its input, or the tuple of its inputs.
+        kinds: types of the modules to look at.
+
+    Returns:
+        Positions by module name; 0 for modules that the run does not reach.
+
+    Raises:
+        ValueError: the model does not run on the example.
+    """
+    watched = {module: name for name, module in model.named_modules() if isinstance(module, kinds)}
+    pixels = dict.fromkeys(watched.values(), 0)
+
+    def count(module: nn.Module, args: Any, output: Tensor) -> None:
+        channels = output.shape[-3 if isinstance(module, nn.Conv2d) else -1]
+        pixels[watched[module]] += output.numel() // max(channels, 1)
+
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    handles = [module.register_forward_hook(count) for module in watched]
+    try:
+        with _evaluating(model):
+            model(*inputs)
+    except RuntimeError as error:
+        shapes = ", ".join(str(tuple(i.shape)) for i in inputs if isinstance(i, Tensor))
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{type(model).__name__} does not run on an input of shape {shapes}: {first_line}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return pixels
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One layer, or a total, of a Summary.
+
+    Attributes:
+        layer: the module's name.
+        kind: "lhc", "conv" (a dense convolution), "linear", or "total".
+        weights: weights of the dense layer, bias not counted.
+        live_weights: weights that the topology keeps.
+        macs: multiply-accumulates of the dense layer for one input.
+        live_macs: multiply-accumulates that the topology keeps.
+        density: live_weights / weights.
+        patterns: distinct patterns among the filter groups (1 for a dense layer; their sum in a total).
+        rescued: filter groups that were kept from losing every entry.
+    """
+
+    layer: str
+    kind: str
+    weights: int
+    live_weights: int
+    macs: int
+    live_macs: int
+    density: float
+    patterns: int
+    rescued: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a network's layers weigh and compute.
+
+    Attributes:
+        rows: one per LHCConv2d, nn.Conv2d and nn.Linear, in the order of model.named_modules().
+        converted: the total over the LHCConv2d layers.
+        total: the total over all rows.
+    """
+
+    rows: tuple[SummaryRow, ...]
+    converted: SummaryRow
+    total: SummaryRow
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the summary as plain dicts, lists and numbers, ready for JSON."""
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "converted": asdict(self.converted),
+            "total": asdict(self.total),
+        }
+
+    def __str__(self) -> str:
+        header = ("layer", "kind", "weights", "live", "MACs", "live MACs", "density", "patterns", "rescued")
+        lines = [header, *map(_cells, self.rows), _cells(self.converted), _cells(self.total)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        texts = [
+            "  ".join(
+                cell.ljust(width) if column < 2 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([texts[0], rule, *texts[1:-2], rule, *texts[-2:]])
+
+
+def _cells(row: SummaryRow) -> tuple[str, ...]:
+    counts = (row.weights, row.live_weights, row.macs, row.live_macs)
+    return (
+        row.layer,
+        row.kind,
+        *(f"{count:,}" for count in counts),
+        f"{row.density:.4f}",
+        str(row.patterns),
+        str(row.rescued),
+    )
+
+
+def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
+    """Count weights, MACs, density and distinct patterns of every layer, by the masks in force.
+
+    During the warm-up this is the learned topology, not the mixture that runs.
+
+    Args:
+        model: the network; run once, in eval mode, on zeros of its first parameter's device and dtype.
+        input_size: (C, H, W), or (N, C, H, W); MACs are those of one image.
+
+    Raises:
+        ValueError: the size is wrong, or the model has no convolution or does not run on it.
+    """
+    size = tuple(input_size)
+    if len(size) not in (3, 4) or not all(isinstance(s, int) and s > 0 for s in size):
+        raise ValueError(f"input_size={size} is not supported: give (C, H, W) of positive ints")
+    kinds: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    if not any(isinstance(module, nn.Conv2d) for module in layers.values()):
+        raise ValueError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to summarise")
+    parameter = next(model.parameters())
+    example = torch.zeros(1, *size[-3:], device=parameter.device, dtype=parameter.dtype)
+    pixels = output_pixels(model, example, kinds)
+    rows = tuple(_row(name, module, pixels[name]) for name, module in layers.items())
+    return Summary(rows, _total("converted", [r for r in rows if r.kind == "lhc"]), _total("all", rows))
+
+
+def _row(name: str, module: nn.Module, pixels: int) -> SummaryRow:
+    assert isinstance(module.weight, Tensor)
+    weights = module.weight.numel()
+    live, patterns, rescued, kind = weights, 1, 0, "conv" if isinstance(module, nn.Conv2d) else "linear"
+    if isinstance(module, LHCConv2d):
+        with torch.no_grad():
+            live, kind, rescued = int(module.live_weights()), "lhc", module.rescued
+            patterns = len(torch.unique(module.block_mask().flatten(1) != 0, dim=0))
+    return SummaryRow(
+        name, kind, weights, live, weights * pixels, live * pixels, live / max(weights, 1), patterns, rescued
+    )
+
+
+def _total(name: str, rows: Sequence[SummaryRow]) -> SummaryRow:
+    weights, live = sum(r.weights for r in rows), sum(r.live_weights for r in rows)
+    return SummaryRow(
+        layer=name,
+        kind="total",
+        weights=weights,
+        live_weights=live,
+        macs=sum(r.macs for r in rows),
+        live_macs=sum(r.live_macs for r in rows),
+        density=live / weights if weights else 1.0,
+        patterns=sum(r.patterns for r in rows),
+        rescued=sum(r.rescued for r in rows),
+    )

@@ -1,0 +1,285 @@
+"""LHCConv2d: a convolution that learns which of its weights live."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .topology import (
+    LHCConfig,
+    apply_mask,
+    block_grid,
+    count_weights,
+    expand_mask,
+    free_mask,
+    rescued_groups,
+    rigid_mask,
+    rigid_shapes,
+)
+
+_STATE_VERSION = 1
+
+
+class LHCConv2d(nn.Conv2d):
+    """A 2-D convolution ``y = conv(x, weight * mask) + bias`` whose binary mask is learned.
+
+    The mask is shared over blocks of ``in_block`` adjacent input channels and ``out_block`` adjacent
+    filters, per kernel tap, and comes from the parameter `effects` (Learnable Heterogeneous Convolution,
+    arXiv 2301.05440). Dead weights get no gradient. Once frozen, the buffer `topology` is the mask, and the
+    effects neither get gradients nor move.
+
+    Args:
+        in_channels: I.
+        out_channels: O.
+        kernel_size: int or (kh, kw); odd for rigid shapes.
+        stride: as in nn.Conv2d.
+        padding: as in nn.Conv2d: int, pair, "valid" or "same".
+        dilation: as in nn.Conv2d.
+        groups: only 1.
+        bias: whether there is a bias [O].
+        padding_mode: only "zeros".
+        device: as in nn.Conv2d.
+        dtype: as in nn.Conv2d.
+        config: blocks, shapes and the density target; LHCConfig() by default.
+
+    Attributes:
+        weight: Parameter [O, I, kh, kw].
+        bias: Parameter [O] or None.
+        effects: Parameter [Go, Gi, kh, kw] (free shapes) or [Go, Gi, S] (rigid shapes), He-normal.
+        topology: bool buffer [Go, Gi, kh, kw], the block mask in force once frozen.
+        masked_filters: bool buffer [O]; the filters that use their mask, the others run dense (warm-up).
+
+    Raises:
+        ValueError: groups, padding_mode or an even kernel with rigid shapes, which are not supported.
+        TypeError: config is not an LHCConfig.
+    """
+
+    effects: nn.Parameter
+    topology: Tensor
+    masked_filters: Tensor
+    rigid: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        config: LHCConfig | None = None,
+    ) -> None:
+        config = LHCConfig() if config is None else config
+        if not isinstance(config, LHCConfig):
+            raise TypeError(f"config={config!r} is not supported: give an LHCConfig")
+        if groups != 1:
+            raise ValueError(f"groups={groups} is not supported by LHCConv2d: use groups=1, or nn.Conv2d")
+        if padding_mode != "zeros":
+            raise ValueError(
+                f"padding_mode={padding_mode!r} is not supported by LHCConv2d: use 'zeros', or nn.Conv2d"
+            )
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups=1,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.config = config
+        self._frozen = False
+        self._create_topology(self.weight.device, self.weight.dtype)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, config: LHCConfig | None = None) -> LHCConv2d:
+        """Return a layer that takes over the convolution's weight and bias: the same Parameter objects.
+
+        Device, dtype and training flag are kept; hooks are not carried over.
+        """
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            device="meta",
+            dtype=conv.weight.dtype,
+            config=config,
+        )
+        layer.weight = conv.weight
+        layer.bias = conv.bias
+        layer._create_topology(conv.weight.device, conv.weight.dtype)
+        return layer.train(conv.training)
+
+    def _create_topology(self, device: torch.device, dtype: torch.dtype) -> None:
+        grid = block_grid(self.out_channels, self.in_channels, self.config.in_block, self.config.out_block)
+        rigid = rigid_shapes(self.kernel_size) if self.config.shapes == "rigid" else None  # type: ignore[arg-type]
+        entries = tuple(self.kernel_size) if rigid is None else (len(rigid),)
+        self.register_buffer("rigid", None if rigid is None else rigid.to(device), persistent=False)
+        self.register_buffer(
+            "topology", torch.ones(*grid, *self.kernel_size, dtype=torch.bool, device=device)
+        )
+        self.register_buffer("masked_filters", torch.ones(self.out_channels, dtype=torch.bool, device=device))
+        self.effects = nn.Parameter(torch.empty(*grid, *entries, device=device, dtype=dtype))
+        self.reset_effects()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as nn.Conv2d does, and the effects as `reset_effects` does."""
+        super().reset_parameters()
+        if "effects" in self._parameters:
+            self.reset_effects()
+
+    @torch.no_grad()
+    def reset_effects(self) -> None:
+        """Draw the effects He-normal: about half of all entries of free shapes live. Ends a freeze.
+
+        fan_in is kh * kw * Gi for free shapes and S * Gi for rigid ones.
+        """
+        self.effects.normal_(0.0, math.sqrt(2.0 / self.effects[0].numel()))
+        self._set_frozen(False)
+        self._refresh_topology()
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the topology is fixed; carried in the state_dict."""
+        return self._frozen
+
+    def _set_frozen(self, frozen: bool) -> None:
+        self._frozen = frozen
+        self.effects.requires_grad_(not frozen)
+        if frozen:
+            self.effects.grad = None
+
+    @torch.no_grad()
+    def _refresh_topology(self) -> None:
+        self.topology.copy_(self._learned_mask() != 0)
+
+    def freeze(self) -> None:
+        """Fix the topology that the effects now stand for; all filters use their masks from here on."""
+        if not self._frozen:
+            self._refresh_topology()
+        self.masked_filters.fill_(True)
+        self._set_frozen(True)
+
+    def set_topology(self, block_mask: Tensor) -> None:
+        """Replace the topology and freeze it; the effects are left as they are and rule no more.
+
+        Args:
+            block_mask: [Go, Gi, kh, kw], bool or zeros and ones. Empty filter groups are allowed.
+
+        Raises:
+            ValueError: the shape does not fit, or a value is neither 0 nor 1.
+        """
+        if block_mask.shape != self.topology.shape:
+            raise ValueError(
+                f"block_mask has shape {tuple(block_mask.shape)}: this layer needs"
+                f" {tuple(self.topology.shape)} (filter groups, input blocks, kh, kw)"
+            )
+        if not bool(((block_mask == 0) | (block_mask == 1)).all()):
+            raise ValueError("block_mask has values other than 0 and 1: give a bool mask")
+        self.topology.copy_(block_mask.detach() != 0)
+        self.masked_filters.fill_(True)
+        self._set_frozen(True)
+
+    def _learned_mask(self) -> Tensor:
+        return free_mask(self.effects) if self.rigid is None else rigid_mask(self.effects, self.rigid)
+
+    def block_mask(self) -> Tensor:
+        """Return the block mask in force, zeros and ones of the weight's dtype, [Go, Gi, kh, kw].
+
+        Learned and differentiable (straight through to the effects) until frozen; then the topology. The
+        warm-up's mixture is not in it.
+        """
+        return (self.topology if self._frozen else self._learned_mask()).to(self.weight.dtype)
+
+    def mask(self) -> Tensor:
+        """Return the mask in force, zeros and ones of the weight's dtype, [O, I, kh, kw]; no mixture."""
+        config = self.config
+        return expand_mask(
+            self.block_mask(), self.out_channels, self.in_channels, config.in_block, config.out_block
+        )
+
+    def masked_weight(self) -> Tensor:
+        """Return weight * mask, [O, I, kh, kw], in the weight's memory format; no mixture."""
+        return apply_mask(self.weight, self.block_mask(), self.config.in_block, self.config.out_block)
+
+    def live_weights(self) -> Tensor:
+        """Return the number of live weights (bias not counted) as a differentiable float64 scalar."""
+        config = self.config
+        return count_weights(
+            self.block_mask(), self.out_channels, self.in_channels, config.in_block, config.out_block
+        )
+
+    @property
+    def density(self) -> float:
+        """Live share of the weights, by the mask in force."""
+        with torch.no_grad():
+            return float(self.live_weights()) / self.weight.numel()
+
+    @property
+    def rescued(self) -> int:
+        """Filter groups that the effects alone would have left empty; 0 under a topology set from outside."""
+        with torch.no_grad():
+            if self._frozen and not torch.equal(self._learned_mask() != 0, self.topology):
+                return 0
+            return rescued_groups(self.effects, self.rigid)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve input [N, I, H, W] (or [I, H, W]) with the masked weight; the warm-up's mixture holds."""
+        weight = self.masked_weight()
+        if not self._frozen:
+            weight = torch.where(self.masked_filters.view(-1, 1, 1, 1), weight, self.weight)
+        return self._conv_forward(input, weight, self.bias)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not self._frozen:
+            self._refresh_topology()  # so that whoever reads the file finds the topology in it
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _identity(self) -> list[int]:
+        config = self.config
+        return [_STATE_VERSION, config.in_block, config.out_block, int(config.shapes == "rigid")]
+
+    def get_extra_state(self) -> Tensor:
+        """Return int64 [5]: format version, in_block, out_block, rigid or not, frozen or not."""
+        return torch.tensor([*self._identity(), int(self._frozen)], dtype=torch.int64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over the frozen state; ValueError if the state is of another kind of layer."""
+        if not isinstance(state, Tensor) or state.shape != (5,) or state.dtype != torch.int64:
+            raise ValueError(
+                "the state of an LHCConv2d is not int64 [5]: the state_dict is damaged or too new"
+            )
+        *identity, frozen = state.tolist()
+        if identity != self._identity() or frozen not in (0, 1):
+            raise ValueError(
+                f"the state_dict holds an LHCConv2d with (version, in_block, out_block, rigid) ="
+                f" {tuple(identity)}, this layer has {tuple(self._identity())}: use the same LHCConfig"
+            )
+        self._set_frozen(bool(frozen))
+
+    def extra_repr(self) -> str:
+        """Return nn.Conv2d's line with the blocks and shapes."""
+        config = self.config
+        frozen = ", frozen" if self._frozen else ""
+        return (
+            f"{super().extra_repr()}, in_block={config.in_block}, out_block={config.out_block},"
+            f" shapes={config.shapes!r}{frozen}"
+        )

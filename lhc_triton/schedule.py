@@ -1,0 +1,230 @@
+"""TopologySchedule: the coarse stage's mask warm-up and density penalty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .conversion import lhc_layers, output_pixels
+from .layers import LHCConv2d
+
+# The method's constants (arXiv 2301.05440, authors' code): shares of the two terms, height of the ramp.
+MAC_SHARE = 0.01
+WEIGHT_SHARE = 0.99
+RAMP_TOP = 4.0
+
+
+class TopologySchedule:
+    """Steers a network through the coarse stage.
+
+    In epoch e < warmup_epochs a filter uses its mask with probability e / warmup_epochs and is dense
+    otherwise, redrawn each epoch; later all use their masks. The penalty, over all LHC layers together, is
+    ``scale * ramp * R`` with
+
+    - R = 0.01 * live MACs / MACs + 0.99 * abs(target - live weights / weights), from the learned masks of
+      all filters,
+    - ramp = 4 * min(epoch / penalty_epochs, 1),
+    - scale = mean task loss of epoch 0 / (0.01 + 0.99 * max(target, 1 - target)).
+
+    Use it as::
+
+        schedule.start_epoch(epoch)
+        loss = task_loss + schedule.penalty()
+        schedule.end_epoch(task_loss=mean_loss)
+
+    Args:
+        model: a converted network.
+        example_input: an input of the model (or the tuple of its inputs), for the output sizes.
+        warmup_epochs: epochs of the mask warm-up; 0 for none.
+        penalty_epochs: epochs until the penalty's ramp is full, 1 or more.
+        seed: of the warm-up's draws, which depend on (seed, epoch, layer index) only.
+
+    Raises:
+        ValueError: the model has no LHCConv2d, its layers have different density targets, the example
+            reaches none of them, or a number is out of range.
+        TypeError: a number is not an int.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Tensor | tuple[Any, ...],
+        warmup_epochs: int = 20,
+        penalty_epochs: int = 20,
+        seed: int = 0,
+    ) -> None:
+        for name, value, least in (
+            ("warmup_epochs", warmup_epochs, 0),
+            ("penalty_epochs", penalty_epochs, 1),
+            ("seed", seed, 0),
+        ):
+            _check_count(name, value, least)
+        layers = lhc_layers(model)
+        if not layers:
+            raise ValueError(f"{type(model).__name__} has no LHCConv2d: call convert() first")
+        targets = {layer.config.density for layer in layers.values()}
+        if len(targets) > 1:
+            raise ValueError(
+                f"the layers have different density targets {sorted(targets, key=str)}: the penalty takes the"
+                " network as a whole, convert all layers with one density"
+            )
+        pixels = output_pixels(model, example_input, (LHCConv2d,))
+        if not any(pixels.values()):
+            raise ValueError("example_input reaches no LHCConv2d of the model: give an input that does")
+        self.warmup_epochs = warmup_epochs
+        self.penalty_epochs = penalty_epochs
+        self.seed = seed
+        self.target = targets.pop()
+        self._layers = list(layers.values())
+        self._pixels = [pixels[name] for name in layers]
+        self._weights = [layer.weight.numel() for layer in self._layers]
+        self._total_weights = sum(self._weights)
+        self._total_macs = sum(w * p for w, p in zip(self._weights, self._pixels, strict=True))
+        self._epoch: int | None = None
+        self._first_loss: float | None = None
+
+    def start_epoch(self, epoch: int) -> None:
+        """Begin epoch 0, 1, ...: draw which filters use their masks."""
+        _check_count("epoch", epoch, 0)
+        self._epoch = epoch
+        for index, layer in enumerate(self._layers):
+            if layer.frozen or epoch >= self.warmup_epochs:
+                layer.masked_filters.fill_(True)
+                continue
+            draws = np.random.default_rng([self.seed, epoch, index]).random(layer.out_channels)
+            layer.masked_filters.copy_(torch.from_numpy(draws < epoch / self.warmup_epochs))
+
+    def penalty(self) -> Tensor:
+        """Return what to add to the task loss: a float32 scalar, differentiable in the effects.
+
+        It is 0 in epoch 0, without a density target, and for a frozen network.
+
+        Raises:
+            RuntimeError: no epoch was started, or its scale is unknown because end_epoch() of epoch 0 had no
+                task_loss.
+        """
+        if self._epoch is None:
+            raise RuntimeError("penalty() was called before start_epoch(): start an epoch first")
+        device = self._layers[0].effects.device
+        if self.target is None or self.ramp == 0 or all(layer.frozen for layer in self._layers):
+            return torch.zeros((), device=device)
+        scale = self.scale
+        if scale is None:
+            raise RuntimeError(
+                f"penalty() in epoch {self._epoch} needs the mean task loss of epoch 0: call"
+                " end_epoch(task_loss=...) at its end, or load the state_dict of the run that you resume"
+            )
+        weights, macs = self._live_shares()
+        regulariser = MAC_SHARE * macs + WEIGHT_SHARE * (self.target - weights).abs()
+        return (scale * self.ramp * regulariser).to(torch.float32)
+
+    def end_epoch(self, task_loss: float | Tensor | None = None) -> None:
+        """End the epoch; epoch 0 needs its mean task loss (penalty not included), others ignore it.
+
+        Raises:
+            RuntimeError: no epoch was started.
+            ValueError: the loss of epoch 0 is negative, NaN or infinite.
+        """
+        if self._epoch is None:
+            raise RuntimeError("end_epoch() was called before start_epoch(): start an epoch first")
+        if self._epoch == 0 and task_loss is not None:
+            self._first_loss = _check_loss(float(task_loss))
+
+    def _live_shares(self) -> tuple[Tensor, Tensor]:
+        """Live share of the weights and of the MACs, float64 scalars, differentiable."""
+        device = self._layers[0].effects.device
+        live = torch.stack([layer.live_weights().to(device) for layer in self._layers])
+        macs = (live * torch.tensor(self._pixels, dtype=live.dtype, device=device)).sum()
+        return live.sum() / self._total_weights, macs / self._total_macs
+
+    @property
+    def epoch(self) -> int | None:
+        """The epoch that was started last, or None."""
+        return self._epoch
+
+    @property
+    def ramp(self) -> float:
+        """The penalty's ramp in this epoch, 0 to 4; 0 before the first one."""
+        return RAMP_TOP * min((self._epoch or 0) / self.penalty_epochs, 1.0)
+
+    @property
+    def scale(self) -> float | None:
+        """The penalty's scale, or None while the task loss of epoch 0 is unknown or without a target."""
+        if self.target is None or self._first_loss is None:
+            return None
+        return self._first_loss / (MAC_SHARE + WEIGHT_SHARE * max(self.target, 1 - self.target))
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether this epoch's network may not be chosen: it is a mixture, or the ramp is not full."""
+        epoch = -1 if self._epoch is None else self._epoch
+        return epoch < self.warmup_epochs or (self.target is not None and epoch < self.penalty_epochs)
+
+    @property
+    def density(self) -> float:
+        """Live share of the LHC layers' weights, by the masks of all filters."""
+        with torch.no_grad():
+            return float(self._live_shares()[0])
+
+    @property
+    def mac_density(self) -> float:
+        """Live share of the LHC layers' MACs, by the masks of all filters."""
+        with torch.no_grad():
+            return float(self._live_shares()[1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, as plain numbers (ready for JSON)."""
+        return {
+            "warmup_epochs": self.warmup_epochs,
+            "penalty_epochs": self.penalty_epochs,
+            "seed": self.seed,
+            "epoch": self._epoch,
+            "first_loss": self._first_loss,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; the filters' mixture comes with the model's own state_dict.
+
+        Raises:
+            ValueError: a key is missing or unknown, a value is out of range, or the state is of a schedule
+                with other warm-ups or another seed.
+            TypeError: a value has the wrong type.
+        """
+        expected = self.state_dict()
+        if set(state) != set(expected):
+            raise ValueError(
+                f"the schedule's state has the keys {sorted(state)}, expected {sorted(expected)}"
+            )
+        for name in ("warmup_epochs", "penalty_epochs", "seed"):
+            if state[name] != expected[name]:
+                raise ValueError(
+                    f"the state is of a schedule with {name}={state[name]!r}, this one has {expected[name]}:"
+                    " make the schedule with the same arguments"
+                )
+        epoch, loss = state["epoch"], state["first_loss"]
+        if epoch is not None:
+            _check_count("epoch", epoch, 0)
+        if loss is not None:
+            if isinstance(loss, bool) or not isinstance(loss, int | float):
+                raise TypeError(f"first_loss={loss!r} is not a number: the schedule's state is damaged")
+            _check_loss(loss)
+        self._epoch = epoch
+        self._first_loss = None if loss is None else float(loss)
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is not an int: give {least} or more")
+    if value < least:
+        raise ValueError(f"{name}={value} is not supported: give {least} or more")
+
+
+def _check_loss(loss: float) -> float:
+    if not (math.isfinite(loss) and loss >= 0):
+        raise ValueError(f"task_loss={loss} is not supported: give the finite mean task loss of the epoch")
+    return loss

@@ -1,0 +1,256 @@
+"""Topologies as pure functions: masks from effects, rigid shapes, expansion to weights, and exact counts.
+
+The method is Learnable Heterogeneous Convolution (R. Zhao et al., Neural Networks 2021, arXiv 2301.05440).
+Shapes: O, I are a convolution's filters and input channels; Go = ceil(O / out_block) filter groups;
+Gi = ceil(I / in_block) input blocks; kh, kw the kernel; S the number of rigid shapes. The last block of
+either axis is smaller where the block size does not divide the channels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ShapeFamily = Literal["free", "rigid"]
+
+# Beyond this distance the straight-through gradient of an effect is damped, so that it can still come back.
+_LINEAR_RANGE = 1.0
+_DAMPING = 0.1
+
+
+@dataclass(frozen=True)
+class LHCConfig:
+    """How a convolution learns its topology.
+
+    Attributes:
+        density: share of the weights that the penalty steers to, in (0, 1]; None means no penalty.
+        in_block: adjacent input channels that share one mask bit.
+        out_block: adjacent filters that share one pattern.
+        shapes: "free" learns every (tap, input block) entry by itself; "rigid" picks one of a few fixed
+            kernel shapes (see `rigid_shapes`) per input block.
+
+    Raises:
+        ValueError: a value is outside its range.
+        TypeError: a value has the wrong type.
+    """
+
+    density: float | None = 0.1
+    in_block: int = 32
+    out_block: int = 16
+    shapes: ShapeFamily = "free"
+
+    def __post_init__(self) -> None:
+        if self.density is not None:
+            if isinstance(self.density, bool) or not isinstance(self.density, int | float):
+                raise TypeError(
+                    f"density={self.density!r} is not a number: give one in (0, 1], or None for no penalty"
+                )
+            if not 0 < self.density <= 1:
+                raise ValueError(
+                    f"density={self.density!r} is out of range: give a number in (0, 1], or None for no penalty"
+                )
+        for name in ("in_block", "out_block"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}={value!r} is not an int: give a number of channels, 1 or more")
+            if value < 1:
+                raise ValueError(f"{name}={value} is not supported: give a number of channels, 1 or more")
+        if self.shapes not in get_args(ShapeFamily):
+            raise ValueError(f"shapes={self.shapes!r} is not supported: choose 'free' or 'rigid'")
+
+
+def block_grid(out_channels: int, in_channels: int, in_block: int, out_block: int) -> tuple[int, int]:
+    """Return (Go, Gi): the numbers of filter groups and of input blocks, cropped last blocks included."""
+    return math.ceil(out_channels / out_block), math.ceil(in_channels / in_block)
+
+
+def rigid_shapes(kernel_size: int | tuple[int, int]) -> Tensor:
+    """Return the rigid shapes of a kernel, bool [S, kh, kw].
+
+    In this order: empty; centre; the lines through the centre (horizontal, vertical, and the two diagonals
+    of a square kernel); the 4 corners (top left, top right, bottom left, bottom right), each reaching to the
+    centre; the 4 halves (top, bottom, left, right), centre line included; full. For 3x3 these are the 15
+    shapes of the method. Duplicates are dropped, the first one stays: 1x1 has two shapes, empty and full.
+
+    Raises:
+        ValueError: the kernel has an even size, which has no centre.
+    """
+    kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    if kh < 1 or kw < 1 or kh % 2 == 0 or kw % 2 == 0:
+        raise ValueError(
+            f"kernel_size=({kh}, {kw}) has no rigid shapes: use odd sizes, or shapes='free' for any size"
+        )
+    middle_row, middle_column = kh // 2, kw // 2
+    to_row, to_column = slice(0, middle_row + 1), slice(0, middle_column + 1)
+    from_row, from_column = slice(middle_row, None), slice(middle_column, None)
+    everything = slice(None)
+    regions: list[tuple[Any, Any] | None] = [
+        None,
+        (middle_row, middle_column),
+        (middle_row, everything),
+        (everything, middle_column),
+    ]
+    if kh == kw:
+        diagonal = torch.arange(kh)
+        regions += [(diagonal, diagonal), (diagonal, diagonal.flip(0))]
+    regions += [(rows, columns) for rows in (to_row, from_row) for columns in (to_column, from_column)]
+    regions += [
+        (to_row, everything),
+        (from_row, everything),
+        (everything, to_column),
+        (everything, from_column),
+    ]
+    regions.append((everything, everything))
+
+    shapes: list[Tensor] = []
+    for region in regions:
+        shape = torch.zeros(kh, kw, dtype=torch.bool)
+        if region is not None:
+            shape[region] = True
+        if not any(torch.equal(shape, known) for known in shapes):
+            shapes.append(shape)
+    return torch.stack(shapes)
+
+
+class _FreeMask(torch.autograd.Function):
+    """Effects [Go, Gi, kh, kw] -> mask of the same shape; straight-through backward."""
+
+    @staticmethod
+    def forward(ctx: Any, effects: Tensor) -> Tensor:
+        ctx.save_for_backward(effects)
+        mask = (effects > 0).flatten(1)
+        dead = ~mask.any(dim=1, keepdim=True)
+        best = effects.flatten(1).argmax(dim=1, keepdim=True)
+        rescue = torch.zeros_like(mask).scatter_(1, best, True) & dead
+        return (mask | rescue).view(effects.shape).to(effects.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (effects,) = ctx.saved_tensors
+        return torch.where(effects.abs() < _LINEAR_RANGE, grad, _DAMPING * grad)
+
+
+class _RigidMask(torch.autograd.Function):
+    """Effects [Go, Gi, S] and shapes [S, kh, kw] -> mask [Go, Gi, kh, kw]; straight-through backward."""
+
+    @staticmethod
+    def forward(ctx: Any, effects: Tensor, shapes: Tensor) -> Tensor:
+        ctx.save_for_backward(effects, shapes)
+        return shapes.to(effects.dtype)[_rigid_choice(effects, shapes)]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        effects, shapes = ctx.saved_tensors
+        per_shape = (grad.unsqueeze(2) * shapes.to(grad.dtype)).sum(dim=(-2, -1))
+        distance = (effects - effects.mean(dim=-1, keepdim=True)).abs()
+        return torch.where(distance < _LINEAR_RANGE, per_shape, _DAMPING * per_shape), None
+
+
+def _rigid_choice(effects: Tensor, shapes: Tensor) -> Tensor:
+    """Index of the shape of every block, int64 [Go, Gi]; a group of empty shapes gets its best other one."""
+    choice = effects.argmax(dim=-1)
+    empty = ~shapes.flatten(1).any(dim=1)
+    dead = empty[choice].all(dim=1, keepdim=True)
+    best, best_shape = effects.masked_fill(empty, -math.inf).max(dim=-1)
+    rescued_block = torch.zeros_like(choice, dtype=torch.bool).scatter_(
+        1, best.argmax(dim=1, keepdim=True), True
+    )
+    return torch.where(dead & rescued_block, best_shape, choice)
+
+
+def free_mask(effects: Tensor) -> Tensor:
+    """Return the mask of free shapes: 1 where an effect is above 0, else 0.
+
+    A filter group without any effect above 0 keeps the entry with its largest effect.
+
+    Args:
+        effects: float [Go, Gi, kh, kw].
+
+    Returns:
+        The mask, [Go, Gi, kh, kw] of the same dtype. Its gradient reaches the effects straight through:
+        unchanged where ``|E| < 1``, times 0.1 elsewhere.
+    """
+    return _FreeMask.apply(effects)
+
+
+def rigid_mask(effects: Tensor, shapes: Tensor) -> Tensor:
+    """Return the mask of rigid shapes: each block's shape with the largest effect (the first of equals).
+
+    A filter group whose blocks all chose the empty shape gets its best non-empty one.
+
+    Args:
+        effects: float [Go, Gi, S].
+        shapes: bool [S, kh, kw], see `rigid_shapes`.
+
+    Returns:
+        The mask, [Go, Gi, kh, kw] of the effects' dtype. With g its gradient, the effect of shape s gets
+        ``sum(g * shape_s)``, times 0.1 unless it lies within 1 of the mean of its block's effects.
+    """
+    return _RigidMask.apply(effects, shapes)
+
+
+def rescued_groups(effects: Tensor, shapes: Tensor | None = None) -> int:
+    """Count the filter groups that would have lost every entry and were given their best one.
+
+    Args:
+        effects: [Go, Gi, kh, kw] for free shapes, [Go, Gi, S] for rigid ones.
+        shapes: None for free shapes, else the rigid shapes, bool [S, kh, kw].
+    """
+    if shapes is None:
+        return int((~(effects > 0).flatten(1).any(dim=1)).sum())
+    empty = ~shapes.flatten(1).any(dim=1)
+    return int(empty[effects.argmax(dim=-1)].all(dim=1).sum())
+
+
+def expand_mask(
+    block_mask: Tensor, out_channels: int, in_channels: int, in_block: int, out_block: int
+) -> Tensor:
+    """Return the mask of every weight, [O, I, kh, kw], from a block mask [Go, Gi, kh, kw].
+
+    Differentiable: a block's gradient is the sum over its weights.
+    """
+    groups, blocks, kh, kw = block_mask.shape
+    tiled = block_mask[:, None, :, None].expand(groups, out_block, blocks, in_block, kh, kw)
+    return tiled.reshape(groups * out_block, blocks * in_block, kh, kw)[:out_channels, :in_channels]
+
+
+def apply_mask(weight: Tensor, block_mask: Tensor, in_block: int, out_block: int) -> Tensor:
+    """Return weight [O, I, kh, kw] times its expanded block mask, in the weight's memory format.
+
+    Differentiable in both. Where the blocks divide the channels, no expanded mask is built.
+    """
+    out_channels, in_channels, kh, kw = weight.shape
+    if out_channels % out_block or in_channels % in_block:
+        return weight * expand_mask(block_mask, out_channels, in_channels, in_block, out_block)
+    groups, blocks = out_channels // out_block, in_channels // in_block
+    tiles = weight.view(groups, out_block, blocks, in_block, kh, kw)
+    return (tiles * block_mask[:, None, :, None]).reshape(weight.shape)
+
+
+def count_weights(
+    block_mask: Tensor, out_channels: int, in_channels: int, in_block: int, out_block: int
+) -> Tensor:
+    """Return the number of live weights as a float64 scalar, cropped last blocks counted exactly.
+
+    Differentiable: a block's gradient is its number of weights per tap.
+
+    Args:
+        block_mask: [Go, Gi, kh, kw], bool or 0 and 1 of a float type.
+        out_channels: O.
+        in_channels: I.
+        in_block: input channels of a full block.
+        out_block: filters of a full group.
+    """
+    groups, blocks = block_grid(out_channels, in_channels, in_block, out_block)
+    lost_filters = groups * out_block - out_channels
+    lost_channels = blocks * in_block - in_channels
+    taps = block_mask.to(torch.float64).sum(dim=(2, 3))
+    filters = out_block * taps.sum(dim=0) - lost_filters * taps[-1]
+    return in_block * filters.sum() - lost_channels * filters[-1]

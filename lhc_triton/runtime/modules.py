@@ -1,0 +1,305 @@
+"""What an accelerated network is made of: one convolution with its epilogue, sparse or dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
+from lhc_triton.planning.plan import LayerPlan
+from lhc_triton.runtime.backends import unavailable
+from lhc_triton.runtime.epilogue import ACTIVATIONS, LAYOUTS, MEMORY_FORMATS, POOLS
+from lhc_triton.runtime.packing import blocks_from_weight, pack_blocks, weight_from_blocks
+
+_PACKED = ("packed", "tile_ptr", "entries", "filters")
+
+
+class FusedConv2d(nn.Module):
+    """A convolution for inference with its epilogue: ``pool(act(conv(x) + bias + residual))``.
+
+    Attributes:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in nn.Conv2d, except
+            that padding is (top, bottom, left, right).
+        activation: "none" or "relu"; pool: "none" or "max2x2"; layout: memory format of the output.
+        bias: [O] or None, a persistent buffer; batch norm is already folded into it.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        bias: Tensor | None,
+        activation: str,
+        pool: str,
+        layout: str,
+    ) -> None:
+        super().__init__()
+        for name, value, choices in (
+            ("activation", activation, ACTIVATIONS),
+            ("pool", pool, POOLS),
+            ("layout", layout, LAYOUTS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r}, expected one of {choices}")
+        if bias is not None and tuple(bias.shape) != (out_channels,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({out_channels},)")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = tuple(kernel_size)
+        self.stride = tuple(stride)
+        self.padding = tuple(padding)
+        self.dilation = tuple(dilation)
+        self.groups = groups
+        self.activation = activation
+        self.pool = pool
+        self.layout = layout
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        super().train(False)
+
+    def train(self, mode: bool = True) -> FusedConv2d:
+        """Stay in eval mode: there is nothing to train in an accelerated convolution."""
+        return super().train(False)
+
+    def check_move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Raise ValueError if the layer could not run on this device in this type."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Run the layer.
+
+        Args:
+            x: [N, C, H, W] in the layer's type.
+            residual: [N, O, OH, OW], added before the activation; None for none.
+
+        Raises:
+            ValueError: ``x`` is not 4-dimensional or has another number of channels.
+        """
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"the input has shape {tuple(x.shape)}, expected [N, {self.in_channels}, H, W]")
+        if residual is not None and residual.shape != self._sum_shape(x):
+            # equal on the example, but not here: the addition broadcasts, which no epilogue does
+            y = self._convolve(x, None, "none", "none") + residual
+            return self._finish(y, None, self.activation, self.pool)
+        return self._convolve(x, residual, self.activation, self.pool)
+
+    def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, pool: str) -> Tensor:
+        raise NotImplementedError
+
+    def _finish(self, y: Tensor, residual: Tensor | None, activation: str, pool: str) -> Tensor:
+        """Run an epilogue on ``y``, which it may overwrite."""
+        if residual is not None:
+            y = y.add_(residual)
+        if activation == "relu":
+            y = y.relu_()
+        return F.max_pool2d(y, 2) if pool == "max2x2" else y
+
+    def _sum_shape(self, x: Tensor) -> tuple[Any, ...]:
+        sizes = []
+        for axis in (0, 1):
+            reach = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+            border = self.padding[2 * axis] + self.padding[2 * axis + 1]
+            sizes.append((x.shape[2 + axis] + border - reach) // self.stride[axis] + 1)
+        return (x.shape[0], self.out_channels, *sizes)
+
+    def extra_repr(self) -> str:
+        """Say the sizes, as nn.Conv2d does, and the epilogue."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, activation={self.activation}, pool={self.pool}"
+        )
+
+
+class DenseConv2d(FusedConv2d):
+    """A dense convolution with its epilogue; for the layers that sparsity would not speed up.
+
+    Args:
+        weight: [O, I / groups, kh, kw], batch norm folded in.
+        bias: [O] or None.
+        stride, dilation, groups: as in nn.Conv2d, pairs.
+        padding: (top, bottom, left, right).
+        activation, pool: the epilogue, see FusedConv2d.
+        layout: "channels_last" or "contiguous": the format the weight is kept in, which torch's kernels
+            follow.
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        stride: Sequence[int] = (1, 1),
+        padding: Sequence[int] = (0, 0, 0, 0),
+        dilation: Sequence[int] = (1, 1),
+        groups: int = 1,
+        activation: str = "none",
+        pool: str = "none",
+        layout: str = "channels_last",
+    ) -> None:
+        out_channels, in_channels, kh, kw = weight.shape
+        super().__init__(
+            in_channels * groups,
+            out_channels,
+            (kh, kw),
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            activation,
+            pool,
+            layout,
+        )
+        self.register_buffer("weight", weight.detach().clone(memory_format=MEMORY_FORMATS[layout]))
+
+    def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, pool: str) -> Tensor:
+        top, bottom, left, right = self.padding
+        border: tuple[int, int] = (top, left)
+        if (top, left) != (bottom, right):
+            x, border = F.pad(x, (left, right, top, bottom)), (0, 0)
+        x = x.contiguous(memory_format=MEMORY_FORMATS[self.layout])
+        y = F.conv2d(x, self.weight, self.bias, self.stride, border, self.dilation, self.groups)
+        return self._finish(y, residual, activation, pool)
+
+
+class GroupedConv2d(FusedConv2d):
+    """A planned sparse convolution with its epilogue, run by one of the backends.
+
+    Kept in the state_dict are ``blocks`` [pairs, out_block, in_block], the live weights independent of any
+    tiling, and ``bias``. What the backend reads is packed from them and not stored; it is packed again when
+    the device or the type changes and after ``load_state_dict``.
+
+    Args:
+        layer: the plan; its tiles decide the packing.
+        blocks: canonical blocks, see ``packing``.
+        bias: [O] or None.
+        backend: "reference", "torch" or "triton".
+        activation, pool: the epilogue, see FusedConv2d.
+        layout: memory format of the output.
+
+    Raises:
+        ValueError: the backend cannot serve the blocks' type and device, or sizes do not fit the plan.
+    """
+
+    blocks: Tensor
+    packed: Tensor
+    tile_ptr: Tensor
+    entries: Tensor
+    filters: Tensor
+
+    def __init__(
+        self,
+        layer: LayerPlan,
+        blocks: Tensor,
+        bias: Tensor | None,
+        *,
+        backend: str,
+        activation: str = "none",
+        pool: str = "none",
+        layout: str = "channels_last",
+    ) -> None:
+        geometry = layer.topology.geometry
+        super().__init__(
+            geometry.in_channels,
+            geometry.out_channels,
+            geometry.kernel,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            1,
+            bias,
+            activation,
+            pool,
+            layout,
+        )
+        self.layer = layer
+        self.backend = backend
+        self.register_buffer("blocks", blocks.detach().clone())
+        for name in _PACKED:
+            self.register_buffer(name, None, persistent=False)
+        self.check_move(blocks.device, blocks.dtype)
+        self._pack()
+
+    @classmethod
+    def from_weight(
+        cls, layer: LayerPlan, weight: Tensor, bias: Tensor | None, **options: Any
+    ) -> GroupedConv2d:
+        """Build the layer from a dense weight [O, I, kh, kw]; weights outside the topology are dropped."""
+        return cls(layer, blocks_from_weight(layer.topology, weight), bias, **options)
+
+    def dense_weight(self) -> Tensor:
+        """Return the weight [O, I, kh, kw], zero outside the topology."""
+        return weight_from_blocks(self.layer.topology, self.blocks)
+
+    def check_move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Raise ValueError if the backend could not run on this device in this type."""
+        if device.type == "meta":
+            return
+        reason = unavailable(self.backend, dtype, device)
+        if reason is not None:
+            raise ValueError(
+                f"layer {self.layer.name!r} cannot move to {device} in {dtype}: {reason}; call accelerate() "
+                "on the model there instead"
+            )
+
+    def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, pool: str) -> Tensor:
+        y: Tensor = torch.ops.lhc.grouped_conv2d(
+            x,
+            self.packed,
+            [self.tile_ptr, self.entries, self.filters],
+            self.bias,
+            residual,
+            None,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            activation,
+            pool,
+            self.layout,
+            self.backend,
+            [],
+        )
+        return y
+
+    def _pack(self) -> None:
+        if self.blocks.device.type == "meta":
+            return  # no values to pack yet: load_state_dict(assign=True) brings them
+        packed = pack_blocks(self.layer, self.blocks, backend=self.backend)
+        for name, tensor in zip(_PACKED, (packed.weight, *packed.tables), strict=True):
+            setattr(self, name, tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupedConv2d:
+        probe = fn(self.blocks.new_empty(0))
+        self.check_move(probe.device, probe.dtype)
+        super()._apply(fn, recurse)
+        self._pack()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._pack()
+
+    def extra_repr(self) -> str:
+        """Say the sizes, the backend and the density."""
+        return f"{super().extra_repr()}, backend={self.backend}, density={self.layer.topology.density:.3f}"
+
+
+def check_move(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Raise ValueError, before anything has moved, if a layer of ``model`` cannot follow ``fn``."""
+    for module in model.modules():
+        if isinstance(module, GroupedConv2d):
+            probe = fn(module.blocks.new_empty(0))
+            module.check_move(probe.device, probe.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lhc_triton.planning.plan import LayerTopology
+
+from .files import replace_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,13 +128,7 @@ def draw_topology(
                     fontweight="bold",
                 )
     figure.text(0.015, 1 - 0.36 / height, title, fontsize=13, fontweight="bold", va="center")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(beside, dpi=DPI, format="png")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
+    return replace_whole(path, lambda beside: figure.savefig(beside, dpi=DPI, format="png"))
 
 
 def _draw_density(

@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 
+from .backends import BACKENDS, unavailable
+
 PACKAGES = ("lhc-triton", "torch", "triton", "numpy", "matplotlib", "safetensors", "torchvision", "timm")
 COMPILERS = ("c++", "g++", "clang++", "nvcc")
+VARIABLES = ("TRITON_INTERPRET", "LHC_TRITON_CACHE", "OMP_NUM_THREADS")
+PREFERRED = {"cpu": "torch", "cuda": "triton"}
 
 
 def cpu_name() -> str:
@@ -80,19 +84,32 @@ def _version_line(path: str) -> str:
     return next((line for line in lines if "release" in line), lines[0] if lines else "no version printed")
 
 
+def backend_status(kind: str) -> list[dict[str, str]]:
+    """Say of every backend whether it can run float32 on a device kind, and what "auto" would take.
+
+    Args:
+        kind: "cpu" or "cuda".
+
+    Returns:
+        A row per backend: {"backend", "state"}.
+    """
+    preferred = PREFERRED[kind]
+    rows = [{"backend": "dense", "state": "ready; auto takes it where sparsity would not gain"}]
+    for name in (*BACKENDS, "native"):
+        reason = unavailable(name, torch.float32, kind)
+        chosen = "ready; auto takes it where a layer gains" if name == preferred else "ready; on request"
+        rows.append({"backend": name, "state": chosen if reason is None else reason})
+    return rows
+
+
 def diagnose() -> dict[str, Any]:
     """Collect everything `lhc-triton doctor` shows.
 
     Returns:
         A JSON-ready dict: "python", "platform", "packages", "devices", "compilers", "environment" (the
-        variables that change what runs), and "backends": per device and data type the backend that
-        "auto" takes where the cost model or a measurement favours sparsity, and why each other cannot.
+        variables that change what runs), and "backends": per device kind the rows of `backend_status`.
     """
-    from .dispatch import backend_status
-
-    environment = {
-        name: os.environ.get(name) for name in ("TRITON_INTERPRET", "LHC_TRITON_CACHE", "OMP_NUM_THREADS")
-    }
+    environment = {name: os.environ.get(name) for name in VARIABLES}
     kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {
         "python": platform.python_version(),
@@ -101,5 +118,5 @@ def diagnose() -> dict[str, Any]:
         "devices": devices(),
         "compilers": compilers(),
         "environment": {name: value for name, value in environment.items() if value is not None},
-        "backends": {kind: backend_status(torch.device(kind)) for kind in kinds},
+        "backends": {kind: backend_status(kind) for kind in kinds},
     }

@@ -1,0 +1,154 @@
+"""The whole promise on one network: load, plan, run, compare with the dense twin, and draw it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lhc_triton as lhc
+from lhc_triton.models.pretrained import load_pretrained
+from lhc_triton.runtime.doctor import cpu_name
+from lhc_triton.runtime.timing import time_paired
+from lhc_triton.training.data import FashionMNIST, normalise
+
+from .demo_picture import draw_speedup
+from .files import write_beside
+from .peers import compiled_or_reason
+from .topology_picture import draw_topology, topology_statistics
+
+Progress = Callable[[str], None]
+TARGET_DENSITY = 0.1
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> float:
+    """Share of images that the model puts into their class.
+
+    Args:
+        model: maps [N, 1, 28, 28] to scores [N, classes].
+        images: normalised, float [N, 1, 28, 28].
+        labels: int64 [N].
+        batch: images per call.
+    """
+    with torch.inference_mode():
+        parts = [model(images[i : i + batch]).argmax(1) for i in range(0, len(images), batch)]
+    return float((torch.cat(parts) == labels).double().mean())
+
+
+def run_demo(
+    out_dir: str | Path, batch: int = 64, rounds: int = 20, progress: Progress = lambda stage: None
+) -> dict[str, Any]:
+    """Run the shipped network against its dense twin and write what came out.
+
+    Written: report.json, speedup.png, topology.png and net.safetensors, the accelerated network.
+
+    Args:
+        out_dir: folder for the results; made where it does not exist.
+        batch: images per timed call.
+        rounds: interleaved rounds of each timing.
+        progress: called with the name of each stage as it begins.
+
+    Returns:
+        What report.json holds: accuracies on the 10,000 test images; weights and MACs of the converted
+        convolutions and their reductions; median times of the whole networks in microseconds; a row
+        per layer.
+
+    Raises:
+        ValueError: for a batch or a number of rounds below 1.
+        OSError: if the folder cannot be written.
+    """
+    for name, value in (("batch", batch), ("rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+
+    progress("load the shipped networks and 10,000 test images")
+    sparse, dense = load_pretrained("lhc"), load_pretrained("dense")
+    data = FashionMNIST.packaged().test
+    images = normalise(data.images)
+    example = images[:batch]
+
+    progress("plan and pack the learned topology, measuring each layer's backends")
+    fast = lhc.accelerate(sparse, example, tune="full")
+    counts = lhc.summary(sparse, tuple(example.shape)).converted
+    topologies = [layer.topology for layer in fast.plan.layers]
+
+    progress("prepare the dense twin: batch norm folded, eager and compiled")
+    peers, skipped = _dense_peers(dense, example)
+
+    progress("classify 10,000 test images with both")
+    lhc_accuracy = accuracy(fast, images, data.labels)
+    dense_accuracy = accuracy(next(iter(peers.values())), images, data.labels)
+
+    progress(f"time both networks, {rounds} interleaved rounds")
+    calls = {name: _call(peer, example) for name, peer in peers.items()}
+    times = time_paired({**calls, "lhc": _call(fast, example)}, rounds=rounds)
+    best = min(calls, key=lambda name: times[name].median_us)
+
+    progress("save the accelerated network and load it again")
+    artifact = out / "net.safetensors"
+    lhc.save(fast, artifact)
+    with torch.inference_mode():
+        same = torch.equal(lhc.load(artifact)(example), fast(example))
+    if not same:
+        raise RuntimeError(f"{artifact} does not give the outputs it was saved with; please report this")
+
+    report: dict[str, Any] = {
+        "dense_accuracy": dense_accuracy,
+        "lhc_accuracy": lhc_accuracy,
+        "weights": counts.weights,
+        "live_weights": counts.live_weights,
+        "weight_reduction": counts.weights / counts.live_weights,
+        "macs": counts.macs,
+        "live_macs": counts.live_macs,
+        "mac_reduction": counts.macs / counts.live_macs,
+        "density": counts.density,
+        "batch": batch,
+        "rounds": rounds,
+        "dense_us": times[best].median_us,
+        "lhc_us": times["lhc"].median_us,
+        "speedup": times[best].median_us / times["lhc"].median_us,
+        "baseline": best,
+        "times_us": {
+            name: {"p20": t.p20_us, "median": t.median_us, "p80": t.p80_us} for name, t in times.items()
+        },
+        "skipped_peers": skipped,
+        "artifact_bytes": artifact.stat().st_size,
+        "device": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lhc_triton": lhc.__version__,
+        },
+        "layers": fast.report()["layers"],
+        "topology": topology_statistics(topologies),
+    }
+    progress("draw the pictures")
+    title = f"What the network learned: {counts.weights / counts.live_weights:.1f}x fewer weights, "
+    title += f"{counts.macs / counts.live_macs:.1f}x fewer MACs"
+    draw_topology(topologies, out / "topology.png", title, target=TARGET_DENSITY)
+    draw_speedup(report, out / "speedup.png")
+    write_beside(out / "report.json", json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _dense_peers(dense: nn.Module, example: Tensor) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Return the dense twin in its fastest forms, and the forms that do not run here with the reason."""
+    folded = lhc.accelerate(dense, example, backend="dense", tune="off")
+    peers: dict[str, nn.Module] = {"dense, eager": folded}
+    compiled, reason = compiled_or_reason(dense, example)
+    if compiled is not None:
+        peers["dense, compiled"] = compiled
+    return peers, {} if reason is None else {"dense, compiled": reason}
+
+
+def _call(model: nn.Module, example: Tensor) -> Callable[[], Any]:
+    return lambda: model(example)

@@ -1,0 +1,36 @@
+"""Results on disk: written beside, then renamed, so that a reader never sees half a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_beside(path: str | Path, text: str) -> Path:
+    """Write a text file whole or not at all.
+
+    Args:
+        path: the file; its folder is made where it does not exist.
+        text: what it will hold.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        OSError: if the folder or the file cannot be written.
+    """
+    return replace_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def replace_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Let ``write`` make a temporary file beside ``path``, then rename it; nothing is left after an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,395 @@
+"""The command line, thin: it parses, calls, and shows. Results go to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from . import __version__
+
+app = typer.Typer(
+    name="lhc-triton",
+    help="Convolutions that learn their own topology, and kernels that only touch what is left.",
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+USER_MISTAKE = 2
+INTERRUPTED = 130
+SHIPPED = ("lhc", "dense")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Network = Annotated[
+    str,
+    typer.Argument(
+        help="A shipped network ('lhc', 'dense'), trained weights of `train`, or an artefact of `save`."
+    ),
+]
+
+
+@app.command(epilog="Example: `lhc-triton demo --out out/demo`")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for report.json and the pictures.")] = Path("out/demo"),
+    batch: Annotated[int, typer.Option(help="Images per timed call.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Interleaved timing rounds.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Show the whole promise on the shipped network: accuracy, weights, MACs and time beside a dense twin."""
+    from lhc_bench.demo import run_demo
+
+    with _stages() as progress:
+        report = run_demo(out, batch=batch, rounds=rounds, progress=progress)
+    if as_json:
+        _print_json(report)
+        return
+    rows = [
+        (
+            "test accuracy",
+            f"{100 * report['dense_accuracy']:.2f} %",
+            f"{100 * report['lhc_accuracy']:.2f} %",
+            "",
+        ),
+        (
+            "weights",
+            f"{report['weights']:,}",
+            f"{report['live_weights']:,}",
+            _times(report["weight_reduction"]),
+        ),
+        (
+            "MACs per batch",
+            f"{report['macs']:,}",
+            f"{report['live_macs']:,}",
+            _times(report["mac_reduction"]),
+        ),
+        (
+            f"time of {report['batch']} images",
+            f"{report['dense_us'] / 1000:.2f} ms",
+            f"{report['lhc_us'] / 1000:.2f} ms",
+            _times(report["speedup"]),
+        ),
+    ]
+    _print_table(("", f"dense ({report['baseline']})", "LHC", "less by"), rows)
+    _print_table(
+        ("layer", "backend", "density", "patterns", "tiles", "why"),
+        [
+            (
+                x["layer"],
+                x["backend"],
+                f"{x['density']:.3f}",
+                str(x["patterns"]),
+                str(x["tiles"]),
+                x["reason"],
+            )
+            for x in report["layers"]
+        ],
+    )
+    typer.echo("Weights and MACs count the converted convolutions; times are medians of whole networks.")
+    typer.echo(f"{report['device']}, {report['threads']} threads. Written to {out}: report.json and pictures")
+
+
+@app.command(epilog="Example: `lhc-triton train --preset quick --out runs/quick`")
+def train(
+    preset: Annotated[str, typer.Option(help="quick (minutes on two cores) or shipped.")] = "quick",
+    out: Annotated[Path, typer.Option(help="Folder of the run; a run found there is resumed.")] = Path(
+        "runs/quick"
+    ),
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with the original IDX files; default: the packaged images.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random; default: the preset's.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: the preset's.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Target share of live weights; default: the preset's.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a network with learned topology and its dense twin on Fashion-MNIST, in two stages, resumable."""
+    from dataclasses import replace
+
+    from lhc_triton.training import PRESETS
+    from lhc_triton.training import train as run_training
+
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    given = {"data": None if data is None else str(data), "seed": seed, "device": device, "density": density}
+    config = replace(PRESETS[preset], **{name: value for name, value in given.items() if value is not None})
+    result = run_training(config, out)
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    _print_table(
+        ("", "dense", "LHC"),
+        [
+            ("test accuracy", f"{100 * result.dense_accuracy:.2f} %", f"{100 * result.lhc_accuracy:.2f} %"),
+            ("weights", "", f"{_times(result.weight_reduction)} fewer"),
+            ("MACs", "", f"{_times(result.mac_reduction)} fewer"),
+        ],
+    )
+    typer.echo(f"Written: {out}")
+
+
+@app.command(epilog="Example: `lhc-triton plan lhc --batch 8 --out plan.json`")
+def plan(
+    network: Network,
+    batch: Annotated[int, typer.Option(help="Images per call that the plan is for.")] = 1,
+    backend: Annotated[str, typer.Option(help="auto, or one backend for every layer.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Write the plan as JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Batch the filters that share a pattern and say how every layer will run, and why."""
+    from lhc_bench.files import write_beside
+
+    made = _plan_of(network, batch, backend)
+    if out is not None:
+        write_beside(out, made.to_json() + "\n")
+    typer.echo(made.to_json() if as_json else made.explain())
+
+
+@app.command(epilog="Example: `lhc-triton bench --suite quick --out out/bench`")
+def bench(
+    suite: Annotated[
+        str, typer.Option(help="quick, cpu-layers, cpu-models, gpu-layers or gpu-models.")
+    ] = "quick",
+    out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv and the plots.")] = Path(
+        "out/bench"
+    ),
+    seed: Annotated[int, typer.Option(help="Of masks, weights and inputs.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Time the backends against the best dense convolution, paired and interleaved, and draw the curves."""
+    from lhc_bench.plots import draw
+    from lhc_bench.suites import run_suite
+
+    with _counting(f"suite {suite}") as progress:
+        results = run_suite(suite, out, progress=progress, seed=seed)
+    pictures = draw(out / "results.json", out)
+    if as_json:
+        _print_json(results)
+        return
+    _show_summary(results["summary"])
+    typer.echo(
+        f"Written: {', '.join(str(path) for path in [out / 'results.json', out / 'results.csv', *pictures])}"
+    )
+
+
+@app.command(epilog="Example: `lhc-triton plot out/bench/results.json --out out/bench`")
+def plot(
+    results: Annotated[Path, typer.Argument(help="A results.json of `bench`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out/plots"),
+    as_json: Json = False,
+) -> None:
+    """Draw the speed-up curves of a results file again."""
+    from lhc_bench.plots import draw
+
+    pictures = [str(path) for path in draw(results, out)]
+    if as_json:
+        _print_json({"pictures": pictures})
+    else:
+        typer.echo("\n".join(pictures))
+
+
+@app.command(epilog="Example: `lhc-triton inspect lhc --out topology.png`")
+def inspect(
+    network: Network,
+    out: Annotated[Path | None, typer.Option(help="Write the topology picture (PNG).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a network learned: density, patterns and kernel shapes of every layer."""
+    from lhc_bench.topology_picture import draw_topology, topology_statistics
+
+    topologies = [layer.topology for layer in _plan_of(network, 1, "auto").layers]
+    statistics = topology_statistics(topologies)
+    if out is not None:
+        draw_topology(topologies, out, f"Topology of {Path(network).name}")
+    if as_json:
+        _print_json({"layers": statistics, "picture": None if out is None else str(out)})
+        return
+    _print_table(
+        ("layer", "shape", "density", "weights", "live", "patterns", "kernel shapes (share)"),
+        [
+            (
+                row["layer"],
+                f"{row['in_channels']}->{row['out_channels']} {row['kernel'][0]}x{row['kernel'][1]}",
+                f"{row['density']:.3f}",
+                f"{row['weights']:,}",
+                f"{row['live_weights']:,}",
+                f"{row['patterns']} of {row['groups']}",
+                "  ".join(f"{_glyph(s['taps'])} {100 * s['share']:.0f}%" for s in row["shapes"][:3]),
+            )
+            for row in statistics
+        ],
+    )
+    if out is not None:
+        typer.echo(f"Written: {out}")
+
+
+@app.command(epilog="Example: `lhc-triton doctor --json`")
+def doctor(as_json: Json = False) -> None:
+    """Tell what this machine can run: versions, devices, compilers, which backend will be used, and why."""
+    from lhc_triton.runtime.doctor import diagnose
+
+    found = diagnose()
+    if as_json:
+        _print_json(found)
+        return
+    versions = [(name, version or "not installed") for name, version in found["packages"].items()]
+    _print_table(("package", "version"), [("python", found["python"]), *versions])
+    _print_table(
+        ("device", "name", "details"),
+        [
+            (
+                d["device"],
+                d["name"],
+                ", ".join(f"{k} {v}" for k, v in d.items() if k not in ("device", "name")),
+            )
+            for d in found["devices"]
+        ],
+    )
+    _print_table(
+        ("compiler", "version"), [(name, line or "not found") for name, line in found["compilers"].items()]
+    )
+    for kind, rows in found["backends"].items():
+        _print_table((f"backend on {kind}", "state"), [(row["backend"], row["state"]) for row in rows])
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        typer.echo(f"lhc-triton {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Convolutions that learn their own topology, and kernels that only touch what is left."""
+
+
+def _plan_of(network: str, batch: int, backend: str) -> Any:
+    """Plan a shipped network or trained weights; an artefact brings its own plan."""
+    import torch
+
+    import lhc_triton as lhc
+    from lhc_triton.artifact import is_artifact
+    from lhc_triton.models.pretrained import load_pretrained, load_vgg
+
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; it must be at least 1")
+    if network in SHIPPED:
+        model = load_pretrained(network)  # type: ignore[arg-type]
+    elif not Path(network).exists():
+        raise FileNotFoundError(
+            f"no network {network!r}; give one of {', '.join(SHIPPED)}, or an existing file"
+        )
+    elif is_artifact(network):
+        return lhc.load(network).plan
+    else:
+        model = load_vgg(network)[0]
+    channels = next(m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+    return lhc.plan(model, torch.zeros(batch, channels, 28, 28), backend=backend)
+
+
+@contextmanager
+def _stages() -> Iterator[Any]:
+    """A spinner on stderr that names the stage at work."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+
+        def progress(stage: str) -> None:
+            if console.is_terminal:
+                status.update(stage)
+            else:
+                console.print(f"- {stage}", highlight=False, soft_wrap=True)
+
+        yield progress
+
+
+@contextmanager
+def _counting(title: str) -> Iterator[Any]:
+    """A progress bar on stderr: called with (done, total, label)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[label]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None, label="")
+
+        def progress(done: int, total: int, label: str = "") -> None:
+            bar.update(task, completed=done, total=total, label=label)
+
+        yield progress
+
+
+def _show_summary(summary: dict[str, Any]) -> None:
+    rows = [
+        (str(backend), str(density), f"{geomean:.2f}x")
+        for backend, by_density in summary["geomean_speedup"].items()
+        for density, geomean in by_density.items()
+    ]
+    _print_table(("backend", "density", "geometric mean over the best dense"), rows)
+    typer.echo(f"faster than dense: {summary['wins']}, slower: {summary['losses']}")
+
+
+def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x"
+
+
+def _glyph(taps: list[list[int]]) -> str:
+    return "/".join("".join("■" if tap else "·" for tap in row) for row in taps)
+
+
+def main() -> None:
+    """Run the command line; exit code 2 and one line on stderr for a user's mistake."""
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except (ValueError, OSError) as error:
+        if os.environ.get("LHC_TRITON_DEBUG"):
+            raise
+        _refuse(str(error))
+    except typer.Abort:
+        typer.echo("lhc-triton: interrupted", err=True)
+        raise SystemExit(INTERRUPTED) from None
+    except Exception as error:
+        # The parser's own errors (unknown option, ...) share this method, and no public base class.
+        if not hasattr(error, "format_message"):
+            raise
+        _refuse(f"{error.format_message()} See lhc-triton --help.")
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _refuse(message: str) -> NoReturn:
+    typer.echo(f"lhc-triton: {' '.join(message.split())}", err=True)
+    raise SystemExit(USER_MISTAKE) from None

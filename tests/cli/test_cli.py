@@ -1,0 +1,114 @@
+"""The command line: what it prints, where, and how it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lhc_triton.cli import app
+
+COMMANDS = ("demo", "train", "plan", "bench", "plot", "inspect", "doctor")
+
+
+def run(*arguments: str, cwd=None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from lhc_triton.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
+
+
+def test_every_command_of_the_contract_exists():
+    assert {command.callback.__name__ for command in app.registered_commands} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example_and_json(command):
+    done = run(command, "--help")
+    assert done.returncode == 0
+    assert f"lhc-triton {command}" in done.stdout
+    assert "--json" in done.stdout
+
+
+def test_version_is_the_package_version():
+    import lhc_triton
+
+    assert run("--version").stdout.split() == ["lhc-triton", lhc_triton.__version__]
+
+
+def test_doctor_json_names_devices_and_backends():
+    found = json.loads(run("doctor", "--json").stdout)
+    assert found["devices"][0]["device"] == "cpu"
+    names = {row["backend"] for row in found["backends"]["cpu"]}
+    assert {"dense", "reference", "torch", "native", "triton"} <= names
+    assert found["packages"]["torch"]
+
+
+def test_plan_of_the_shipped_network_round_trips_through_json(tmp_path):
+    from lhc_triton.planning.plan import Plan
+
+    path = tmp_path / "plan.json"
+    done = run("plan", "lhc", "--batch", "2", "--out", str(path), "--json")
+    assert done.returncode == 0, done.stderr
+    made = Plan.from_json(path.read_text())
+    assert made == Plan.from_json(done.stdout)
+    assert {layer.topology.geometry.batch for layer in made.layers} == {2}
+
+
+def test_plan_prints_a_table_for_people():
+    done = run("plan", "lhc")
+    assert done.returncode == 0, done.stderr
+    assert "features" in done.stdout
+
+
+def test_inspect_writes_a_picture_and_numbers(tmp_path):
+    path = tmp_path / "topology.png"
+    done = run("inspect", "lhc", "--out", str(path), "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    for layer in found["layers"]:
+        assert 0 < layer["density"] <= 1
+        assert layer["live_weights"] <= layer["weights"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("plan", "no-such-network"), "no-such-network"),
+        (("plan", "lhc", "--batch", "0"), "batch"),
+        (("plan", "lhc", "--backend", "magic"), "magic"),
+        (("inspect", "dense"), "no layer"),
+        (("bench", "--suite", "nothing"), "nothing"),
+        (("plot", "missing.json"), "missing.json"),
+        (("train", "--preset", "nothing"), "nothing"),
+        (("train", "--data", "no-such-folder"), "no-such-folder"),
+        (("train", "--density", "1.5"), "density"),
+        (("demo", "--batch", "0"), "batch"),
+        (("demo", "--out", "/proc/nowhere"), "/proc/nowhere"),
+        (("doctor", "--unknown"), "--unknown"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, named, tmp_path):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": 3}'], ids=["empty", "cut", "list", "wrong"])
+def test_plot_refuses_a_damaged_results_file(tmp_path, content):
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    done = run("plot", str(path), "--out", str(tmp_path / "plots"))
+    assert done.returncode == 2
+    assert "results.json" in done.stderr
+    assert not (tmp_path / "plots").exists()
+
+
+def test_plan_refuses_a_file_that_is_no_network(tmp_path):
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(b"not a network")
+    done = run("plan", str(path))
+    assert done.returncode == 2
+    assert "net.safetensors" in done.stderr

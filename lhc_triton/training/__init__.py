@@ -1,1 +1,20 @@
 """Training: data, the coarse and the fine stage, checkpoints."""
+
+from lhc_triton.training.data import FashionMNIST, ImageSet, augment, load_idx, normalise, validation_split
+from lhc_triton.training.loop import TrainResult, train
+from lhc_triton.training.metrics import EpochMetrics
+from lhc_triton.training.presets import PRESETS, TrainConfig
+
+__all__ = [
+    "PRESETS",
+    "EpochMetrics",
+    "FashionMNIST",
+    "ImageSet",
+    "TrainConfig",
+    "TrainResult",
+    "augment",
+    "load_idx",
+    "normalise",
+    "train",
+    "validation_split",
+]

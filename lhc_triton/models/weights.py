@@ -1,0 +1,92 @@
+"""Tensors and JSON in one safetensors file, written whole or not at all, checked when read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+MAX_FILE_BYTES = 4 << 30
+_KEY = "lhc_triton"
+
+
+def write_beside(path: str | Path, data: bytes) -> None:
+    """Write ``data`` into a temporary file in the folder of ``path``, then rename it: readers see old or new.
+
+    Raises:
+        OSError: the folder is missing or cannot be written.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+    """Write tensors with a JSON document into one safetensors file.
+
+    Args:
+        path: the file.
+        tensors: by name; copied to the CPU, made contiguous, so that shared storage is written once per name.
+        document: what JSON can hold (no NaN); read back by read_tensors.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: the document holds NaN or infinity.
+    """
+    plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(document, allow_nan=False, sort_keys=True)
+    write_beside(path, save(plain, metadata={_KEY: text}))
+
+
+def read_tensors(path: str | Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what write_tensors wrote.
+
+    Args:
+        path: the file.
+        kind: what the document must name under "kind".
+        version: what it must give under "version".
+
+    Returns:
+        (tensors on the CPU by name, the JSON document).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, corrupt, too large, or of another kind or version; one line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{path}: {size} bytes; up to {MAX_FILE_BYTES} are supported")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            # clone: the file is mapped, and may be replaced while its tensors live on.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not an intact safetensors file ({error})") from error
+    try:
+        document = json.loads(text) if text is not None else None
+    except ValueError as error:
+        raise ValueError(f"{path}: its metadata are not JSON ({error})") from error
+    if not isinstance(document, dict) or document.get("kind") != kind:
+        found = document.get("kind") if isinstance(document, dict) else None
+        raise ValueError(f"{path}: holds {found or 'no lhc_triton metadata'}, not {kind}")
+    if document.get("version") != version:
+        raise ValueError(f"{path}: {kind} version {document.get('version')}; version {version} is supported")
+    return tensors, document

@@ -8,16 +8,22 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .configs import KernelConfig
-from .grouped_conv2d import INTERPRETED, grouped_conv2d_fwd_kernel
+from .grouped_conv2d import INTERPRETED, grouped_conv2d_fwd_kernel, kernel_constants
 
 TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+POINTERS = {
+    "tile_ptr": "*i32",
+    "entries_ptr": "*i32",
+    "filters_ptr": "*i32",
+    "bias_ptr": "*fp32",
+    "scale_ptr": "*fp32",
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,9 @@ class CompileReport:
         shared_bytes: shared memory of one program.
         wgmma: whether the products run as warp-group instructions (sm_90).
         mma: whether they run on tensor cores at all.
-        async_copy: asynchronous global-to-shared copies, as bytes of each copy instruction in program order.
+        async_operands: shapes of the operands that reach shared memory by asynchronous copies, for example
+            ("128x32", "32x16") for both; each occurs once per copy in the code (prologue and loop).
+        async_bytes: the distinct sizes of the asynchronous copy instructions in bytes; 16 is the widest.
         ptx, ttgir: the code itself, for a closer look.
     """
 
@@ -45,9 +53,18 @@ class CompileReport:
     shared_bytes: int
     wgmma: bool
     mma: bool
-    async_copy: tuple[int, ...]
+    async_operands: tuple[str, ...]
+    async_bytes: tuple[int, ...]
     ptx: str
     ttgir: str
+
+    @property
+    def async_copy(self) -> bool:
+        """Whether both operands are copied asynchronously, which is what pipelines the loop."""
+        config = self.config
+        depth = config.block_k * config.entries
+        wanted = {f"{config.block_m}x{depth}", f"{depth}x{config.block_n}"}
+        return wanted <= set(self.async_operands)
 
 
 def compile_config(
@@ -67,18 +84,30 @@ def compile_config(
     residual: bool = False,
     relu: bool = True,
     index64: bool = False,
+    ones: tuple[str, ...] = ("pad_top", "pad_left"),
 ) -> CompileReport:
-    """Compile the grouped convolution for compute capability ``target`` / 10 without a GPU.
+    """Compile the grouped convolution for a GPU that need not be there.
 
-    Pointers count as 16-byte aligned, and so do sizes that are multiples of 16, as at a real launch.
+    Pointers count as 16-byte aligned, ``out_channels`` as a multiple of 16 where it is one, and the
+    arguments named in ``ones`` as the constant 1: what a real launch specialises on.
 
     Args:
         config: how the launch is cut up.
         target: compute capability times ten: 80, 89, 90, 100, ...
         dtype: "float16", "bfloat16" or "float32".
-        in_channels, in_block, tile_width, out_channels, kernel_size, stride, dilation: the layer.
-        bias, scale, residual, relu: the epilogue.
+        in_channels: I.
+        in_block: input channels of an entry.
+        tile_width: filters of a tile.
+        out_channels: O.
+        kernel_size: (kh, kw).
+        stride: (vertical, horizontal).
+        dilation: (vertical, horizontal).
+        bias: add a bias.
+        scale: multiply by a scale.
+        residual: add a residual.
+        relu: apply ReLU.
         index64: compile the variant for tensors of 2^31 elements and more.
+        ones: integer arguments of the kernel whose value is 1.
 
     Raises:
         RuntimeError: under TRITON_INTERPRET=1, where kernels are not compiled.
@@ -88,49 +117,37 @@ def compile_config(
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted; unset it to compile them")
     if dtype not in TRITON_DTYPES:
         raise ValueError(f"dtype is {dtype!r}: supported are {', '.join(TRITON_DTYPES)}")
-    element = "*" + TRITON_DTYPES[dtype]
-    signature: dict[str, str] = {
-        "x_ptr": element,
-        "w_ptr": element,
-        "tile_ptr": "*i32",
-        "entries_ptr": "*i32",
-        "filters_ptr": "*i32",
-        "bias_ptr": "*fp32" if bias else "constexpr",
-        "scale_ptr": "*fp32" if scale else "constexpr",
-        "residual_ptr": element if residual else "constexpr",
-        "y_ptr": element,
-    }
-    for name in ("pixels", "tiles", "height", "width", "out_height", "out_width", "out_channels"):
-        signature[name] = "i32"
-    signature |= {"pad_top": "i32", "pad_left": "i32"}
-    constants: dict[str, Any] = {
-        "IN_CHANNELS": in_channels,
-        "IN_BLOCK": in_block,
-        "TILE_WIDTH": tile_width,
-        "KERNEL_H": kernel_size[0],
-        "KERNEL_W": kernel_size[1],
-        "STRIDE_H": stride[0],
-        "STRIDE_W": stride[1],
-        "DILATION_H": dilation[0],
-        "DILATION_W": dilation[1],
-        "HAS_BIAS": bias,
-        "HAS_SCALE": scale,
-        "HAS_RESIDUAL": residual,
-        "RELU": relu,
-        "PRECISION": config.precision,
-        "INDEX64": index64,
-        "UPCAST": False,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+    constants = kernel_constants(
+        config,
+        dtype,
+        in_channels=in_channels,
+        in_block=in_block,
+        tile_width=tile_width,
+        out_channels=out_channels,
+        kernel_size=kernel_size,
+        stride=stride,
+        dilation=dilation,
+        bias=bias,
+        scale=scale,
+        residual=residual,
+        relu=relu,
+        index64=index64,
+    )
+    constants |= dict.fromkeys(ones, 1)
+    absent = {"bias_ptr": not bias, "scale_ptr": not scale, "residual_ptr": not residual}
+    constants |= {name: None for name, missing in absent.items() if missing}
+    names = grouped_conv2d_fwd_kernel.arg_names
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else POINTERS.get(name, "*" + TRITON_DTYPES[dtype])
+        if name.endswith("_ptr")
+        else "i32"
+        for name in names
     }
     aligned = [name for name, kind in signature.items() if kind.startswith("*")]
     if out_channels % 16 == 0:
         aligned.append("out_channels")
-    constants |= {name: None for name, kind in signature.items() if kind == "constexpr"}
-    signature |= dict.fromkeys(constants, "constexpr")
-    names = grouped_conv2d_fwd_kernel.arg_names
-    signature = {name: signature[name] for name in names}
     source = ASTSource(
         grouped_conv2d_fwd_kernel,
         signature,
@@ -139,7 +156,7 @@ def compile_config(
     )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    ptx = compiled.asm["ptx"]
+    ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
     registers, stack = _resources(compiled.asm["cubin"])
     return CompileReport(
         kernel=grouped_conv2d_fwd_kernel.__name__,
@@ -150,11 +167,10 @@ def compile_config(
         shared_bytes=compiled.metadata.shared,
         wgmma="wgmma.mma_async" in ptx,
         mma="mma.sync" in ptx or "wgmma.mma_async" in ptx or "tcgen05.mma" in ptx,
-        async_copy=tuple(
-            int(n) for n in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)", ptx)
-        ),
+        async_operands=tuple(re.findall(r"async_copy_global_to_local.*?tensor<([\dx]+)x!tt", ttgir)),
+        async_bytes=tuple(sorted({int(n, 0) for n in re.findall(r"cp\.async\.c[ag]\..*?\], (\w+)", ptx)})),
         ptx=ptx,
-        ttgir=compiled.asm["ttgir"],
+        ttgir=ttgir,
     )
 
 

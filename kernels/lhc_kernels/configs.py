@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 MAX_KERNEL_REACH = 31
 """Largest kh + kw: the validity of a pixel's rows and columns is kept in the bits of one int32."""
+
+
+MAX_ACCUMULATORS = 128
+"""Float32 sums that a thread can hold; compiled for sm_90, 128 stay in registers and 256 spill."""
 
 
 def next_power_of_two(value: int) -> int:
@@ -49,9 +53,10 @@ class KernelConfig:
     Attributes:
         block_m: output pixels of one program.
         block_n: filters of one program; a tile wider than that is split over several programs.
-        block_k: input channels of one step; an entry wider than that takes several steps.
+        block_k: input channels of an entry that one step takes; a wider entry takes several steps.
         num_warps: warps of one program.
         num_stages: depth of the software pipeline.
+        entries: entries that one step takes, 1 or 2; with 2, block_k is the whole in_block.
         precision: of float32 products: "ieee" (FMA), "tf32" or "tf32x3" (tensor cores); half types ignore it.
     """
 
@@ -60,23 +65,35 @@ class KernelConfig:
     block_k: int = 32
     num_warps: int = 4
     num_stages: int = 4
+    entries: int = 1
     precision: str = "ieee"
 
     def to_list(self) -> list[int]:
         """Return the config as the integers that the op's ``config`` argument carries."""
-        code = PRECISIONS.index(self.precision)
-        return [self.block_m, self.block_n, self.block_k, self.num_warps, self.num_stages, code]
+        numbers = [self.block_m, self.block_n, self.block_k, self.num_warps, self.num_stages, self.entries]
+        return [*numbers, PRECISIONS.index(self.precision)]
 
     @classmethod
     def from_list(cls, values: Sequence[int]) -> KernelConfig:
         """Read what ``to_list`` wrote; ValueError for another length or precision code."""
-        if len(values) != 6 or not 0 <= values[5] < len(PRECISIONS):
+        if len(values) != 7 or not 0 <= values[6] < len(PRECISIONS):
             raise ValueError(
-                f"config is {list(values)}: expected no integers, or block_m, block_n, block_k, num_warps, "
-                f"num_stages and a precision code in 0..{len(PRECISIONS) - 1}"
+                f"config is {list(values)}: expected nothing, or block_m, block_n, block_k, num_warps, "
+                f"num_stages, entries and a precision code from 0 to {len(PRECISIONS) - 1}"
             )
-        block_m, block_n, block_k, num_warps, num_stages, code = values
-        return cls(block_m, block_n, block_k, num_warps, num_stages, PRECISIONS[code])
+        block_m, block_n, block_k, num_warps, num_stages, entries, code = values
+        return cls(block_m, block_n, block_k, num_warps, num_stages, entries, PRECISIONS[code])
+
+    @property
+    def depth(self) -> int:
+        """Input channels of one step, over all its entries."""
+        return self.block_k * self.entries
+
+
+def shared_bytes(config: KernelConfig, dtype: str) -> int:
+    """Return the shared memory of the software pipeline in bytes: every stage of both operands."""
+    stage = config.depth * (config.block_m + config.block_n) * ITEM_BYTES[dtype]
+    return stage * config.num_stages
 
 
 def config_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
@@ -89,38 +106,78 @@ def config_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
         return f"num_warps is {config.num_warps}: supported are 1, 2, 4 and 8"
     if not 1 <= config.num_stages <= 8:
         return f"num_stages is {config.num_stages}: supported are 1 to 8"
+    if config.entries not in (1, 2) or (config.entries == 2 and config.block_k != shape.in_block):
+        return (
+            f"entries is {config.entries} with block_k {config.block_k}: supported are 1, "
+            f"and 2 where block_k is the in_block, here {shape.in_block}"
+        )
     if config.precision not in PRECISIONS:
         return f"precision is {config.precision!r}: supported are {', '.join(PRECISIONS)}"
     if shape.dtype not in ITEM_BYTES:
         return f"dtype is {shape.dtype}: supported are {', '.join(ITEM_BYTES)}"
     if sum(shape.kernel) > MAX_KERNEL_REACH:
-        return f"kernel_size is {shape.kernel}: kh + kw may be at most {MAX_KERNEL_REACH}"
-    if config.block_m * config.block_n // (32 * config.num_warps) > 128:
+        return f"kernel_size is {list(shape.kernel)}: supported are kh + kw up to {MAX_KERNEL_REACH}"
+    accumulators = config.block_m * config.block_n // (32 * config.num_warps)
+    if accumulators > MAX_ACCUMULATORS:
         return (
-            f"a block of {config.block_m} x {config.block_n} outputs over {config.num_warps} warps spills: "
-            "at most 128 accumulators a thread are supported"
+            f"{config.block_m} x {config.block_n} outputs over {config.num_warps} warps need {accumulators} "
+            f"accumulators a thread: supported are up to {MAX_ACCUMULATORS}, more would spill"
         )
     needed = shared_bytes(config, shape.dtype)
     if needed > shape.shared_bytes:
-        return f"the pipeline needs {needed} bytes of shared memory, the device has {shape.shared_bytes}"
+        return f"the pipeline needs {needed} bytes of shared memory: the device has {shape.shared_bytes}"
     return None
 
 
-def shared_bytes(config: KernelConfig, dtype: str) -> int:
-    """Return the shared memory of the software pipeline in bytes: the stages of both operands."""
-    stage = config.block_k * (config.block_m + config.block_n) * ITEM_BYTES[dtype]
-    return stage * config.num_stages
+def store_run(out_channels: int, tile_width: int, dtype: str) -> int:
+    """Return how many adjacent filters one 16-byte store takes, or 1 where rows are not aligned for that."""
+    run = 16 // ITEM_BYTES[dtype]
+    return run if out_channels % 16 == 0 and tile_width % run == 0 else 1
 
 
 def choose_config(shape: LaunchShape) -> tuple[KernelConfig, str]:
-    """Return the config that plain rules pick for ``shape``, and the rule's name."""
-    block_n = min(128, max(16, next_power_of_two(shape.tile_width)))
-    block_k = min(32, max(16, next_power_of_two(shape.in_block)))
-    if shape.dtype == "float32":
-        return KernelConfig(64, min(64, block_n), block_k, 4, 3), "float32: FMA"
-    return KernelConfig(128, block_n, block_k, 4, 4), "half: tensor cores"
+    """Return the config that plain rules pick for ``shape``, and the rules' names.
+
+    The rules follow from code compiled for sm_90 with Triton 3.7.1, not from times.
+    """
+    half = shape.dtype != "float32"
+    reasons = ["half: tensor cores" if half else "float32: FMA, small blocks"]
+
+    # Compiled: 128 x 128 over 8 warps and 128 x 64 over 4 hold 64 accumulators a thread in 117 to 125
+    # registers, which leaves two and four programs to a multiprocessor.
+    widest = 128 if half else 64
+    block_n = min(widest, max(16, next_power_of_two(shape.tile_width)))
+    if shape.tile_width > widest:
+        reasons.append(f"tile split into {widest} filters")
+
+    # A step of 64 channels halves the barriers and waits of two steps of 32. Compiled: two entries of 32
+    # picked by k go through shared memory like one of 64 (70 registers at 128 x 16, against 90 for a gather
+    # [M, 2, 32] that is reshaped, which also reads the activations back into registers for wgmma).
+    most = 64 if half else 32
+    block_k = min((64, 32, 16) if half else (32, 16), key=lambda k: (-(-shape.in_block // k) * k, -k))
+    entries = 2 if block_k == shape.in_block and 2 * block_k <= most else 1
+    if entries == 2:
+        reasons.append("two entries a step")
+
+    # wgmma needs 64 rows; smaller blocks of pixels only serve to give every multiprocessor two programs.
+    programs = shape.tiles * -(-shape.tile_width // block_n)
+    block_m = 128 if half else 64
+    if half and -(-shape.pixels // block_m) * programs < 2 * shape.processors:
+        block_m = 64
+        reasons.append("few pixels: shorter blocks")
+    num_warps = 8 if block_m * block_n >= 128 * 128 else 4
+
+    # Two programs share a multiprocessor, so that one computes while the other waits.
+    num_stages = 4
+    config = KernelConfig(block_m, block_n, block_k, num_warps, num_stages, entries)
+    while num_stages > 2 and 2 * (shared_bytes(config, shape.dtype) + 1024) > shape.shared_bytes:
+        num_stages -= 1
+        config = replace(config, num_stages=num_stages)
+    if num_stages < 4:
+        reasons.append("fewer stages: two programs share the memory")
+    return config, "; ".join(reasons)
 
 
 def heuristic_config(shape: LaunchShape) -> KernelConfig:
-    """Return the config of ``choose_config`` without its reason."""
+    """Return the config of ``choose_config`` without its reasons."""
     return choose_config(shape)[0]

@@ -6,15 +6,51 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import KernelConfig, LaunchShape, config_problem, heuristic_config
+from .checks import check_epilogue, check_tensors, dtype_name, output_size, pair
+from .configs import KernelConfig, LaunchShape, config_problem, heuristic_config, store_run
 
-INT32_ELEMENTS = 2**31
+INT32_ELEMENTS = 2**31 - 512
+"""Tensors of fewer elements are indexed with int32; the margin is the padding of a block of pixels."""
+
+
+@triton.jit
+def _decode(entry, IN_BLOCKS: tl.constexpr, KERNEL_W: tl.constexpr, IN_BLOCK: tl.constexpr):
+    """Return kernel row, kernel column and first channel of ``entry = tap * IN_BLOCKS + block``."""
+    # Entries are never negative, and an unsigned division by a constant is the cheaper one.
+    tap = (entry.to(tl.uint32) // IN_BLOCKS).to(tl.int32)
+    tap_row = (tap.to(tl.uint32) // KERNEL_W).to(tl.int32)
+    return tap_row, tap - tap_row * KERNEL_W, (entry - tap * IN_BLOCKS) * IN_BLOCK
+
+
+@triton.jit
+def _store(
+    acc,
+    offs_m,
+    mask_m,
+    filters,
+    mask_n,
+    residual_ptr,
+    y_ptr,
+    out_channels,
+    HAS_RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """Finish the epilogue on float32 sums [BLOCK_M, BLOCK_N] and scatter them to their filters."""
+    y_offs = offs_m[:, None] * out_channels + filters[None, :]
+    mask_y = mask_m[:, None] & mask_n[None, :]
+    if HAS_RESIDUAL:
+        acc += tl.load(residual_ptr + y_offs, mask=mask_y, other=0.0).to(tl.float32)
+    if RELU:
+        acc = tl.where(acc < 0.0, 0.0, acc)  # keeps NaN, as torch does; a maximum would drop it
+    tl.store(y_ptr + y_offs, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
 @triton.jit
@@ -56,18 +92,22 @@ def grouped_conv2d_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """Compute BLOCK_M output pixels of one filter tile (or of BLOCK_N filters of a wider one).
 
-    K runs over the tile's entries, BLOCK_K input channels a step: an implicit GEMM that only visits live
-    blocks. Layouts: x [N, H, W, IN_CHANNELS], y and residual [N, OH, OW, out_channels], w [entries, IN_BLOCK,
-    TILE_WIDTH], filters [tiles, TILE_WIDTH], all contiguous in that order; tile_ptr [tiles + 1] delimits a
-    tile's entries; entries has one padding element at its end, because it is read one step ahead.
+    K runs over the tile's entries, ENTRIES * BLOCK_K input channels a step: an implicit GEMM that visits
+    live blocks only. IN_CHANNELS and IN_BLOCK are compile-time constants because loads are vectorised and
+    pipelined only where the compiler can prove their offsets aligned. Layouts, all contiguous in this order:
+    x [N, H, W, IN_CHANNELS]; y and residual [N, OH, OW, out_channels]; w [entries, IN_BLOCK, TILE_WIDTH];
+    filters [tiles, TILE_WIDTH], -1 where a tile is not full; tile_ptr [tiles + 1], where each tile's entries
+    start; entries, with one element of padding at its end because it is read one step ahead.
     """
     N_BLOCKS: tl.constexpr = (TILE_WIDTH + BLOCK_N - 1) // BLOCK_N
     CHUNKS: tl.constexpr = (IN_BLOCK + BLOCK_K - 1) // BLOCK_K
+    PADDED: tl.constexpr = CHUNKS * BLOCK_K != IN_BLOCK
     IN_BLOCKS: tl.constexpr = (IN_CHANNELS + IN_BLOCK - 1) // IN_BLOCK
-    RAGGED: tl.constexpr = IN_CHANNELS % IN_BLOCK != 0
 
     # Programs of the same pixels are neighbours, so that the filter tiles share activations in L2.
     pid = tl.program_id(0)
@@ -75,11 +115,14 @@ def grouped_conv2d_fwd_kernel(
     pid_n = pid % (tiles * N_BLOCKS)
     tile = pid_n // N_BLOCKS
     offs_n = (pid_n % N_BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = tl.arange(0, ENTRIES * BLOCK_K)
+    first = tl.load(tile_ptr + tile)
+    last = tl.load(tile_ptr + tile + 1)
+    w_row = first * IN_BLOCK
     if INDEX64:
-        offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    else:
-        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        pid_m = pid_m.to(tl.int64)
+        w_row = first.to(tl.int64) * IN_BLOCK
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < pixels
 
     row = offs_m // out_width
@@ -93,41 +136,50 @@ def grouped_conv2d_fwd_kernel(
     for s in tl.static_range(KERNEL_W):
         x_in = iw + s * DILATION_W
         inside |= ((x_in >= 0) & (x_in < width)).to(tl.int32) << (KERNEL_H + s)
-    x_offs = (((row // out_height) * height + ih) * width + iw)[:, None] * IN_CHANNELS + offs_k[None, :]
-
-    first = tl.load(tile_ptr + tile)
-    last = tl.load(tile_ptr + tile + 1)
-    if INDEX64:
-        w_first = first.to(tl.int64) * (IN_BLOCK * TILE_WIDTH)
-    else:
-        w_first = first * (IN_BLOCK * TILE_WIDTH)
-    w_ptrs = w_ptr + w_first + offs_k[:, None] * TILE_WIDTH + offs_n[None, :]
+    inside = inside[:, None]
+    x_base = ((((row // out_height) * height + ih) * width + iw) * IN_CHANNELS)[:, None]
+    w_ptrs = w_ptr + w_row * TILE_WIDTH + offs_k[:, None] * TILE_WIDTH + offs_n[None, :]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     entry = tl.load(entries_ptr + first)
-    for step in range(first * CHUNKS, last * CHUNKS):
-        tap = entry // IN_BLOCKS
-        block = entry % IN_BLOCKS
-        chunk = step % CHUNKS
-        # The next step's entry is loaded here: a load in front of its own use would cost pipeline stages.
-        entry = tl.load(entries_ptr + (step + 1) // CHUNKS)
-        tap_row = tap // KERNEL_W
-        tap_col = tap % KERNEL_W
-        channel = block * IN_BLOCK + chunk * BLOCK_K
-        x_step = (tap_row * DILATION_H * width + tap_col * DILATION_W) * IN_CHANNELS + channel
-        mask_x = (((inside >> tap_row) & (inside >> (KERNEL_H + tap_col)) & 1) != 0)[:, None]
+    second = tl.load(entries_ptr + first + 1, mask=first < last, other=0)
+    for step in range(first * CHUNKS, last * CHUNKS, ENTRIES):
+        start = (step % CHUNKS) * BLOCK_K
         mask_w = offs_n[None, :] < TILE_WIDTH
-        if CHUNKS * BLOCK_K != IN_BLOCK:
-            mask_x = mask_x & (chunk * BLOCK_K + offs_k < IN_BLOCK)[None, :]
-            mask_w = mask_w & (chunk * BLOCK_K + offs_k < IN_BLOCK)[:, None]
-        if RAGGED:
-            mask_x = mask_x & (channel + offs_k < IN_CHANNELS)[None, :]
-        a = tl.load(x_ptr + (x_offs + x_step), mask=mask_x, other=0.0)
+        tap_row, tap_col, channel = _decode(entry, IN_BLOCKS, KERNEL_W, IN_BLOCK)
+        channel = channel + start + offs_k
+        if ENTRIES == 2:
+            # Two entries side by side in K. A gather [BLOCK_M, 2, IN_BLOCK] reshaped to two dimensions would
+            # send the activations through registers; selecting by k keeps them in shared memory for wgmma.
+            row_2, col_2, channel_2 = _decode(second, IN_BLOCKS, KERNEL_W, IN_BLOCK)
+            in_first = offs_k < IN_BLOCK
+            tap_row = tl.where(in_first, tap_row, row_2)[None, :]
+            tap_col = tl.where(in_first, tap_col, col_2)[None, :]
+            channel = tl.where(in_first, channel, channel_2 - IN_BLOCK + offs_k)
+            mask_w = mask_w & (offs_k < (last - step) * IN_BLOCK)[:, None]
+        mask_x = ((inside >> tap_row) & (inside >> (KERNEL_H + tap_col)) & 1) != 0
+        if ENTRIES == 2:
+            mask_x = mask_x & (offs_k < (last - step) * IN_BLOCK)[None, :]
+        if PADDED:
+            mask_x = mask_x & (start + offs_k < IN_BLOCK)[None, :]
+            mask_w = mask_w & (start + offs_k < IN_BLOCK)[:, None]
+        if IN_CHANNELS % IN_BLOCK != 0:
+            mask_x = mask_x & (channel < IN_CHANNELS)[None, :]
+        if INDEX64:
+            tap_row = tap_row.to(tl.int64)
+        x_step = (tap_row * DILATION_H * width + tap_col * DILATION_W) * IN_CHANNELS + channel
+        # Read one step ahead: a load in front of its own use would cost pipeline stages.
+        ahead = (step + ENTRIES) // CHUNKS
+        entry = tl.load(entries_ptr + ahead, mask=ahead <= last, other=0)
+        if ENTRIES == 2:
+            second = tl.load(entries_ptr + ahead + 1, mask=ahead < last, other=0)
+
+        a = tl.load(x_ptr + (x_base + x_step), mask=mask_x, other=0.0)
         b = tl.load(w_ptrs, mask=mask_w, other=0.0)
-        if CHUNKS * BLOCK_K == IN_BLOCK:
-            w_ptrs += BLOCK_K * TILE_WIDTH
+        if PADDED:
+            w_ptrs += tl.minimum(BLOCK_K, IN_BLOCK - start) * TILE_WIDTH
         else:
-            w_ptrs += tl.where(chunk == CHUNKS - 1, IN_BLOCK - (CHUNKS - 1) * BLOCK_K, BLOCK_K) * TILE_WIDTH
+            w_ptrs += ENTRIES * BLOCK_K * TILE_WIDTH
         if UPCAST:
             acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
         else:
@@ -139,89 +191,108 @@ def grouped_conv2d_fwd_kernel(
         acc *= tl.load(scale_ptr + filters, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + filters, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    y_offs = offs_m[:, None] * out_channels + filters[None, :]
-    mask_y = mask_m[:, None] & mask_n[None, :]
-    if HAS_RESIDUAL:
-        acc += tl.load(residual_ptr + y_offs, mask=mask_y, other=0.0).to(tl.float32)
-    if RELU:
-        acc = tl.where(acc < 0.0, 0.0, acc)  # keeps NaN, as torch does; a maximum would drop it
-    tl.store(y_ptr + y_offs, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
+    if RUN == 1:
+        _store(acc, offs_m, mask_m, filters, mask_n, residual_ptr, y_ptr, out_channels, HAS_RESIDUAL, RELU)
+    else:
+        # Filters that come in aligned runs are stored RUN at a time. The test is the same for the whole
+        # program and lies behind the loop, so it costs neither divergence nor pipelining.
+        lead = tl.load(
+            filters_ptr + tile * TILE_WIDTH + offs_n // RUN * RUN, mask=offs_n < TILE_WIDTH, other=-1
+        )
+        regular = tl.where(lead < 0, filters < 0, (filters == lead + offs_n % RUN) & (lead % RUN == 0))
+        if tl.min(regular.to(tl.int32), axis=0) == 1:
+            aligned = tl.multiple_of(lead, RUN)
+            _store(
+                acc,
+                offs_m,
+                mask_m,
+                aligned + offs_n % RUN,
+                aligned >= 0,
+                residual_ptr,
+                y_ptr,
+                out_channels,
+                HAS_RESIDUAL,
+                RELU,
+            )
+        else:
+            _store(
+                acc, offs_m, mask_m, filters, mask_n, residual_ptr, y_ptr, out_channels, HAS_RESIDUAL, RELU
+            )
 
 
 INTERPRETED = not isinstance(grouped_conv2d_fwd_kernel, triton.runtime.JITFunction)
 """Whether TRITON_INTERPRET=1 was set when this module was imported: kernels then run on the CPU."""
 
 
-def _pair(name: str, values: Sequence[int], least: int) -> tuple[int, int]:
-    if len(values) != 2 or any(v < least for v in values):
-        raise ValueError(f"{name} is {list(values)}: expected two integers >= {least}")
-    return values[0], values[1]
-
-
-def _check_tensors(
-    x: Tensor, weight: Tensor, tables: Sequence[Tensor], vectors: dict[str, Tensor | None], out_channels: int
-) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"x has shape {tuple(x.shape)}: expected [N, C, H, W]")
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise TypeError(f"x is {x.dtype}: the Triton kernel supports float16, bfloat16 and float32")
-    if weight.dtype != x.dtype:
-        raise TypeError(f"weight is {weight.dtype}, x is {x.dtype}: they must be equal; cast one of them")
-    if weight.dim() != 3 or 0 in weight.shape[1:]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}: expected [entries, in_block, tile_width]")
-    if len(tables) != 3 or any(t.dtype != torch.int32 for t in tables):
-        kinds = [str(t.dtype) for t in tables]
-        raise ValueError(f"tables has dtypes {kinds}: expected int32 tile_ptr, entries and filters")
-    tile_ptr, entries, filters = tables
-    tiles = tile_ptr.numel() - 1
-    expected = ((tiles + 1,), (weight.shape[0] + 1,), (tiles, weight.shape[2]))
-    given = (tuple(tile_ptr.shape), tuple(entries.shape), tuple(filters.shape))
-    if tiles < 0 or given != expected:
-        raise ValueError(
-            f"tables have shapes {given}: expected tile_ptr [T + 1], entries [E + 1], filters "
-            f"[T, tile_width] for a weight of shape {tuple(weight.shape)}"
-        )
-    if out_channels < 1 or tiles * weight.shape[2] < out_channels:
-        raise ValueError(
-            f"out_channels is {out_channels}: {tiles} tiles of {weight.shape[2]} filters cannot hold it"
-        )
-    for name, vector in vectors.items():
-        if vector is not None and (tuple(vector.shape) != (out_channels,) or not vector.is_floating_point()):
-            raise ValueError(
-                f"{name} is {vector.dtype} of shape {tuple(vector.shape)}: expected floating [{out_channels}]"
-            )
+def kernel_constants(
+    config: KernelConfig,
+    dtype: str,
+    *,
+    in_channels: int,
+    in_block: int,
+    tile_width: int,
+    out_channels: int,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    bias: bool,
+    scale: bool,
+    residual: bool,
+    relu: bool,
+    index64: bool,
+) -> dict[str, Any]:
+    """Return the kernel's compile-time constants: the same for a launch and a compile ahead of time."""
+    return {
+        "IN_CHANNELS": in_channels,
+        "IN_BLOCK": in_block,
+        "TILE_WIDTH": tile_width,
+        "KERNEL_H": kernel_size[0],
+        "KERNEL_W": kernel_size[1],
+        "STRIDE_H": stride[0],
+        "STRIDE_W": stride[1],
+        "DILATION_H": dilation[0],
+        "DILATION_W": dilation[1],
+        "HAS_BIAS": bias,
+        "HAS_SCALE": scale,
+        "HAS_RESIDUAL": residual,
+        "RELU": relu,
+        "PRECISION": config.precision,
+        "INDEX64": index64,
+        "UPCAST": INTERPRETED and dtype == "bfloat16",
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "ENTRIES": config.entries,
+        "RUN": store_run(out_channels, tile_width, dtype),
+    }
 
 
 def _check_devices(x: Tensor, others: Sequence[Tensor]) -> None:
     stray = {str(t.device) for t in others} - {str(x.device)}
     if stray:
-        raise ValueError(f"x is on {x.device}, other arguments on {', '.join(sorted(stray))}: move them")
+        raise ValueError(f"x is on {x.device}, other tensors on {', '.join(sorted(stray))}: move them")
     if x.device.type == "cpu" and not INTERPRETED:
         raise ValueError(
             "x is on the CPU: the Triton kernel needs a GPU, or TRITON_INTERPRET=1 set before the start"
         )
 
 
-def launch_shape(
-    x: Tensor, weight: Tensor, tiles: int, pixels: int, kernel_size: tuple[int, int]
-) -> LaunchShape:
-    """Return what the config is chosen for; reads the device's properties, never its data."""
-    dtype = str(x.dtype).removeprefix("torch.")
-    shape = LaunchShape(pixels, weight.shape[1], weight.shape[2], tiles, kernel_size, dtype)
+def launch_shape(x: Tensor, weight: Tensor, tiles: int, pixels: int, kernel: tuple[int, int]) -> LaunchShape:
+    """Return what a config is chosen for; asks the device for its properties, never for data.
+
+    Args:
+        x: the activations, for dtype and device.
+        weight: [E, in_block, tile_width].
+        tiles: T.
+        pixels: N * OH * OW.
+        kernel: (kh, kw).
+    """
+    shape = LaunchShape(pixels, weight.shape[1], weight.shape[2], tiles, kernel, dtype_name(x))
     if x.device.type != "cuda":
         return shape
-    properties = torch.cuda.get_device_properties(x.device)
-    shared = getattr(properties, "shared_memory_per_block_optin", shape.shared_bytes)
-    return LaunchShape(
-        pixels,
-        weight.shape[1],
-        weight.shape[2],
-        tiles,
-        kernel_size,
-        dtype,
-        properties.multi_processor_count,
-        shared,
-    )
+    device = torch.cuda.get_device_properties(x.device)
+    shared = getattr(device, "shared_memory_per_block_optin", 0) or device.shared_memory_per_block
+    return replace(shape, processors=device.multi_processor_count, shared_bytes=shared)
 
 
 def grouped_conv2d(
@@ -244,7 +315,9 @@ def grouped_conv2d(
     """Convolve with the live blocks only: ``y[n, f] = act(scale[f] * sum(w * x) + bias[f] + residual)``.
 
     Sums run over the entries of the filter's tile and are accumulated in float32; infinities and NaN in ``x``
-    reach a filter only through them. A tile without entries gives ``act(bias + residual)``.
+    reach a filter only through them. A tile without entries gives ``act(bias + residual)``. Only sizes are
+    checked, so nothing waits for the device: the tables' contents are the packer's to get right. Not
+    differentiable.
 
     Args:
         x: [N, C, H, W], float16, bfloat16 or float32; copied to channels_last where it is not.
@@ -269,43 +342,28 @@ def grouped_conv2d(
         [N, out_channels, OH, OW] in x's dtype, channels_last.
 
     Raises:
-        ValueError: sizes, devices, a config or an option that do not fit; names what is supported.
+        ValueError: sizes, devices, a config or an option that do not fit.
         TypeError: an unsupported dtype, or x and weight of different ones.
     """
-    _check_tensors(x, weight, tables, {"bias": bias, "scale": scale}, out_channels)
-    kernel = _pair("kernel_size", kernel_size, 1)
-    strides = _pair("stride", stride, 1)
-    dilations = _pair("dilation", dilation, 1)
-    if len(padding) != 4 or any(p < 0 for p in padding):
-        raise ValueError(f"padding is {list(padding)}: expected four integers >= 0: top, bottom, left, right")
+    check_tensors(x, weight, tables, out_channels)
+    kernel = pair("kernel_size", kernel_size, 1)
+    strides = pair("stride", stride, 1)
+    dilations = pair("dilation", dilation, 1)
+    size = output_size(x, out_channels, kernel, strides, padding, dilations)
     if activation not in ("none", "relu"):
         raise ValueError(f"activation is {activation!r}: supported are 'none' and 'relu'")
-    top, bottom, left, right = padding
-    batch, channels, height, width = x.shape
-    out_height = (height + top + bottom - dilations[0] * (kernel[0] - 1) - 1) // strides[0] + 1
-    out_width = (width + left + right - dilations[1] * (kernel[1] - 1) - 1) // strides[1] + 1
-    if out_height < 1 or out_width < 1:
-        raise ValueError(
-            f"x of {height} x {width} pixels is smaller than the kernel: kernel_size {list(kernel)}, "
-            f"dilation {list(dilations)}, padding {list(padding)}"
-        )
-    size = (batch, out_channels, out_height, out_width)
-    for name, tensor in (("residual", residual), ("out", out)):
-        if tensor is not None and (tuple(tensor.shape) != size or tensor.dtype != x.dtype):
-            raise ValueError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}: expected {x.dtype} of shape {size}"
-            )
+    check_epilogue(x, size, {"bias": bias, "scale": scale}, {"residual": residual, "out": out})
     if out is not None and not out.is_contiguous(memory_format=torch.channels_last):
         raise ValueError("out is not channels_last: allocate it with memory_format=torch.channels_last")
-    _check_devices(x, [t for t in (weight, *tables, bias, scale, residual, out) if t is not None])
 
     tiles = tables[0].numel() - 1
-    pixels = batch * out_height * out_width
+    pixels = size[0] * size[2] * size[3]
     shape = launch_shape(x, weight, tiles, pixels, kernel)
     chosen = KernelConfig.from_list(config) if len(config) else heuristic_config(shape)
     problem = config_problem(chosen, shape)
     if problem is not None:
         raise ValueError(problem)
+    _check_devices(x, [t for t in (weight, *tables, bias, scale, residual, out) if t is not None])
 
     if out is None:
         out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -314,49 +372,42 @@ def grouped_conv2d(
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    widest = max(x.numel() + height * width * channels, out.numel(), weight.numel())
-    n_blocks = -(-weight.shape[2] // chosen.block_n)
-    grid = (-(-pixels // chosen.block_m) * tiles * n_blocks,)
-    on_device = torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
+    constants = kernel_constants(
+        chosen,
+        shape.dtype,
+        in_channels=x.shape[1],
+        in_block=weight.shape[1],
+        tile_width=weight.shape[2],
+        out_channels=out_channels,
+        kernel_size=kernel,
+        stride=strides,
+        dilation=dilations,
+        bias=bias is not None,
+        scale=scale is not None,
+        residual=residual is not None,
+        relu=activation == "relu",
+        index64=max(x.numel(), out.numel(), weight.numel()) >= INT32_ELEMENTS,
+    )
+    grid = (-(-pixels // chosen.block_m) * tiles * -(-weight.shape[2] // chosen.block_n),)
+    with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
         grouped_conv2d_fwd_kernel[grid](
             x,
             weight.contiguous(),
-            tables[0],
-            tables[1],
-            tables[2].contiguous(),
-            bias,
-            scale,
+            *(t.contiguous() for t in tables),
+            None if bias is None else bias.contiguous(),
+            None if scale is None else scale.contiguous(),
             residual,
             out,
             pixels,
             tiles,
-            height,
-            width,
-            out_height,
-            out_width,
+            x.shape[2],
+            x.shape[3],
+            size[2],
+            size[3],
             out_channels,
-            top,
-            left,
-            IN_CHANNELS=channels,
-            IN_BLOCK=weight.shape[1],
-            TILE_WIDTH=weight.shape[2],
-            KERNEL_H=kernel[0],
-            KERNEL_W=kernel[1],
-            STRIDE_H=strides[0],
-            STRIDE_W=strides[1],
-            DILATION_H=dilations[0],
-            DILATION_W=dilations[1],
-            HAS_BIAS=bias is not None,
-            HAS_SCALE=scale is not None,
-            HAS_RESIDUAL=residual is not None,
-            RELU=activation == "relu",
-            PRECISION=chosen.precision,
-            INDEX64=widest >= INT32_ELEMENTS,
-            UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
-            BLOCK_M=chosen.block_m,
-            BLOCK_N=chosen.block_n,
-            BLOCK_K=chosen.block_k,
+            padding[0],
+            padding[2],
+            **constants,
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
         )

@@ -25,9 +25,10 @@ _MAX_LAYERS, _MAX_CHANNELS = 64, 8192
 def save_vgg(
     model: VGG, path: str | Path, architecture: Mapping[str, Any], training: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a trained network as half-precision weights with what is needed to build it again.
+    """Write a trained network with what is needed to build it again.
 
-    Weights that the topology has switched off are written as zeros.
+    Weights are written in half precision, biases and batch norm as they are. Weights that the topology has
+    switched off are written as zeros.
 
     Args:
         model: a small_vgg(), dense or converted and frozen.
@@ -38,7 +39,7 @@ def save_vgg(
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: an LHC layer is not frozen.
+        ValueError: an LHC layer is not frozen, or a value is not finite.
     """
     layers = lhc_layers(model)
     loose = [name for name, layer in layers.items() if not layer.frozen]
@@ -49,7 +50,12 @@ def save_vgg(
         owner, _, leaf = name.rpartition(".")
         if owner in layers and leaf == "weight":
             tensor = layers[owner].masked_weight()
-        tensors[name] = tensor.half() if tensor.is_floating_point() else tensor
+        # Weights only: the few numbers of batch norm and biases stay exact, and a variance may exceed 65,504.
+        if tensor.is_floating_point() and tensor.ndim > 1:
+            tensor = tensor.half()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds values that are not finite in {tensor.dtype}; not saved")
+        tensors[name] = tensor
     document = {
         "kind": WEIGHTS_KIND,
         "version": WEIGHTS_VERSION,

@@ -1,3 +1,25 @@
-"""Convolutions that learn their own topology, and kernels that only touch what is left."""
+"""Convolutions that learn their own topology, and kernels that only touch what is left.
+
+Learn a network (`convert`, `TopologySchedule`, `freeze`, `summary`), plan it (`plan`), run it (`accelerate`),
+keep it (`save`, `load`).
+"""
+
+from .conversion import convert, freeze, lhc_layers, summary
+from .layers import LHCConv2d
+from .planning import Plan, plan
+from .schedule import TopologySchedule
+from .topology import LHCConfig
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "LHCConfig",
+    "LHCConv2d",
+    "Plan",
+    "TopologySchedule",
+    "convert",
+    "freeze",
+    "lhc_layers",
+    "plan",
+    "summary",
+]

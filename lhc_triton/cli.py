@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -119,7 +119,12 @@ def train(
 
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-    given = {"data": None if data is None else str(data), "seed": seed, "device": device, "density": density}
+    given: dict[str, Any] = {
+        "data": None if data is None else str(data),
+        "seed": seed,
+        "device": device,
+        "density": density,
+    }
     config = replace(PRESETS[preset], **{name: value for name, value in given.items() if value is not None})
     result = run_training(config, out)
     if as_json:
@@ -348,7 +353,7 @@ def _show_summary(summary: dict[str, Any]) -> None:
     typer.echo(f"faster than dense: {summary['wins']}, slower: {summary['losses']}")
 
 
-def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table

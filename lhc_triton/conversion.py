@@ -98,18 +98,24 @@ def freeze(model: ModelT) -> ModelT:
     """End the coarse stage: fix the topology of every LHCConv2d, in place, and return the model.
 
     Raises:
-        ValueError: the model has no LHCConv2d.
+        ValueError: the model has no LHCConv2d, or a layer's effects have NaN or infinity; no layer is
+            frozen then.
     """
     layers = lhc_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LHCConv2d: call convert() before freeze()")
+    for name, layer in layers.items():
+        if not layer.frozen and not bool(torch.isfinite(layer.effects).all()):
+            raise ValueError(
+                f"layer {name!r} has NaN or infinity in its effects: go back to an earlier checkpoint"
+            )
     for layer in layers.values():
         layer.freeze()
     return model
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and no_grad; training flags and random states are put back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     devices = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
@@ -141,7 +147,12 @@ def output_pixels(
 
     Raises:
         ValueError: the model does not run on the example.
+        TypeError: the example is neither a tensor nor a tuple.
     """
+    if not isinstance(example_input, Tensor | tuple):
+        raise TypeError(
+            f"example_input is a {type(example_input).__name__}: give a tensor, or the tuple of the inputs"
+        )
     watched = {module: name for name, module in model.named_modules() if isinstance(module, kinds)}
     pixels = dict.fromkeys(watched.values(), 0)
 
@@ -152,9 +163,9 @@ def output_pixels(
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     handles = [module.register_forward_hook(count) for module in watched]
     try:
-        with _evaluating(model):
+        with evaluating(model):
             model(*inputs)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         shapes = ", ".join(str(tuple(i.shape)) for i in inputs if isinstance(i, Tensor))
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(

@@ -9,8 +9,6 @@ from functools import cached_property
 
 import numpy as np
 
-PLAN_VERSION = 1
-
 Pair = tuple[int, int]
 
 
@@ -52,6 +50,16 @@ class ConvGeometry:
     def out_pixels(self) -> int:
         """Output pixels over the whole batch, N * OH * OW."""
         return self.batch * self.out_height * self.out_width
+
+    @property
+    def in_values(self) -> int:
+        """Values of the input, N * I * H * W."""
+        return self.batch * self.in_channels * self.height * self.width
+
+    @property
+    def out_values(self) -> int:
+        """Values of the output, N * O * OH * OW."""
+        return self.out_channels * self.out_pixels
 
     @property
     def taps(self) -> int:
@@ -245,3 +253,22 @@ class Plan:
             if layer.name == name:
                 return layer
         raise KeyError(name)
+
+    def explain(self) -> str:
+        """Return a table for people: how every layer will run, and why."""
+        from .explanation import explain_plan
+
+        return explain_plan(self)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        from .serialization import plan_to_json
+
+        return plan_to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan that `to_json` wrote; ValueError with one line if the text is no valid plan."""
+        from .serialization import plan_from_json
+
+        return plan_from_json(text)

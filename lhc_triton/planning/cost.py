@@ -1,0 +1,207 @@
+"""What a layer costs: the one place where device numbers live, used by the planner and by dispatch.
+
+The model is deliberately small, so that it can be calibrated by changing numbers. For a layer with tiles
+``t`` of ``e(t)`` entries and ``f(t)`` filters, and P output pixels over the batch:
+
+    sparse = launch + input preparation + sum over tiles (tile_us + e(t) * entry(f(t)))
+    entry  = entry_us + read (P * in_block values at entry_gbs) + compute (P * in_block * f MACs at rate(f))
+    dense  = dense_launch + max(MACs at the dense rate, bytes moved at memory_gbs)
+
+``read`` and ``compute`` add up where a backend does one after the other (gather, then multiply), and the
+longer one counts where they overlap (a pipelined GPU kernel).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .plan import ConvGeometry, LayerTopology, Tile
+
+_T = TypeVar("_T")
+
+ITEMSIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+
+def itemsize_of(dtype: str) -> int:
+    """Return the bytes per value of a compute type named as torch does; ValueError if it is not supported."""
+    if dtype not in ITEMSIZES:
+        raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(ITEMSIZES)}")
+    return ITEMSIZES[dtype]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Predicts the time of one layer on one kind of device.
+
+    Attributes:
+        device: the device kind, "cpu" or "cuda".
+        sparse_backend: the backend whose time ``sparse_us`` predicts.
+        source: where the numbers come from, for people.
+        dense_gmacs: (bytes per value, 1e9 MACs/s) of the best dense convolution.
+        sparse_gmacs: (bytes per value, ((filters in a tile, 1e9 MACs/s), ...)) of a tile's arithmetic, by
+            rising tile width; widths in between are interpolated, narrower ones cost as the narrowest.
+        memory_gbs: 1e9 bytes/s from main memory.
+        entry_gbs: 1e9 bytes/s at which a tile reads the pixels of one entry.
+        launch_us, dense_launch_us: us per layer call, sparse and dense, however little work there is.
+        tile_us: us per tile.
+        entry_us: us per entry of a tile.
+        overlap: whether a tile's reads hide behind its arithmetic.
+        pads_tiles: whether a tile that is not full costs as much as a full one.
+        copies_input: whether the backend first writes a zero-bordered copy of the input.
+        min_block: channels that an entry costs at the least (the K side of the device's matrix unit).
+        margin: a sparse backend is chosen only below ``margin`` x the predicted dense time.
+    """
+
+    device: str
+    sparse_backend: str
+    source: str
+    dense_gmacs: tuple[tuple[int, float], ...]
+    sparse_gmacs: tuple[tuple[int, tuple[tuple[int, float], ...]], ...]
+    memory_gbs: float
+    entry_gbs: float
+    launch_us: float
+    dense_launch_us: float
+    tile_us: float
+    entry_us: float
+    overlap: bool
+    pads_tiles: bool
+    copies_input: bool
+    min_block: int = 1
+    margin: float = 1.0
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"cost model {item.name} = {value}: expected a finite number >= 0")
+        for name in ("memory_gbs", "entry_gbs", "margin"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"cost model {name} = {getattr(self, name)}: expected a number above 0")
+        rates = [rate for _, rate in self.dense_gmacs]
+        for _, table in self.sparse_gmacs:
+            widths = [width for width, _ in table]
+            if not widths or widths != sorted(set(widths)) or widths[0] < 1:
+                raise ValueError(f"cost model sparse_gmacs has tile widths {widths}: expected rising widths")
+            rates += [rate for _, rate in table]
+        if not self.dense_gmacs or not self.sparse_gmacs or any(not rate > 0 for rate in rates):
+            raise ValueError("cost model rates must not be empty, and each one above 0")
+
+    @classmethod
+    def for_device(cls, device: str) -> CostModel:
+        """Return the model of a device kind ("cpu", "cuda"); ValueError for another one."""
+        if device not in COST_MODELS:
+            known = ", ".join(sorted(COST_MODELS))
+            raise ValueError(
+                f"no cost model for device {device!r}; supported: {known}; else give cost=CostModel(...)"
+            )
+        return COST_MODELS[device]
+
+    def dense_us(self, geometry: ConvGeometry, itemsize: int = 4) -> float:
+        """Predict the time in us of the dense convolution, for values of ``itemsize`` bytes."""
+        size, rate = _nearest(self.dense_gmacs, itemsize)
+        compute = geometry.macs / (rate * size / max(size, itemsize) * 1e3)
+        values = geometry.in_values + geometry.out_values + geometry.weights
+        return self.dense_launch_us + max(compute, values * itemsize / (self.memory_gbs * 1e3))
+
+    def layer_us(self, geometry: ConvGeometry, itemsize: int = 4) -> float:
+        """Predict the us of a sparse call apart from its launch and tiles: moving inputs and outputs."""
+        values = geometry.in_values + geometry.out_values
+        if self.copies_input:
+            top, bottom, left, right = geometry.padding
+            padded = (geometry.height + top + bottom) * (geometry.width + left + right)
+            values += geometry.batch * geometry.in_channels * padded
+        return values * itemsize / (self.memory_gbs * 1e3)
+
+    def entry_times(
+        self,
+        geometry: ConvGeometry,
+        in_block: int,
+        filters: Sequence[int],
+        tile_width: int,
+        itemsize: int = 4,
+    ) -> np.ndarray:
+        """Predict the us of one entry of a tile, for each count of filters in the tile (float64 array)."""
+        size, table = _nearest(self.sparse_gmacs, itemsize)
+        widths, rates = zip(*table, strict=True)
+        counts = np.asarray(filters, dtype=np.float64)
+        if self.pads_tiles:
+            counts = np.full_like(counts, tile_width)
+        counts = np.maximum(counts, widths[0])
+        values = geometry.out_pixels * max(in_block, self.min_block)
+        rate = np.interp(counts, widths, rates) * (size / max(size, itemsize))
+        compute = values * counts / (rate * 1e3)
+        read = values * itemsize / (self.entry_gbs * 1e3)
+        return self.entry_us + (np.maximum(compute, read) if self.overlap else compute + read)
+
+    def sparse_us(
+        self, topology: LayerTopology, tiles: Sequence[Tile], tile_width: int, itemsize: int = 4
+    ) -> float:
+        """Predict the time in us of a layer that runs as these tiles, by ``sparse_backend``."""
+        filters = [sum(len(topology.group_filters(g)) for g in tile.groups) for tile in tiles]
+        times = self.entry_times(topology.geometry, topology.in_block, filters, tile_width, itemsize)
+        work = len(tiles) * self.tile_us + sum(
+            len(tile.entries) * float(us) for tile, us in zip(tiles, times, strict=True)
+        )
+        move = self.layer_us(topology.geometry, itemsize)
+        return self.launch_us + (max(work, move) if self.overlap else work + move)
+
+
+def _nearest(table: Sequence[tuple[int, _T]], itemsize: int) -> tuple[int, _T]:
+    """Return the row for values of this size: the same, else the next wider, else the widest there is."""
+    rows = sorted(table, key=lambda row: row[0])
+    return next((row for row in rows if row[0] >= itemsize), rows[-1])
+
+
+# Measured on the CPU: see the note beside each number. The torch backend gathers the pixels of an entry, then
+# multiplies, so reads and arithmetic add up.
+CPU = CostModel(
+    device="cpu",
+    sparse_backend="torch",
+    source="first figures of a gather-and-multiply in torch on 2 cores with AVX-512, float32, batch 1",
+    dense_gmacs=((2, 200.0), (4, 104.0)),
+    sparse_gmacs=(
+        (2, ((16, 60.0), (32, 80.0), (64, 100.0), (128, 120.0))),
+        (4, ((16, 60.0), (32, 70.0), (64, 80.0), (128, 90.0))),
+    ),
+    memory_gbs=10.0,
+    entry_gbs=5.0,
+    launch_us=30.0,
+    dense_launch_us=10.0,
+    tile_us=15.0,
+    entry_us=2.0,
+    overlap=False,
+    pads_tiles=False,
+    copies_input=True,
+)
+
+# H100 on paper, modelled and not measured. Every tile reads its activations from L2 (~7 TB/s), which bounds
+# 16-wide fp16 tiles near 112 TFLOP/s; arithmetic reaches 70 % of the 800 TFLOP/s peak, as dense does.
+CUDA = CostModel(
+    device="cuda",
+    sparse_backend="triton",
+    source="H100 on paper: modelled, not measured",
+    dense_gmacs=((1, 560e3), (2, 280e3), (4, 140e3)),
+    sparse_gmacs=(
+        (1, ((16, 560e3),)),
+        (2, ((16, 280e3),)),
+        (4, ((16, 140e3),)),
+    ),
+    memory_gbs=3000.0,
+    entry_gbs=7000.0,
+    launch_us=5.0,
+    dense_launch_us=5.0,
+    tile_us=0.02,
+    entry_us=0.0,
+    overlap=True,
+    pads_tiles=True,
+    copies_input=False,
+    min_block=16,
+)
+
+COST_MODELS = {"cpu": CPU, "cuda": CUDA}

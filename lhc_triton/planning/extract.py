@@ -1,0 +1,141 @@
+"""Reading a network: the topologies of its convolutions, in the order in which it calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lhc_triton.conversion import evaluating
+from lhc_triton.layers import LHCConv2d
+
+from .cost import CostModel, itemsize_of
+from .patterns import infer_blocks
+from .plan import ConvGeometry, LayerTopology
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What planning needs to know of a network.
+
+    Attributes:
+        topologies: of the convolutions to plan, in calling order.
+        skipped: (name, reason) of the others.
+        cost: the cost model of the input's device kind, or the one given.
+        dtype: of the weights, as in "float32".
+    """
+
+    topologies: tuple[LayerTopology, ...]
+    skipped: tuple[tuple[str, str], ...]
+    cost: CostModel
+    dtype: str
+
+
+def read_model(model: nn.Module, example_input: Any, cost: CostModel | None = None) -> Reading:
+    """Run a network once and read the topology of every convolution.
+
+    Args:
+        model: LHCConv2d layers bring their masks, nn.Conv2d layers their structured zeros.
+        example_input: a tensor, or a tuple of the positional arguments.
+        cost: prices the choices; by default the model of the example's device kind.
+
+    Raises:
+        ValueError: if the model has no convolution, does not run on the example, or holds NaN.
+        TypeError: if an argument has another type.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: give a torch.nn.Module")
+    inputs = example_input if isinstance(example_input, tuple | list) else (example_input,)
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    if not tensors:
+        raise TypeError(
+            f"example_input is a {type(example_input).__name__}: give a tensor or a tuple of them"
+        )
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    if not convs:
+        raise ValueError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to plan")
+    seen = _input_shapes(model, convs, inputs)
+    topologies: list[LayerTopology] = []
+    skipped: list[tuple[str, str]] = []
+    for name in [*seen, *(name for name in convs if name not in seen)]:
+        found = _read_layer(name, convs[name], seen[name]) if name in seen else "not called on the example"
+        if isinstance(found, str):
+            skipped.append((name, found))
+        else:
+            topologies.append(found)
+    dtype = str(next(iter(convs.values())).weight.dtype).removeprefix("torch.")
+    itemsize_of(dtype)
+    return Reading(
+        tuple(topologies), tuple(skipped), cost or CostModel.for_device(tensors[0].device.type), dtype
+    )
+
+
+def _input_shapes(
+    model: nn.Module, convs: dict[str, nn.Conv2d], inputs: Sequence[Any]
+) -> dict[str, tuple[int, int, int]]:
+    """Return (batch, height, width) of each convolution's first input, in calling order."""
+    seen: dict[str, tuple[int, int, int]] = {}
+    names = {module: name for name, module in convs.items()}
+
+    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        shape = args[0].shape
+        batch = shape[0] if len(shape) == 4 else 1
+        seen.setdefault(names[module], (batch, shape[-2], shape[-1]))  # type: ignore[index]
+
+    handles = [module.register_forward_pre_hook(record) for module in convs.values()]
+    try:
+        with evaluating(model):
+            model(*inputs)
+    except (RuntimeError, ValueError) as error:
+        shapes = ", ".join(str(tuple(value.shape)) for value in inputs if isinstance(value, Tensor))
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{type(model).__name__} does not run on inputs of shape {shapes}: {line}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _read_layer(name: str, conv: nn.Conv2d, shape: tuple[int, int, int]) -> LayerTopology | str:
+    """Return a layer's topology, or why it is not planned."""
+    if type(conv) not in (nn.Conv2d, LHCConv2d):
+        return f"is a {type(conv).__name__}, a subclass with behaviour of its own"
+    if conv.groups != 1:
+        return f"groups={conv.groups}; only groups=1 is planned"
+    if conv.padding_mode != "zeros":
+        return f"padding_mode={conv.padding_mode!r}; only 'zeros' is planned"
+    geometry = _geometry(conv, shape)
+    with torch.no_grad():
+        if isinstance(conv, LHCConv2d):
+            mask = conv.block_mask().bool().cpu().numpy()
+            return LayerTopology.from_mask(name, geometry, conv.config.in_block, conv.config.out_block, mask)
+        live: np.ndarray = (conv.weight != 0).cpu().numpy()
+    if live.all():
+        return "no zeros"
+    blocks = infer_blocks(live)
+    if blocks is None:
+        return f"{1 - live.mean():.0%} zeros, but not in blocks"
+    return LayerTopology.from_mask(name, geometry, blocks.in_block, blocks.out_block, blocks.mask)
+
+
+def _geometry(conv: nn.Conv2d, shape: tuple[int, int, int]) -> ConvGeometry:
+    (kh, kw), (dh, dw) = conv.kernel_size, conv.dilation
+    if conv.padding == "valid":
+        padding = (0, 0, 0, 0)
+    elif conv.padding == "same":
+        down, across = dh * (kh - 1), dw * (kw - 1)
+        padding = (down // 2, down - down // 2, across // 2, across - across // 2)
+    else:
+        vertical, horizontal = (int(p) for p in conv.padding)
+        padding = (vertical, vertical, horizontal, horizontal)
+    batch, height, width = shape
+    sh, sw = conv.stride
+    return ConvGeometry(
+        batch, conv.in_channels, conv.out_channels, height, width, (kh, kw), (sh, sw), padding, (dh, dw)
+    )

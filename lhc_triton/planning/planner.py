@@ -1,0 +1,120 @@
+"""From topologies to a plan: tile width, tiles and backend of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from .cost import CostModel, itemsize_of
+from .grouping import form_tiles
+from .plan import LayerPlan, LayerTopology, Plan, Tile
+
+if TYPE_CHECKING:
+    from torch import nn
+
+BACKENDS = ("auto", "dense", "reference", "torch", "native", "triton")
+TILE_WIDTHS = (16, 32, 64, 128)
+
+
+def check_backend(backend: str) -> None:
+    """Raise a ValueError unless ``backend`` is "auto" or the name of a backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not known; choose one of {', '.join(BACKENDS)}")
+
+
+def candidate_widths(topology: LayerTopology) -> tuple[int, ...]:
+    """Return the tile widths that suit a layer, in filters, rising.
+
+    They are the powers of two from 16 to 128 that hold a filter group, up to the first that holds all
+    filters; a group wider than 128 filters gets the next power of two.
+    """
+    group = min(topology.out_block, topology.geometry.out_channels)
+    widths = [width for width in TILE_WIDTHS if width >= group]
+    if not widths:
+        return (1 << (group - 1).bit_length(),)
+    enough = [width for width in widths if width >= topology.geometry.out_channels]
+    return tuple(width for width in widths if not enough or width <= enough[0])
+
+
+def choose_tiles(
+    topology: LayerTopology, cost: CostModel, itemsize: int = 4
+) -> tuple[int, tuple[Tile, ...], float]:
+    """Return (tile width, tiles, predicted us) of the cheapest candidate width; ties go to the narrower."""
+    best: tuple[int, tuple[Tile, ...], float] | None = None
+    for width in candidate_widths(topology):
+        tiles = form_tiles(topology, cost, width, itemsize)
+        predicted = cost.sparse_us(topology, tiles, width, itemsize)
+        if best is None or predicted < best[2]:
+            best = (width, tiles, predicted)
+    assert best is not None
+    return best
+
+
+def choose_tile_width(topology: LayerTopology, cost: CostModel, itemsize: int = 4) -> int:
+    """Return the tile width, in filters, at which the layer's predicted time is the least."""
+    return choose_tiles(topology, cost, itemsize)[0]
+
+
+def plan_layer(
+    topology: LayerTopology, cost: CostModel, *, backend: str = "auto", dtype: str = "float32"
+) -> LayerPlan:
+    """Plan one layer: tiles, their width, and the backend.
+
+    Args:
+        topology: which weights live.
+        cost: the device's cost model.
+        backend: "auto" takes the cheaper of the device's sparse backend and "dense"; another name is kept.
+        dtype: compute type.
+
+    Raises:
+        ValueError: for an unknown backend or dtype.
+    """
+    check_backend(backend)
+    itemsize = itemsize_of(dtype)
+    width, tiles, sparse = choose_tiles(topology, cost, itemsize)
+    dense = cost.dense_us(topology.geometry, itemsize)
+    predicted = {"dense": dense, cost.sparse_backend: sparse}
+    if backend != "auto":
+        return LayerPlan(topology, tiles, width, backend, "forced", predicted)
+    if sparse < cost.margin * dense:
+        reason = f"predicted {dense / sparse:.1f}x faster than dense"
+        return LayerPlan(topology, tiles, width, cost.sparse_backend, reason, predicted)
+    reason = f"{cost.sparse_backend} is predicted at {dense / sparse:.2f}x of dense's speed"
+    return LayerPlan(topology, tiles, width, "dense", reason, predicted)
+
+
+def plan_topologies(
+    topologies: Iterable[LayerTopology],
+    cost: CostModel,
+    *,
+    backend: str = "auto",
+    dtype: str = "float32",
+    skipped: Iterable[tuple[str, str]] = (),
+) -> Plan:
+    """Plan every layer of a network from its topologies; see :func:`plan_layer`."""
+    check_backend(backend)
+    layers = tuple(plan_layer(topology, cost, backend=backend, dtype=dtype) for topology in topologies)
+    return Plan(layers, tuple(skipped), cost.device, dtype)
+
+
+def plan(model: nn.Module, example_input: Any, backend: str = "auto", cost: CostModel | None = None) -> Plan:
+    """Plan a network: which filters of each convolution run together, on which backend, and why.
+
+    Args:
+        model: any module; its LHCConv2d layers and its nn.Conv2d layers with structured zeros are planned.
+            It is run once on ``example_input`` in eval mode without gradients, and left as it was.
+        example_input: a tensor [N, C, H, W], or a tuple of the positional arguments of ``model``.
+        backend: "auto", or the one backend that every layer shall use.
+        cost: prices the choices; by default the model of the example input's device kind.
+
+    Raises:
+        ValueError: for an unknown backend, dtype or device kind, or a model without a convolution.
+        TypeError: if ``model`` or ``example_input`` has another type.
+    """
+    from .extract import read_model  # torch is needed here, and only here
+
+    check_backend(backend)
+    reading = read_model(model, example_input, cost)
+    return plan_topologies(
+        reading.topologies, reading.cost, backend=backend, dtype=reading.dtype, skipped=reading.skipped
+    )

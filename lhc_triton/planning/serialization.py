@@ -1,0 +1,186 @@
+"""Plans as JSON, and back: what comes from outside is checked before it is believed."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from typing import Any
+
+from .plan import ConvGeometry, LayerPlan, LayerTopology, Plan, Tile
+
+PLAN_VERSION = 1
+
+MAX_SIZE = 2**24  # of a channel count, an image side or a batch
+MAX_GROUPS = 2**16
+MAX_ENTRIES = 2**20
+MAX_TEXT = 2**28
+MAX_NAME = 1000
+
+
+def plan_to_json(plan: Plan) -> str:
+    """Return a plan as JSON text."""
+    document = {
+        "version": PLAN_VERSION,
+        "device": plan.device,
+        "dtype": plan.dtype,
+        "skipped": [list(pair) for pair in plan.skipped],
+        "layers": [_layer_document(layer) for layer in plan.layers],
+    }
+    return json.dumps(document)
+
+
+def _layer_document(layer: LayerPlan) -> dict[str, Any]:
+    topology, geometry = layer.topology, layer.topology.geometry
+    sizes = ("batch", "in_channels", "out_channels", "height", "width")
+    return {
+        "name": topology.name,
+        "geometry": {
+            **{name: getattr(geometry, name) for name in sizes},
+            **{name: list(getattr(geometry, name)) for name in ("kernel", "stride", "padding", "dilation")},
+        },
+        "in_block": topology.in_block,
+        "out_block": topology.out_block,
+        "patterns": [list(pattern) for pattern in topology.patterns],
+        "group_pattern": list(topology.group_pattern),
+        "tiles": [{"groups": list(tile.groups), "entries": list(tile.entries)} for tile in layer.tiles],
+        "tile_width": layer.tile_width,
+        "backend": layer.backend,
+        "reason": layer.reason,
+        "predicted_us": dict(layer.predicted_us),
+    }
+
+
+def plan_from_json(text: str) -> Plan:
+    """Read a plan that `plan_to_json` wrote.
+
+    Raises:
+        ValueError: if the text is no plan of this version, or a layer contradicts itself; the message says
+            which layer and what.
+    """
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"the plan has {len(text)} characters; at most {MAX_TEXT} are read")
+    try:
+        document = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"the plan is not JSON: {error}") from None
+    fields = _object(document, "the plan")
+    if fields.get("version") != PLAN_VERSION:
+        raise ValueError(f"the plan has version {fields.get('version')!r}; this package reads {PLAN_VERSION}")
+    skipped = []
+    for pair in _list(fields, "skipped", "the plan"):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError("the plan: skipped must hold pairs of name and reason")
+        skipped.append((_text(pair[0], "the plan: a skipped name"), _text(pair[1], "the plan: a reason")))
+    layers = tuple(_layer(item, place) for place, item in enumerate(_list(fields, "layers", "the plan")))
+    names = [layer.name for layer in layers]
+    if len(set(names)) < len(names):
+        raise ValueError("the plan holds two layers of one name")
+    device, dtype = (_text(fields.get(key), f"the plan: {key}") for key in ("device", "dtype"))
+    return Plan(layers, tuple(skipped), device, dtype)
+
+
+def _layer(item: Any, place: int) -> LayerPlan:
+    fields = _object(item, f"layer {place} of the plan")
+    name = _text(fields.get("name"), f"layer {place} of the plan: name")
+    where = f"layer {name!r} of the plan"
+    geometry = _geometry(_object(fields.get("geometry"), f"{where}: geometry"), where)
+    in_block, out_block, tile_width = (
+        _whole(fields.get(key), f"{where}: {key}", 1) for key in ("in_block", "out_block", "tile_width")
+    )
+    groups = math.ceil(geometry.out_channels / out_block)
+    entries = geometry.taps * math.ceil(geometry.in_channels / in_block)
+    if groups > MAX_GROUPS or entries > MAX_ENTRIES:
+        raise ValueError(f"{where}: {groups} filter groups of {entries} entries are more than supported")
+    patterns = tuple(
+        _ascending(pattern, f"{where}: a pattern", entries) for pattern in _list(fields, "patterns", where)
+    )
+    group_pattern = tuple(
+        _whole(index, f"{where}: group_pattern", 0, len(patterns) - 1)
+        for index in _list(fields, "group_pattern", where)
+    )
+    if len(group_pattern) != groups:
+        raise ValueError(
+            f"{where}: group_pattern has {len(group_pattern)} items, {groups} filter groups need one"
+        )
+    topology = LayerTopology(name, geometry, in_block, out_block, patterns, group_pattern)
+    tiles = tuple(_tile(tile, topology, tile_width, where) for tile in _list(fields, "tiles", where))
+    if sorted(g for tile in tiles for g in tile.groups) != list(range(groups)):
+        raise ValueError(f"{where}: the tiles must hold each of the {groups} filter groups once")
+    predicted = _object(fields.get("predicted_us"), f"{where}: predicted_us")
+    times = {key: _time(value, f"{where}: predicted_us of {key!r}") for key, value in predicted.items()}
+    backend, reason = (_text(fields.get(key), f"{where}: {key}") for key in ("backend", "reason"))
+    return LayerPlan(topology, tiles, tile_width, backend, reason, times)
+
+
+def _geometry(fields: dict[str, Any], where: str) -> ConvGeometry:
+    sizes = {
+        key: _whole(fields.get(key), f"{where}: {key}", 0 if key == "batch" else 1)
+        for key in ("batch", "in_channels", "out_channels", "height", "width")
+    }
+    lists: dict[str, Any] = {}
+    for key, length, low in (("kernel", 2, 1), ("stride", 2, 1), ("padding", 4, 0), ("dilation", 2, 1)):
+        values = _list(fields, key, where)
+        if len(values) != length:
+            raise ValueError(f"{where}: {key} has {len(values)} items, {length} are needed")
+        lists[key] = tuple(_whole(value, f"{where}: {key}", low) for value in values)
+    geometry = ConvGeometry(**sizes, **lists)
+    if geometry.out_height < 1 or geometry.out_width < 1:
+        raise ValueError(f"{where}: the kernel does not fit into the padded image")
+    return geometry
+
+
+def _tile(item: Any, topology: LayerTopology, tile_width: int, where: str) -> Tile:
+    fields = _object(item, f"{where}: a tile")
+    groups = _ascending(fields.get("groups"), f"{where}: a tile's groups", topology.groups)
+    entries = _ascending(fields.get("entries"), f"{where}: a tile's entries", topology.entries)
+    if not groups:
+        raise ValueError(f"{where}: a tile has no filter group")
+    filters = sum(len(topology.group_filters(group)) for group in groups)
+    if filters > tile_width:
+        raise ValueError(f"{where}: a tile has {filters} filters and a width of {tile_width}")
+    held = set(entries)
+    for group in groups:
+        if not held.issuperset(topology.pattern_of(group)):
+            raise ValueError(f"{where}: a tile lacks entries of its filter group {group}")
+    return Tile(groups, entries)
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _list(fields: dict[str, Any], key: str, where: str) -> list[Any]:
+    value = fields.get(key)
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: {key} must be a list, not {type(value).__name__}")
+    return value
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or len(value) > MAX_NAME:
+        raise ValueError(f"{where} must be a text of at most {MAX_NAME} characters")
+    return value
+
+
+def _whole(value: Any, where: str, low: int, high: int = MAX_SIZE) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{where} is {value!r}; a whole number from {low} to {high} is needed")
+    return value
+
+
+def _ascending(value: Any, where: str, below: int) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{where} must be a list, not {type(value).__name__}")
+    numbers = tuple(_whole(number, where, 0, below - 1) for number in value)
+    if any(a >= b for a, b in pairwise(numbers)):
+        raise ValueError(f"{where} must rise: {list(numbers[:8])}")
+    return numbers
+
+
+def _time(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{where} is {value!r}; a time in us is needed")
+    return float(value)

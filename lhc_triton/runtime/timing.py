@@ -1,0 +1,124 @@
+"""Paired timing: functions in turn, round by round, so that a machine's drift hits all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+MIN_SAMPLE_US = 200.0  # a sample repeats its function until it lasts about this long
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What the rounds of one function gave.
+
+    Attributes:
+        samples_us: time of one call in each round, microseconds, in order.
+        repeats: calls behind each sample.
+    """
+
+    samples_us: tuple[float, ...]
+    repeats: int = 1
+
+    @property
+    def median_us(self) -> float:
+        """Median over the rounds."""
+        return statistics.median(self.samples_us)
+
+    @property
+    def p20_us(self) -> float:
+        """A fifth of the rounds were at most this long."""
+        return _quantile(self.samples_us, 0.2)
+
+    @property
+    def p80_us(self) -> float:
+        """Four fifths of the rounds were at most this long."""
+        return _quantile(self.samples_us, 0.8)
+
+
+def _quantile(samples: tuple[float, ...], share: float) -> float:
+    ordered = sorted(samples)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def time_paired(
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int = 20,
+    warmup: int = 3,
+    device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time functions interleaved: every round calls each of them once, beginning with another one each time.
+
+    Short functions are repeated within a sample, so that the clock's grain does not show. Runs in
+    inference mode. On CUDA, events around the calls are read after each round.
+
+    Args:
+        functions: by name; called without arguments.
+        rounds: samples of each function.
+        warmup: calls of each function before the first round, at least 1.
+        device: where the functions do their work.
+        clock: seconds; for tests.
+
+    Returns:
+        A `Timing` for each name, in the same order.
+
+    Raises:
+        ValueError: if there is no function, or rounds or warmup is below 1.
+    """
+    if not functions:
+        raise ValueError("there is no function to time")
+    for name, value in (("rounds", rounds), ("warmup", warmup)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    sample = _cuda_sample if torch.device(device).type == "cuda" else _host_sample
+    names = list(functions)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    repeats: dict[str, int] = {}
+    with torch.inference_mode():
+        for name in names:
+            for _ in range(warmup - 1):
+                functions[name]()
+            once = sample(functions[name], 1, clock)
+            repeats[name] = max(1, round(MIN_SAMPLE_US / once)) if once > 0 else 1
+        for turn in range(rounds):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                samples[name].append(sample(functions[name], repeats[name], clock))
+    return {name: Timing(tuple(samples[name]), repeats[name]) for name in names}
+
+
+def _host_sample(function: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
+    start = clock()
+    for _ in range(repeats):
+        function()
+    return (clock() - start) / repeats * 1e6
+
+
+def _cuda_sample(function: Callable[[], object], repeats: int, _clock: Callable[[], float]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / repeats * 1e3
+
+
+def paired_ratio(numerator: Timing, denominator: Timing) -> float:
+    """Return the median over the rounds of numerator / denominator; both from the same `time_paired` call.
+
+    Raises:
+        ValueError: if they have different numbers of rounds.
+    """
+    if len(numerator.samples_us) != len(denominator.samples_us):
+        raise ValueError("the timings have different numbers of rounds: they are not from one run")
+    pairs = zip(numerator.samples_us, denominator.samples_us, strict=True)
+    return statistics.median(a / b for a, b in pairs)

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .configs import KernelConfig
-from .grouped_conv2d import INTERPRETED, grouped_conv2d_fwd_kernel, kernel_constants
+from .grouped_conv import INTERPRETED, grouped_conv2d_fwd_kernel, kernel_constants
 
 TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 POINTERS = {
@@ -42,6 +42,9 @@ class CompileReport:
         async_operands: shapes of the operands that reach shared memory by asynchronous copies, for example
             ("128x32", "32x16") for both; each occurs once per copy in the code (prologue and loop).
         async_bytes: the distinct sizes of the asynchronous copy instructions in bytes; 16 is the widest.
+        copies_in_flight: asynchronous copies (one per operand and step) that the loop leaves running while it
+            computes; 0 says that nothing is pipelined.
+        store_bytes: the distinct sizes of the global stores in bytes; 16 is the widest.
         ptx, ttgir: the code itself, for a closer look.
     """
 
@@ -55,6 +58,8 @@ class CompileReport:
     mma: bool
     async_operands: tuple[str, ...]
     async_bytes: tuple[int, ...]
+    copies_in_flight: int
+    store_bytes: tuple[int, ...]
     ptx: str
     ttgir: str
 
@@ -157,6 +162,7 @@ def compile_config(
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
+    stores = re.findall(r"st\.global\.(?:v(\d)\.)?b(\d+)", ptx)
     registers, stack = _resources(compiled.asm["cubin"])
     return CompileReport(
         kernel=grouped_conv2d_fwd_kernel.__name__,
@@ -169,6 +175,8 @@ def compile_config(
         mma="mma.sync" in ptx or "wgmma.mma_async" in ptx or "tcgen05.mma" in ptx,
         async_operands=tuple(re.findall(r"async_copy_global_to_local.*?tensor<([\dx]+)x!tt", ttgir)),
         async_bytes=tuple(sorted({int(n, 0) for n in re.findall(r"cp\.async\.c[ag]\..*?\], (\w+)", ptx)})),
+        copies_in_flight=max((int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)), default=0),
+        store_bytes=tuple(sorted({int(v or 1) * int(b) // 8 for v, b in stores})),
         ptx=ptx,
         ttgir=ttgir,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ MAX_KERNEL_REACH = 31
 
 
 MAX_ACCUMULATORS = 128
-"""Float32 sums that a thread can hold; compiled for sm_90, 128 stay in registers and 256 spill."""
+"""Float32 sums that a thread can hold; compiled for sm_90, 128 take 190 to 255 registers and 256 spill."""
 
 
 def next_power_of_two(value: int) -> int:
@@ -27,6 +28,7 @@ class LaunchShape:
 
     Attributes:
         pixels: output pixels over the batch, N * OH * OW.
+        in_channels: I.
         in_block: input channels of one entry.
         tile_width: filters that a tile has room for.
         tiles: number of filter tiles.
@@ -37,6 +39,7 @@ class LaunchShape:
     """
 
     pixels: int
+    in_channels: int
     in_block: int
     tile_width: int
     tiles: int
@@ -135,10 +138,14 @@ def store_run(out_channels: int, tile_width: int, dtype: str) -> int:
     return run if out_channels % 16 == 0 and tile_width % run == 0 else 1
 
 
-def choose_config(shape: LaunchShape) -> tuple[KernelConfig, str]:
+def choose_config(shape: LaunchShape, precision: str = "ieee") -> tuple[KernelConfig, str]:
     """Return the config that plain rules pick for ``shape``, and the rules' names.
 
     The rules follow from code compiled for sm_90 with Triton 3.7.1, not from times.
+
+    Args:
+        shape: the sizes of the launch.
+        precision: of float32 products; taken over into the config.
     """
     half = shape.dtype != "float32"
     reasons = ["half: tensor cores" if half else "float32: FMA, small blocks"]
@@ -159,25 +166,30 @@ def choose_config(shape: LaunchShape) -> tuple[KernelConfig, str]:
     if entries == 2:
         reasons.append("two entries a step")
 
-    # wgmma needs 64 rows; smaller blocks of pixels only serve to give every multiprocessor two programs.
-    programs = shape.tiles * -(-shape.tile_width // block_n)
     block_m = 128 if half else 64
-    if half and -(-shape.pixels // block_m) * programs < 2 * shape.processors:
+    num_stages = 4
+    if math.gcd(shape.in_channels, shape.in_block) * ITEM_BYTES[shape.dtype] % 4:
+        # An asynchronous copy moves at least 4 bytes. Compiled: with 37 channels of 2 bytes every element is a
+        # load of its own, and 128 x 64 of them a step spill 1296 bytes; 64 x 16 do not spill.
+        block_m, block_k, entries, num_stages = 64, 16, 1, 2
+        reasons.append("odd channels: scalar loads, small steps")
+
+    # wgmma needs 64 rows; shorter blocks of pixels only serve to give every multiprocessor two programs.
+    programs = shape.tiles * -(-shape.tile_width // block_n)
+    if block_m > 64 and -(-shape.pixels // block_m) * programs < 2 * shape.processors:
         block_m = 64
         reasons.append("few pixels: shorter blocks")
     num_warps = 8 if block_m * block_n >= 128 * 128 else 4
 
     # Two programs share a multiprocessor, so that one computes while the other waits.
-    num_stages = 4
-    config = KernelConfig(block_m, block_n, block_k, num_warps, num_stages, entries)
-    while num_stages > 2 and 2 * (shared_bytes(config, shape.dtype) + 1024) > shape.shared_bytes:
-        num_stages -= 1
-        config = replace(config, num_stages=num_stages)
-    if num_stages < 4:
+    config = KernelConfig(block_m, block_n, block_k, num_warps, num_stages, entries, precision)
+    while config.num_stages > 2 and 2 * (shared_bytes(config, shape.dtype) + 1024) > shape.shared_bytes:
+        config = replace(config, num_stages=config.num_stages - 1)
+    if config.num_stages < num_stages:
         reasons.append("fewer stages: two programs share the memory")
     return config, "; ".join(reasons)
 
 
-def heuristic_config(shape: LaunchShape) -> KernelConfig:
+def heuristic_config(shape: LaunchShape, precision: str = "ieee") -> KernelConfig:
     """Return the config of ``choose_config`` without its reasons."""
-    return choose_config(shape)[0]
+    return choose_config(shape, precision)[0]

@@ -287,7 +287,7 @@ def launch_shape(x: Tensor, weight: Tensor, tiles: int, pixels: int, kernel: tup
         pixels: N * OH * OW.
         kernel: (kh, kw).
     """
-    shape = LaunchShape(pixels, weight.shape[1], weight.shape[2], tiles, kernel, dtype_name(x))
+    shape = LaunchShape(pixels, x.shape[1], weight.shape[1], weight.shape[2], tiles, kernel, dtype_name(x))
     if x.device.type != "cuda":
         return shape
     device = torch.cuda.get_device_properties(x.device)

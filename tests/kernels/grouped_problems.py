@@ -1,0 +1,280 @@
+"""Random grouped convolutions with their float64 answers, shared by the interpreter and the GPU lane."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lhc_kernels
+from lhc_kernels import KernelConfig
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Conv:
+    """The sizes and options of one random grouped convolution; every default is a plain 3x3."""
+
+    batch: int = 2
+    in_channels: int = 64
+    out_channels: int = 32
+    height: int = 6
+    width: int = 7
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (1, 1, 1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    in_block: int = 32
+    tile_width: int = 16
+    density: float = 0.3
+    dtype: torch.dtype = torch.float32
+    bias: bool = True
+    scale: bool = False
+    residual: bool = False
+    relu: bool = False
+    channels_last: bool = True
+    scattered: bool = True
+    config: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass
+class Problem:
+    """Packed tensors of a convolution beside the dense weight that holds the same live entries."""
+
+    conv: Conv
+    x: Tensor
+    weight: Tensor
+    tables: list[Tensor]
+    bias: Tensor | None
+    scale: Tensor | None
+    residual: Tensor | None
+    dense: Tensor
+    live: Tensor
+    options: dict[str, object] = field(default_factory=dict)
+
+    def to(self, device: str) -> Problem:
+        """Return the problem with the kernel's arguments on ``device``; the dense answer stays here."""
+        moved = {k: None if v is None else v.to(device) for k, v in vars(self).items() if _moves(k)}
+        return Problem(
+            self.conv,
+            tables=[t.to(device) for t in self.tables],
+            dense=self.dense,
+            live=self.live,
+            options=self.options,
+            **moved,
+        )
+
+    def out_size(self) -> tuple[int, int, int, int]:
+        conv = self.conv
+        size = [
+            (n + before + after - d * (k - 1) - 1) // s + 1
+            for n, before, after, d, k, s in (
+                (conv.height, *conv.padding[:2], conv.dilation[0], conv.kernel[0], conv.stride[0]),
+                (conv.width, *conv.padding[2:], conv.dilation[1], conv.kernel[1], conv.stride[1]),
+            )
+        ]
+        return conv.batch, conv.out_channels, size[0], size[1]
+
+    def expected(self) -> Tensor:
+        """Return the float64 dense answer, computed filter by filter over live channels and taps only.
+
+        Dead weights are left out rather than multiplied, so that NaN and infinities spread as they should.
+        """
+        conv = self.conv
+        top, bottom, left, right = conv.padding
+        x = F.pad(self.x.double().cpu(), (left, right, top, bottom))
+        _, _, rows, columns = self.out_size()
+        y = torch.zeros(self.out_size(), dtype=torch.float64)
+        for r in range(conv.kernel[0]):
+            for s in range(conv.kernel[1]):
+                shifted = x[:, :, r * conv.dilation[0] :, s * conv.dilation[1] :]
+                shifted = shifted[:, :, :: conv.stride[0], :: conv.stride[1]][:, :, :rows, :columns]
+                for pattern in self.live[:, :, r, s].unique(dim=0):
+                    if not pattern.any():
+                        continue
+                    filters = (self.live[:, :, r, s] == pattern).all(1).nonzero().flatten()
+                    weight = self.dense[filters][:, pattern, r, s]
+                    y[:, filters] += torch.einsum("nchw,fc->nfhw", shifted[:, pattern], weight)
+        if self.scale is not None:
+            y = y * self.scale.double().cpu()[:, None, None]
+        if self.bias is not None:
+            y = y + self.bias.double().cpu()[:, None, None]
+        if self.residual is not None:
+            y = y + self.residual.double().cpu()
+        return y.relu() if conv.relu else y
+
+
+def _moves(name: str) -> bool:
+    return name in ("x", "weight", "bias", "scale", "residual")
+
+
+def make_problem(conv: Conv, patterns: list[list[int]] | None = None) -> Problem:
+    """Draw a problem: a random pattern per tile (or the given ones), random filters in each tile."""
+    gen = torch.Generator().manual_seed(conv.seed)
+    taps = conv.kernel[0] * conv.kernel[1]
+    in_blocks = -(-conv.in_channels // conv.in_block)
+    tiles = -(-conv.out_channels // conv.tile_width)
+    order = torch.arange(conv.out_channels)
+    if conv.scattered:
+        order = torch.randperm(conv.out_channels, generator=gen)
+    filters = torch.full((tiles, conv.tile_width), -1, dtype=torch.int32)
+    dense = torch.zeros(conv.out_channels, conv.in_channels, *conv.kernel, dtype=torch.float64)
+    live = torch.zeros(dense.shape, dtype=torch.bool)
+    starts, entries, blocks = [0], [], []
+    for tile in range(tiles):
+        mine = order[tile * conv.tile_width : (tile + 1) * conv.tile_width]
+        filters[tile, : len(mine)] = mine.int()
+        drawn = torch.rand(taps * in_blocks, generator=gen) < conv.density
+        for entry in drawn.nonzero().flatten().tolist() if patterns is None else patterns[tile]:
+            (r, s), first = divmod(entry // in_blocks, conv.kernel[1]), entry % in_blocks * conv.in_block
+            channels = min(conv.in_block, conv.in_channels - first)
+            block = torch.zeros(conv.in_block, conv.tile_width, dtype=conv.dtype)
+            drawn_block = torch.randn(channels, len(mine), generator=gen) / 8
+            block[:channels, : len(mine)] = drawn_block.to(conv.dtype)
+            live[mine, first : first + channels, r, s] = True
+            dense[mine, first : first + channels, r, s] = block[:channels, : len(mine)].double().T
+            entries.append(entry)
+            blocks.append(block)
+        starts.append(len(entries))
+    weight = torch.zeros(0, conv.in_block, conv.tile_width, dtype=conv.dtype)
+    x = torch.randn(conv.batch, conv.in_channels, conv.height, conv.width, generator=gen).to(conv.dtype)
+    problem = Problem(
+        conv,
+        x=x.contiguous(memory_format=torch.channels_last) if conv.channels_last else x,
+        weight=torch.stack(blocks) if blocks else weight,
+        tables=[torch.tensor(t, dtype=torch.int32) for t in (starts, [*entries, 0])] + [filters],
+        bias=torch.randn(conv.out_channels, generator=gen) if conv.bias else None,
+        scale=torch.randn(conv.out_channels, generator=gen) if conv.scale else None,
+        residual=None,
+        dense=dense,
+        live=live,
+    )
+    if conv.residual:
+        problem.residual = torch.randn(problem.out_size(), generator=gen).to(conv.dtype)
+    problem.options = {
+        "out_channels": conv.out_channels,
+        "kernel_size": conv.kernel,
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
+        "activation": "relu" if conv.relu else "none",
+        "config": conv.config,
+    }
+    return problem
+
+
+def run(problem: Problem) -> Tensor:
+    """Run the kernel into an output full of NaN, so that an element left unwritten shows."""
+    p = problem
+    out = torch.full(p.out_size(), float("nan"), dtype=p.x.dtype, device=p.x.device)
+    out = out.contiguous(memory_format=torch.channels_last)
+    y = lhc_kernels.grouped_conv2d(p.x, p.weight, p.tables, p.bias, p.residual, p.scale, out=out, **p.options)
+    assert y is out
+    return y.cpu()
+
+
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    """Return the norm error, with the norm of an all-zero answer taken as 1."""
+    return float((y.double() - expected).norm() / (expected.norm() or 1.0))
+
+
+def check(conv: Conv, device: str = "cpu", patterns: list[list[int]] | None = None) -> None:
+    """Run ``conv`` on ``device`` and compare it with the float64 dense answer."""
+    problem = make_problem(conv, patterns)
+    error = relative_error(run(problem.to(device)), problem.expected())
+    assert error <= TOLERANCE[conv.dtype], f"norm error {error:.3g} for {conv}"
+
+
+def check_special_values(conv: Conv, device: str = "cpu") -> None:
+    """Put NaN and infinities into single channels of single pixels and compare where they arrive."""
+    problem = make_problem(conv)
+    problem.x[0, 1, 2, 3] = float("nan")
+    problem.x[1, conv.in_channels - 1, 0, 0] = float("inf")
+    problem.x[1, conv.in_block, 4, 4] = -float("inf")
+    y, expected = run(problem.to(device)).double(), problem.expected()
+    assert expected.isnan().any()
+    assert expected.isinf().any()
+    assert expected.isfinite().any()
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isinf(), expected.isinf())
+    assert torch.equal(y[y.isinf()], expected[expected.isinf()])
+    finite = expected.isfinite()
+    assert relative_error(y[finite], expected[finite]) <= TOLERANCE[conv.dtype]
+
+
+def config(*args: int, **kwargs: object) -> tuple[int, ...]:
+    """Return a KernelConfig as the integers of the ``config`` argument."""
+    return tuple(KernelConfig(*args, **kwargs).to_list())
+
+
+CASES = {
+    "plain_3x3": Conv(),
+    "batch_of_one_pixel": Conv(batch=3, height=1, width=1, density=0.8),
+    "odd_channels": Conv(in_channels=37, out_channels=21, density=0.5),
+    "in_block_not_a_power_of_two": Conv(in_channels=48, in_block=24, density=0.5),
+    "in_block_of_three_chunks": Conv(in_channels=96, in_block=48, density=0.3),
+    "in_block_of_several_steps": Conv(in_channels=192, in_block=128, density=0.4),
+    "tiny_in_block": Conv(in_channels=10, in_block=3, density=0.5),
+    "in_block_wider_than_the_input": Conv(in_channels=5, in_block=16, density=0.5),
+    "tile_not_a_power_of_two": Conv(out_channels=40, tile_width=24),
+    "tile_of_one_filter": Conv(out_channels=3, tile_width=1),
+    "tile_wider_than_a_program": Conv(out_channels=80, tile_width=80, config=config(32, 32, 32, 4, 2)),
+    "tile_wider_than_the_output": Conv(out_channels=5, tile_width=32),
+    "even_kernel": Conv(kernel=(2, 4), padding=(0, 1, 2, 1)),
+    "kernel_1x1": Conv(kernel=(1, 1), padding=(0, 0, 0, 0)),
+    "kernel_7x7": Conv(kernel=(7, 7), padding=(3, 3, 3, 3), in_channels=32, density=0.2),
+    "kernel_with_rows_only": Conv(kernel=(9, 1), padding=(4, 4, 0, 0)),
+    "stride_2": Conv(stride=(2, 2), height=9),
+    "stride_beyond_the_kernel": Conv(kernel=(1, 1), stride=(3, 2), padding=(0, 0, 0, 0), density=0.7),
+    "uneven_stride_and_dilation": Conv(stride=(2, 1), dilation=(1, 2), padding=(1, 0, 2, 3)),
+    "padding_wider_than_the_image": Conv(height=2, width=2, padding=(4, 3, 3, 4)),
+    "dense": Conv(density=2.0),
+    "no_live_entry_at_all": Conv(density=0.0, residual=True, relu=True),
+    "no_epilogue": Conv(bias=False),
+    "whole_epilogue": Conv(scale=True, residual=True, relu=True),
+    "filters_in_aligned_runs": Conv(scattered=False, residual=True, relu=True),
+    "aligned_runs_beside_scattered": Conv(scattered=False, out_channels=32, tile_width=12, residual=True),
+    "contiguous_input": Conv(channels_last=False),
+    "two_entries_a_step": Conv(config=config(64, 16, 32, 4, 3, 2)),
+    "two_entries_of_odd_channels": Conv(
+        in_channels=50, in_block=16, tile_width=32, config=config(32, 32, 16, 4, 3, 2)
+    ),
+    "one_stage": Conv(config=config(16, 16, 16, 1, 1)),
+}
+"""Named convolutions that together reach every branch of the kernel."""
+
+
+@st.composite
+def convs(draw: st.DrawFn) -> Conv:
+    """Draw a small convolution: sizes, options and dtype at random, at least one output pixel."""
+    kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    padding = draw(st.tuples(*[st.integers(0, 3)] * 4))
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    return Conv(
+        batch=draw(st.integers(1, 2)),
+        in_channels=draw(st.integers(1, 70)),
+        out_channels=draw(st.integers(1, 40)),
+        height=draw(st.integers(max(1, reach[0] - padding[0] - padding[1]), 9)),
+        width=draw(st.integers(max(1, reach[1] - padding[2] - padding[3]), 9)),
+        kernel=kernel,
+        stride=draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
+        padding=padding,
+        dilation=dilation,
+        in_block=draw(st.sampled_from((4, 8, 16, 20, 32, 64))),
+        tile_width=draw(st.sampled_from((4, 8, 16, 20, 32))),
+        density=draw(st.sampled_from((0.0, 0.1, 0.3, 1.0))),
+        dtype=draw(st.sampled_from(tuple(TOLERANCE))),
+        bias=draw(st.booleans()),
+        scale=draw(st.booleans()),
+        residual=draw(st.booleans()),
+        relu=draw(st.booleans()),
+        channels_last=draw(st.booleans()),
+        scattered=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )

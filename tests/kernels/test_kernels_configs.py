@@ -1,0 +1,108 @@
+"""Launch configs: the round trip, the validity predicate, and what the heuristic may return."""
+
+import re
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lhc_kernels import KernelConfig, LaunchShape, choose_config, config_problem, heuristic_config, store_run
+
+SHAPE = LaunchShape(
+    pixels=64 * 56 * 56, in_channels=256, in_block=32, tile_width=64, tiles=4, kernel=(3, 3), dtype="float16"
+)
+
+
+def test_configs_survive_the_round_trip_through_integers() -> None:
+    for config in (KernelConfig(), KernelConfig(64, 128, 16, 8, 3, 2, "tf32x3")):
+        values = config.to_list()
+        assert all(type(value) is int for value in values)
+        assert KernelConfig.from_list(values) == config
+
+
+@pytest.mark.parametrize("values", [[128], [128, 16, 32, 4, 4, 1, 3], [128, 16, 32, 4, 4, 1, -1], [0] * 8])
+def test_other_integers_are_no_config(values: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"^config is .*: expected nothing, or block_m"):
+        KernelConfig.from_list(values)
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        KernelConfig().block_m = 64  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "words"),
+    [
+        (KernelConfig(block_m=96), SHAPE, "block_m is 96: supported are the powers of two from 16 to 256"),
+        (KernelConfig(block_n=8), SHAPE, "block_n is 8"),
+        (KernelConfig(block_k=512), SHAPE, "block_k is 512"),
+        (KernelConfig(num_warps=3), SHAPE, "num_warps is 3"),
+        (KernelConfig(num_stages=0), SHAPE, "num_stages is 0"),
+        (KernelConfig(entries=3), SHAPE, "entries is 3 with block_k 32"),
+        (KernelConfig(block_k=16, entries=2), SHAPE, "entries is 2 with block_k 16"),
+        (KernelConfig(precision="tf16"), SHAPE, "precision is 'tf16'"),
+        (KernelConfig(), replace(SHAPE, dtype="float64"), "dtype is float64"),
+        (KernelConfig(), replace(SHAPE, kernel=(16, 16)), r"kernel_size is \[16, 16\]"),
+        (KernelConfig(256, 256, 32, 8), SHAPE, "256 accumulators a thread"),
+        (KernelConfig(128, 128, 64, 8, 8), SHAPE, "262144 bytes of shared memory: the device has 232448"),
+    ],
+)
+def test_the_predicate_names_what_is_wrong(config: KernelConfig, shape: LaunchShape, words: str) -> None:
+    reason = config_problem(config, shape)
+    assert reason is not None
+    assert "\n" not in reason
+    assert re.search(words, reason)
+
+
+def test_a_good_config_has_no_problem() -> None:
+    assert config_problem(KernelConfig(128, 64, 32, 4, 4, 2), SHAPE) is None
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.builds(
+        LaunchShape,
+        pixels=st.integers(1, 2**31),
+        in_channels=st.integers(1, 4096),
+        in_block=st.integers(1, 512),
+        tile_width=st.integers(1, 512),
+        tiles=st.integers(1, 256),
+        kernel=st.tuples(st.integers(1, 15), st.integers(1, 15)),
+        dtype=st.sampled_from(("float16", "bfloat16", "float32")),
+        processors=st.integers(1, 200),
+        shared_bytes=st.sampled_from((65536, 101376, 166912, 232448)),
+    ),
+    st.sampled_from(("ieee", "tf32", "tf32x3")),
+)
+def test_the_heuristic_is_always_valid(shape: LaunchShape, precision: str) -> None:
+    config, reasons = choose_config(shape, precision)
+    assert config_problem(config, shape) is None
+    assert config.precision == precision
+    assert reasons
+    assert heuristic_config(shape, precision) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, "half: tensor cores; two entries a step"),
+        ({"dtype": "float32"}, "float32: FMA, small blocks"),
+        ({"in_block": 64}, "half: tensor cores"),
+        ({"tile_width": 200}, "tile split into 128 filters"),
+        ({"in_channels": 37}, "odd channels"),
+        ({"in_block": 25, "in_channels": 100}, "odd channels"),
+        ({"pixels": 64}, "few pixels"),
+        ({"shared_bytes": 101376}, "fewer stages"),
+    ],
+)
+def test_the_heuristic_names_its_reasons(change: dict[str, object], reason: str) -> None:
+    assert reason in choose_config(replace(SHAPE, **change))[1]  # type: ignore[arg-type]
+
+
+def test_store_runs_need_aligned_rows() -> None:
+    assert store_run(256, 16, "float16") == 8
+    assert store_run(256, 16, "float32") == 4
+    assert store_run(250, 16, "float16") == 1
+    assert store_run(256, 12, "float16") == 1

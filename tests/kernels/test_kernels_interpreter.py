@@ -1,0 +1,98 @@
+"""The Triton kernel against the float64 dense answer, in Triton's CPU interpreter."""
+
+import os
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("kernels are interpreted only under TRITON_INTERPRET=1", allow_module_level=True)
+
+from dataclasses import replace
+
+import torch
+from grouped_problems import CASES, TOLERANCE, Conv, check, check_special_values, convs, make_problem, run
+from hypothesis import given, settings
+
+from lhc_kernels import grouped_conv, grouped_conv2d, grouped_conv2d_fwd_kernel
+
+pytestmark = pytest.mark.interpreter
+
+DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in TOLERANCE]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_named_convolutions_match_the_dense_answer(name: str, dtype: torch.dtype) -> None:
+    check(replace(CASES[name], dtype=dtype))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(convs())
+def test_random_convolutions_match_the_dense_answer(conv: Conv) -> None:
+    check(conv)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tile_without_entries_gives_the_epilogue_of_zero(dtype: torch.dtype) -> None:
+    check(Conv(dtype=dtype, scale=True, residual=True, relu=True), patterns=[[], [0, 4, 17]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_spread_through_live_entries_only(dtype: torch.dtype) -> None:
+    check_special_values(Conv(dtype=dtype, bias=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_relu_keeps_nan(dtype: torch.dtype) -> None:
+    problem = make_problem(Conv(dtype=dtype, relu=True))
+    assert problem.bias is not None
+    problem.bias[3] = float("nan")
+    y = run(problem)
+    assert y[:, 3].isnan().all()
+    assert (y[:, [f for f in range(32) if f != 3]] >= 0).all()
+
+
+def test_denormals_are_kept() -> None:
+    conv = Conv(in_channels=1, in_block=1, out_channels=1, tile_width=1, kernel=(1, 1), padding=(0, 0, 0, 0))
+    problem = make_problem(replace(conv, bias=False), patterns=[[0]])
+    problem.x.fill_(1e-40)
+    problem.weight.fill_(1.0)
+    assert torch.equal(run(problem), torch.full(problem.out_size(), 1e-40))
+
+
+def test_int64_offsets_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(Conv(stride=(2, 1), residual=True))
+    expected = run(problem)
+    monkeypatch.setattr(grouped_conv, "INT32_ELEMENTS", 0)
+    assert torch.equal(run(problem), expected)
+
+
+def test_an_output_is_allocated_channels_last_and_runs_repeat_bit_for_bit() -> None:
+    problem = make_problem(Conv())
+    p = problem
+    y = grouped_conv2d(p.x, p.weight, p.tables, p.bias, **p.options)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, run(problem))
+
+
+def test_an_empty_batch_gives_an_empty_output() -> None:
+    p = make_problem(Conv())
+    y = grouped_conv2d(p.x[:0], p.weight, p.tables, p.bias, **p.options)
+    assert y.shape == (0, 32, 6, 7)
+
+
+def test_strided_arguments_are_read_by_value() -> None:
+    problem = make_problem(Conv(scale=True, residual=True))
+    expected = run(problem)
+    p = problem
+    assert p.bias is not None
+    assert p.scale is not None
+    p.bias = torch.stack([p.bias, -p.bias], 1)[:, 0]
+    p.scale = torch.stack([p.scale, -p.scale], 1)[:, 0]
+    p.weight = p.weight.transpose(0, 2).contiguous().transpose(0, 2)
+    p.tables = [torch.stack([t, -t], -1)[..., 0] for t in p.tables]
+    assert torch.equal(run(problem), expected)
+
+
+def test_the_kernel_under_test_is_the_interpreted_one() -> None:
+    assert type(grouped_conv2d_fwd_kernel).__name__ == "InterpretedFunction"

@@ -172,8 +172,14 @@ class LHCConv2d(nn.Conv2d):
         self.topology.copy_(self._learned_mask() != 0)
 
     def freeze(self) -> None:
-        """Fix the topology that the effects now stand for; all filters use their masks from here on."""
+        """Fix the topology that the effects now stand for; all filters use their masks from here on.
+
+        Raises:
+            ValueError: the effects have NaN or infinity: training has diverged.
+        """
         if not self._frozen:
+            if not bool(torch.isfinite(self.effects).all()):
+                raise ValueError("the effects have NaN or infinity: go back to an earlier checkpoint")
             self._refresh_topology()
         self.masked_filters.fill_(True)
         self._set_frozen(True)

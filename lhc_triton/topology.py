@@ -52,7 +52,7 @@ class LHCConfig:
                 )
             if not 0 < self.density <= 1:
                 raise ValueError(
-                    f"density={self.density!r} is out of range: give a number in (0, 1], or None for no penalty"
+                    f"density={self.density!r} is out of range: give one in (0, 1], or None for no penalty"
                 )
         for name in ("in_block", "out_block"):
             value = getattr(self, name)

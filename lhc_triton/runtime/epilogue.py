@@ -40,25 +40,34 @@ def finish(
     Returns:
         [N, O, OH, OW], or [N, O, OH // 2, OW // 2] with pooling, dense in the asked layout.
     """
+    # The first step also copies ``total`` into the asked layout, where it has another one.
+    out = total if _has_layout(total, layout) else _empty(total.shape, total, layout)
     if scale is not None:
-        total.mul_(scale.to(total.dtype).view(1, -1, 1, 1))
+        total = torch.mul(total, scale.to(total.dtype).view(1, -1, 1, 1), out=out)
     if bias is not None:
-        total.add_(bias.to(total.dtype).view(1, -1, 1, 1))
+        total = torch.add(total, bias.to(total.dtype).view(1, -1, 1, 1), out=out)
     if residual is not None:
-        total.add_(residual)
+        total = torch.add(total, residual, out=out)
     if activation == "relu":
-        total.relu_()
+        total = torch.clamp_min(total, 0, out=out)
+    if total is not out:
+        out.copy_(total)
     if pool == "max2x2":
-        total = F.max_pool2d(total, 2)
-    # A size-1 dimension makes both formats "contiguous" in torch's eyes, so the strides are forced.
-    return with_layout(total.to(dtype), layout)
+        out = F.max_pool2d(out, 2)
+    return with_layout(out.to(dtype), layout)
 
 
 def with_layout(y: Tensor, layout: str) -> Tensor:
     """Return ``y`` [N, C, H, W] with exactly the strides that ``layout`` gives a new tensor."""
-    n, c, h, w = y.shape
+    # Not is_contiguous(): sizes of 1 satisfy it in both layouts, with strides that differ.
+    return y if _has_layout(y, layout) else _empty(y.shape, y, layout).copy_(y)
+
+
+def _has_layout(y: Tensor, layout: str) -> bool:
+    _, c, h, w = y.shape
     wanted = (c * h * w, 1, w * c, c) if layout == "channels_last" else (c * h * w, h * w, w, 1)
-    if y.stride() == wanted:
-        return y
-    out = torch.empty((n, c, h, w), dtype=y.dtype, device=y.device, memory_format=MEMORY_FORMATS[layout])
-    return out.copy_(y)
+    return y.stride() == wanted
+
+
+def _empty(shape: torch.Size, like: Tensor, layout: str) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=MEMORY_FORMATS[layout])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -92,3 +94,12 @@ def fuse(
     return GroupedConv2d.from_weight(
         layer, weight, bias, backend=backend, activation=activation, pool=pool, layout=layout
     )
+
+
+def swapped(work: nn.Module, fused: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a copy of the module tree, sharing tensors, with convolutions replaced wherever they are."""
+    named = dict(work.named_modules())
+    # Everything but the replaced modules is shared with the original by way of deepcopy's memo.
+    memo: dict[int, Any] = {id(named[name]): module for name, module in fused.items()}
+    memo.update({id(t): t for t in (*work.parameters(), *work.buffers())})
+    return copy.deepcopy(work, memo)

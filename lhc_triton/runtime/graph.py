@@ -19,6 +19,8 @@ from torch import fx, nn
 
 from lhc_triton.layers import LHCConv2d
 
+Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
+
 _ADDS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add})
 _RELUS: frozenset[Any] = frozenset({F.relu, torch.relu, torch.relu_, F.relu_})
 _IN_PLACE: frozenset[Any] = frozenset(
@@ -144,7 +146,15 @@ class _ShapeRecorder(fx.Interpreter):
         return value
 
 
-def find_sites(traced: fx.GraphModule, example: Sequence[torch.Tensor]) -> tuple[Site, ...]:
+def record_shapes(traced: fx.GraphModule, example: Sequence[torch.Tensor]) -> tuple[Shapes, Any]:
+    """Run a traced network once; return shape and dtype of each node's tensor by name, and the output."""
+    recorder = _ShapeRecorder(traced)
+    with torch.no_grad():
+        output = recorder.run(*[value.clone() for value in example])
+    return recorder.seen, output
+
+
+def find_sites(traced: fx.GraphModule, shapes: Shapes) -> tuple[Site, ...]:
     """Return every call of a fusible convolution with the operations its epilogue can absorb.
 
     Batch norm directly after the convolution, then a residual addition of equal shape, then ReLU, then a
@@ -152,12 +162,9 @@ def find_sites(traced: fx.GraphModule, example: Sequence[torch.Tensor]) -> tuple
 
     Args:
         traced: what ``trace`` returned, in eval mode.
-        example: inputs of the network; run once to learn the shapes.
+        shapes: what ``record_shapes`` saw.
     """
-    recorder = _ShapeRecorder(traced)
-    with torch.no_grad():
-        recorder.run(*[value.clone() for value in example])
-    finder = _Finder(traced, recorder.seen)
+    finder = _Finder(traced, shapes)
     sites: list[Site] = []
     absorbed: set[str] = set()
     variants: dict[tuple[str, str | None, str, str], str] = {}
@@ -179,7 +186,7 @@ def find_sites(traced: fx.GraphModule, example: Sequence[torch.Tensor]) -> tuple
 class _Finder:
     """Grows one site at a time; holds what it must know about the whole graph."""
 
-    def __init__(self, traced: fx.GraphModule, seen: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
+    def __init__(self, traced: fx.GraphModule, seen: Shapes) -> None:
         self.traced = traced
         self.seen = seen
         self.order = list(traced.graph.nodes)

@@ -28,6 +28,7 @@ class FusedConv2d(nn.Module):
         bias: [O] or None, a persistent buffer; batch norm is already folded into it.
     """
 
+    backend = "dense"
     bias: Tensor | None
 
     def __init__(
@@ -171,6 +172,11 @@ class DenseConv2d(FusedConv2d):
         x = x.contiguous(memory_format=MEMORY_FORMATS[self.layout])
         y = F.conv2d(x, self.weight, self.bias, self.stride, border, self.dilation, self.groups)
         return self._finish(y, residual, activation, pool)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # assign=True brings the file's format, and another format may round otherwise
+        self.weight = self.weight.contiguous(memory_format=MEMORY_FORMATS[self.layout])
 
 
 class GroupedConv2d(FusedConv2d):

@@ -12,12 +12,12 @@ from runtime_networks import finish, image, norm_error, resnet, shared, untracea
 from torch import Tensor, fx, nn
 
 from lhc_triton.runtime.fusion import fuse
-from lhc_triton.runtime.graph import Site, TraceError, find_sites, rewrite, trace
+from lhc_triton.runtime.graph import Site, TraceError, find_sites, record_shapes, rewrite, trace
 
 
 def rewritten(model: nn.Module, *inputs: Tensor) -> tuple[tuple[Site, ...], fx.GraphModule]:
     traced = trace(copy.deepcopy(model).eval())
-    sites = find_sites(traced, inputs)
+    sites = find_sites(traced, record_shapes(traced, inputs)[0])
     modules = {}
     for site in sites:
         norm = traced.get_submodule(site.norm) if site.norm else None
@@ -218,7 +218,7 @@ def test_a_norm_without_running_statistics_is_not_folded() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)).eval()
     traced = trace(model)
-    assert find_sites(traced, [image()])[0].norm is None
+    assert find_sites(traced, record_shapes(traced, [image()])[0])[0].norm is None
 
 
 def test_a_norm_is_folded_into_each_of_its_convolutions() -> None:

@@ -1,0 +1,318 @@
+"""accelerate(): from a trained model and its plan to a network that runs on the chosen backends."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lhc_triton.planning import plan as make_plan
+from lhc_triton.planning.plan import LayerPlan, Plan
+from lhc_triton.runtime.accelerated import AcceleratedModel, LayerRow, Record, make_row
+from lhc_triton.runtime.checks import (
+    check_convs,
+    check_inputs,
+    check_names,
+    fitting_plan,
+    run_model,
+    strip_hooks,
+    working_copy,
+)
+from lhc_triton.runtime.dispatch import choose_backend, supports
+from lhc_triton.runtime.fusion import fuse, swapped
+from lhc_triton.runtime.graph import Site, TraceError, find_sites, is_fusible, record_shapes, rewrite, trace
+from lhc_triton.runtime.modules import FusedConv2d
+from lhc_triton.runtime.verify import (
+    Findings,
+    compare_calls,
+    compare_sites,
+    layer_tolerance,
+    network_tolerance,
+    norm_error,
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who runs one layer, and why."""
+
+    backend: str
+    reason: str
+    measured_us: float | None = None
+
+
+def accelerate(
+    model: nn.Module,
+    example_input: Tensor | Sequence[Tensor],
+    plan: Plan | None = None,
+    tune: str = "cached",
+    backend: str = "auto",
+) -> AcceleratedModel:
+    """Return a network for inference that computes what ``model`` computes, and skips its dead weights.
+
+    Convolutions with a topology (LHCConv2d, or nn.Conv2d with structured zeros) go to a sparse backend where
+    it is faster, the others stay dense. Where torch.fx can trace the model, batch norm is folded and bias,
+    residual, ReLU and 2x2 max pool run in the convolutions' epilogues. Every layer, and then the whole
+    output, is compared with the model's on ``example_input``; what differs is put back to dense, and
+    ``explain()`` says so. The model is copied and left as it was; its hooks are not carried over.
+
+    Args:
+        model: any module; run in eval mode.
+        example_input: [N, C, H, W], or a tuple of the model's positional tensor arguments, on the model's
+            device. Later inputs may have other batch and image sizes.
+        plan: what ``lhc.plan`` made for this model; by default it is made here.
+        tune: "off" trusts the cost model, "cached" prefers stored measurements, "full" measures.
+        backend: "auto", or one backend that every planned layer must use.
+
+    Raises:
+        ValueError: the model has no convolution, NaN weights or an unfinished mask warm-up; it does not take
+            the example; the plan is for another model; a forced backend cannot serve a layer.
+        TypeError: an argument has another type.
+    """
+    check_names(tune, backend)
+    inputs = check_inputs(model, example_input)
+    work = working_copy(model)
+    convs = check_convs(work)
+    reference = run_model(work, inputs)
+    notes = []
+    if strip_hooks(work):
+        notes.append("the model's forward hooks are not carried over")
+
+    if plan is None:
+        plan = make_plan(work, inputs, backend=backend)
+    else:
+        plan = fitting_plan(plan, convs)
+    choices = _choose_all(plan, convs, tune, backend)
+    job = _Job(work, inputs, reference, plan, choices, backend, notes)
+    return job.run()
+
+
+class _Job:
+    """One acceleration on its way from choices to a checked network."""
+
+    def __init__(
+        self,
+        work: nn.Module,
+        inputs: tuple[Tensor, ...],
+        reference: Any,
+        plan: Plan,
+        choices: dict[str, Choice],
+        requested: str,
+        notes: list[str],
+    ) -> None:
+        self.work = work
+        self.inputs = inputs
+        self.reference = reference
+        self.plan = plan
+        self.layers = {layer.name: layer for layer in plan.layers}
+        self.choices = choices
+        self.requested = requested
+        self.notes = notes
+        self.changed = False
+        self.modules_by_name = dict(work.named_modules())
+        weight = next(m.weight for m in work.modules() if isinstance(m, nn.Conv2d))
+        self.layer_tolerance = layer_tolerance(weight.dtype, weight.device)
+        self.tolerance = network_tolerance(weight.dtype, weight.device)
+        self.device = weight.device
+
+    def run(self) -> AcceleratedModel:
+        traced, sites = self._trace()
+        layout = self._layout(sites)
+        fused = {site.module: self._fuse(site, layout) for site in sites}
+        findings = self._compare(traced, sites, fused)
+        if traced is None:
+            sites = tuple(site for site in sites if site.module in findings.pixels)
+        for site in sites:
+            problem = findings.problem(site.module, self.layer_tolerance)
+            if problem is not None and self.choices[site.layer].backend != "dense":
+                self._put_back(site.layer, problem)
+        fused = self._refresh(sites, fused, layout)
+        network, error = self._assemble(traced, sites, fused)
+        if error > self.tolerance and any(c.backend != "dense" for c in self.choices.values()):
+            for name, choice in self.choices.items():
+                if choice.backend != "dense":
+                    self._put_back(name, f"the network's output differs from the model's by {error:.1e}")
+            fused = self._refresh(sites, fused, layout)
+            network, error = self._assemble(traced, sites, fused)
+        if self.changed:
+            findings = self._compare(traced, sites, fused)
+        rows = self._rows(sites, findings)
+        if error > self.tolerance:
+            self.notes.append(
+                f"even with dense layers the rewritten network's output differs from the model's by "
+                f"{error:.1e}: the model runs as it is"
+            )
+            network, error = self.work, norm_error(run_model(self.work, self.inputs), self.reference)
+            sites, traced = (), None
+        return AcceleratedModel(
+            network,
+            self._plan_in_force(),
+            Record(
+                type(self.work).__name__,
+                self.requested,
+                traced is not None,
+                layout,
+                sites,
+                rows,
+                tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in self.inputs),
+                error,
+                tuple(self.notes),
+            ),
+        )
+
+    def _trace(self) -> tuple[fx.GraphModule | None, tuple[Site, ...]]:
+        """Return the traced network with its sites, or None with one plain site per convolution."""
+        try:
+            traced = trace(self.work)
+            shapes, output = record_shapes(traced, self.inputs)
+            error = norm_error(output, self.reference)
+            if error > self.tolerance:
+                raise TraceError(f"the traced network's output differs from the model's by {error:.1e}")
+            return traced, find_sites(traced, shapes)
+        except TraceError as failure:
+            self.notes.append(
+                f"torch.fx could not trace the model ({failure}): convolutions are swapped in place, "
+                "nothing is fused"
+            )
+            names = (name for name, module in self.modules_by_name.items() if is_fusible(module))
+            return None, tuple(Site(name, name) for name in names)
+
+    def _layout(self, sites: Sequence[Site]) -> str:
+        """Choose the memory format between the layers.
+
+        torch's dense convolutions run faster on channels_last, on CPUs as on GPUs; only the torch and
+        reference backends on a CPU gather from contiguous images.
+        """
+        if self.device.type != "cpu":
+            return "channels_last"
+        macs = {"dense": 0, "contiguous": 0}
+        for name in {site.layer for site in sites}:
+            backend = self.choices[name].backend
+            layer = self.layers.get(name)
+            if backend in ("torch", "reference") and layer is not None:
+                macs["contiguous"] += layer.planned_macs
+            elif layer is not None:
+                macs["dense"] += layer.topology.geometry.macs
+        return "contiguous" if macs["contiguous"] > macs["dense"] else "channels_last"
+
+    def _fuse(self, site: Site, layout: str) -> FusedConv2d:
+        conv = self.modules_by_name[site.layer]
+        assert isinstance(conv, nn.Conv2d)
+        return fuse(
+            conv,
+            self.modules_by_name[site.norm] if site.norm else None,
+            layer=self.layers.get(site.layer),
+            backend=self.choices[site.layer].backend,
+            activation=site.activation,
+            pool=site.pool,
+            layout=layout,
+        )
+
+    def _refresh(
+        self, sites: Sequence[Site], fused: Mapping[str, FusedConv2d], layout: str
+    ) -> dict[str, FusedConv2d]:
+        """Rebuild the modules whose backend changed, and drop those without a site."""
+        return {
+            site.module: fused[site.module]
+            if fused[site.module].backend == self.choices[site.layer].backend
+            else self._fuse(site, layout)
+            for site in sites
+        }
+
+    def _compare(
+        self, traced: fx.GraphModule | None, sites: Sequence[Site], fused: Mapping[str, FusedConv2d]
+    ) -> Findings:
+        if traced is not None:
+            return compare_sites(traced, sites, fused, self.inputs)
+        return compare_calls(self.work, fused, self.inputs)
+
+    def _put_back(self, name: str, problem: str) -> None:
+        """Let a layer run dense, or refuse where the user forced its backend."""
+        backend = self.choices[name].backend
+        if self.requested != "auto":
+            raise ValueError(
+                f"layer {name!r} cannot run on the forced backend {backend!r}: {problem}; "
+                'use backend="auto" to leave it dense'
+            )
+        self.changed = True
+        self.choices[name] = Choice("dense", f"put back from {backend}: {problem}")
+        self.notes.append(f"layer {name!r} was put back to dense from {backend}: {problem}")
+
+    def _assemble(
+        self, traced: fx.GraphModule | None, sites: Sequence[Site], fused: Mapping[str, FusedConv2d]
+    ) -> tuple[nn.Module, float]:
+        """Build the network and return it with its output's error."""
+        if traced is not None:
+            network: nn.Module = rewrite(traced, sites, fused)
+        else:
+            network = swapped(self.work, fused)
+        try:
+            with torch.no_grad():
+                output = network(*[value.clone() for value in self.inputs])
+        except Exception as failure:  # a model that looks into its convolutions may trip over ours
+            self.notes.append(f"the rewritten network does not run ({type(failure).__name__}: {failure})")
+            return network, float("inf")
+        return network, norm_error(output, self.reference)
+
+    def _plan_in_force(self) -> Plan:
+        layers = []
+        for layer in self.plan.layers:
+            choice = self.choices.get(layer.name)
+            if choice is not None:
+                layer = dataclasses.replace(layer, backend=choice.backend, reason=choice.reason)
+            layers.append(layer)
+        return dataclasses.replace(self.plan, layers=tuple(layers))
+
+    def _rows(self, sites: Sequence[Site], findings: Findings) -> tuple[LayerRow, ...]:
+        rows: dict[str, LayerRow] = {}
+        for site in sites:
+            if site.module in rows:
+                continue
+            choice = self.choices[site.layer]
+            conv = self.modules_by_name[site.layer]
+            assert isinstance(conv, nn.Conv2d)
+            rows[site.module] = make_row(
+                site,
+                self.layers.get(site.layer),
+                choice.backend,
+                choice.reason,
+                conv.weight.numel() * findings.pixels[site.module],
+                findings.errors.get(site.module),
+                choice.measured_us,
+            )
+        return tuple(rows.values())
+
+
+def _choose_all(plan: Plan, convs: Mapping[str, nn.Conv2d], tune: str, requested: str) -> dict[str, Choice]:
+    """Choose a backend for every fusible convolution; ValueError where a forced one cannot serve."""
+    planned = {layer.name: layer for layer in plan.layers}
+    skipped = dict(plan.skipped)
+    choices = {}
+    for name, conv in convs.items():
+        if name not in planned:
+            choices[name] = Choice("dense", skipped.get(name, "not in the plan"))
+            continue
+        weight = conv.weight
+        choices[name] = choose(planned[name], weight.dtype, weight.device, tune, requested)
+    return choices
+
+
+def choose(
+    layer: LayerPlan,
+    dtype: torch.dtype,
+    device: torch.device,
+    tune: str = "cached",
+    requested: str = "auto",
+) -> Choice:
+    """Choose who runs a planned layer; ValueError where a forced backend cannot."""
+    if requested == "auto":
+        decision = choose_backend(layer, dtype, device, tune)
+        return Choice(decision.backend, decision.reason, decision.measured_us.get(decision.backend))
+    reason = supports(requested, layer, dtype, device)
+    if reason is not None:
+        raise ValueError(f"layer {layer.name!r} cannot run on the forced backend {requested!r}: {reason}")
+    return Choice(requested, "forced")

@@ -1,0 +1,249 @@
+"""The closed list of operations that a stored graph may hold, and what each accepts.
+
+A stored graph comes from a file, so nothing in it is taken on trust: a name stands for an operation only by
+this table, and every argument is checked against the operation's parameters before a graph is built.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+MAX_NUMBER = 2**40
+MAX_ITEMS = 64
+
+
+class GraphError(ValueError):
+    """A graph cannot be stored, or a stored graph is not valid; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of an operation.
+
+    Attributes:
+        name: as in a keyword argument.
+        kind: "tensor", "tensors" (a list), "value" (tensor or number), "int" (or the value of a node),
+            "ints" (one or a list), "number", "bool", "index" (of a getitem), or "shape" (the word itself).
+        optional: whether it may be left out.
+        nullable: whether it may be None.
+    """
+
+    name: str
+    kind: str
+    optional: bool = False
+    nullable: bool = False
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A function or a method: what it is called in a file, and its parameters; "*ints" takes the rest."""
+
+    name: str
+    target: Any
+    parameters: tuple[Parameter, ...]
+    rest: str | None = None
+
+
+def _operation(name: str, target: Any, signature: str) -> Operation:
+    """Read a signature such as "input:tensor dim:ints?~ *:int": ? may be left out, ~ may be None."""
+    parameters = []
+    rest = None
+    for word in signature.split():
+        label, _, kind = word.partition(":")
+        if label == "*":
+            rest = kind
+            continue
+        parameters.append(Parameter(label, kind.rstrip("?~"), "?" in kind, "~" in kind))
+    return Operation(name, target, tuple(parameters), rest)
+
+
+_POOL = "input:tensor kernel_size:ints stride:ints?~ padding:ints? "
+_FUNCTIONS = (
+    _operation("add", operator.add, "a:value b:value"),
+    _operation("iadd", operator.iadd, "a:value b:value"),
+    _operation("sub", operator.sub, "a:value b:value"),
+    _operation("mul", operator.mul, "a:value b:value"),
+    _operation("imul", operator.imul, "a:value b:value"),
+    _operation("truediv", operator.truediv, "a:value b:value"),
+    _operation("floordiv", operator.floordiv, "a:value b:value"),
+    _operation("getitem", operator.getitem, "a:tensor b:index"),
+    _operation("shape", getattr, "a:tensor b:shape"),
+    _operation("torch.add", torch.add, "input:tensor other:value alpha:number?"),
+    _operation("torch.sub", torch.sub, "input:tensor other:value alpha:number?"),
+    _operation("torch.mul", torch.mul, "input:tensor other:value"),
+    _operation("torch.cat", torch.cat, "tensors:tensors dim:int?"),
+    _operation("torch.flatten", torch.flatten, "input:tensor start_dim:int? end_dim:int?"),
+    _operation("torch.relu", torch.relu, "input:tensor"),
+    _operation("torch.relu_", torch.relu_, "input:tensor"),
+    _operation("torch.sigmoid", torch.sigmoid, "input:tensor"),
+    _operation("torch.mean", torch.mean, "input:tensor dim:ints?~ keepdim:bool?"),
+    _operation("torch.softmax", torch.softmax, "input:tensor dim:int"),
+    _operation("relu", F.relu, "input:tensor inplace:bool?"),
+    _operation("silu", F.silu, "input:tensor inplace:bool?"),
+    _operation("softmax", F.softmax, "input:tensor dim:int?~"),
+    _operation("log_softmax", F.log_softmax, "input:tensor dim:int?~"),
+    _operation("max_pool2d", F.max_pool2d, _POOL + "dilation:ints? ceil_mode:bool? return_indices:bool?"),
+    _operation(
+        "avg_pool2d",
+        F.avg_pool2d,
+        _POOL + "ceil_mode:bool? count_include_pad:bool? divisor_override:int?~",
+    ),
+    _operation("adaptive_avg_pool2d", F.adaptive_avg_pool2d, "input:tensor output_size:ints~"),
+    _operation("pad", F.pad, "input:tensor pad:ints"),
+)
+_METHODS = tuple(
+    _operation(name, name, signature)
+    for name, signature in (
+        ("view", "input:tensor *:int"),
+        ("reshape", "input:tensor *:int"),
+        ("permute", "input:tensor *:int"),
+        ("transpose", "input:tensor dim0:int dim1:int"),
+        ("flatten", "input:tensor start_dim:int? end_dim:int?"),
+        ("squeeze", "input:tensor dim:int?"),
+        ("unsqueeze", "input:tensor dim:int"),
+        ("size", "input:tensor dim:int?"),
+        ("dim", "input:tensor"),
+        ("contiguous", "input:tensor"),
+        ("mean", "input:tensor dim:ints?~ keepdim:bool?"),
+        ("sum", "input:tensor dim:ints?~ keepdim:bool?"),
+        ("relu", "input:tensor"),
+        ("relu_", "input:tensor"),
+        ("sigmoid", "input:tensor"),
+        ("softmax", "input:tensor dim:int"),
+        ("add", "input:tensor other:value alpha:number?"),
+        ("add_", "input:tensor other:value alpha:number?"),
+        ("mul", "input:tensor other:value"),
+        ("mul_", "input:tensor other:value"),
+        ("chunk", "input:tensor chunks:int dim:int?"),
+    )
+)
+OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
+    "call_function": {operation.name: operation for operation in _FUNCTIONS},
+    "call_method": {operation.name: operation for operation in _METHODS},
+}
+
+
+def operation_of(node: fx.Node) -> Operation:
+    """Return the operation of a function or method node; GraphError if it is not on the list."""
+    for operation in OPERATIONS[node.op].values():
+        if operation.target is node.target or (node.op == "call_method" and operation.name == node.target):
+            return operation
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
+    raise GraphError(f"operation {str(name)!r} (node {node.name!r}) is not on the list of stored operations")
+
+
+def encode(value: Any) -> Any:
+    """Turn a node's argument into plain JSON data: nodes by name, tuples, slices and dicts marked."""
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise GraphError(f"the argument {value} is not finite")
+        return value
+    if isinstance(value, tuple):
+        return {"tuple": [encode(item) for item in value]}
+    if isinstance(value, list):
+        return [encode(item) for item in value]
+    if isinstance(value, slice):
+        return {"slice": [encode(value.start), encode(value.stop), encode(value.step)]}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: encode(item) for key, item in value.items()}}
+    raise GraphError(f"an argument of type {type(value).__name__} cannot be stored")
+
+
+def decode(value: Any, nodes: Mapping[str, fx.Node], depth: int = 0) -> Any:
+    """Turn ``encode``'s data back into an argument; GraphError where it is none or names an unknown node."""
+    if depth > 8:
+        raise GraphError("an argument is nested too deep")
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float):
+        if not math.isfinite(value) or abs(value) > MAX_NUMBER:
+            raise GraphError(f"the number {value} is out of bounds")
+        return value
+    if isinstance(value, list):
+        return [decode(item, nodes, depth + 1) for item in _bounded(value)]
+    if not isinstance(value, dict) or len(value) != 1:
+        raise GraphError("an argument is neither a number, a list nor a marked value")
+    ((mark, content),) = value.items()
+    if mark == "node":
+        if not isinstance(content, str) or content not in nodes:
+            raise GraphError(f"an argument names the node {content!r}, which does not come before")
+        return nodes[content]
+    if mark == "tuple" and isinstance(content, list):
+        return tuple(decode(item, nodes, depth + 1) for item in _bounded(content))
+    if mark == "slice" and isinstance(content, list) and len(content) == 3:
+        return slice(*(decode(item, nodes, depth + 1) for item in content))
+    if mark == "dict" and isinstance(content, dict):
+        return {key: decode(item, nodes, depth + 1) for key, item in content.items()}
+    raise GraphError(f"an argument is marked {str(mark)[:40]!r}, which is unknown")
+
+
+def _bounded(items: list[Any]) -> list[Any]:
+    if len(items) > 4096:
+        raise GraphError(f"a list of {len(items)} arguments is too long")
+    return items
+
+
+def check_arguments(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise GraphError unless the arguments fit the operation's parameters in number, name and kind."""
+    known = {parameter.name: parameter for parameter in operation.parameters}
+    given: dict[str, Any] = {}
+    for index, value in enumerate(args):
+        if index < len(operation.parameters):
+            given[operation.parameters[index].name] = value
+        elif operation.rest is None or not _is_kind(value, "ints"):
+            raise GraphError(f"{operation.name}: argument {index} is not allowed")
+    for name, value in kwargs.items():
+        if name not in known or name in given:
+            raise GraphError(f"{operation.name}: the keyword {str(name)[:40]!r} is not allowed")
+        given[name] = value
+    for parameter in operation.parameters:
+        if parameter.name not in given:
+            if not parameter.optional:
+                raise GraphError(f"{operation.name}: the argument {parameter.name!r} is missing")
+            continue
+        value = given[parameter.name]
+        if not (value is None and parameter.nullable) and not _is_kind(value, parameter.kind):
+            raise GraphError(f"{operation.name}: {parameter.name}={str(value)[:40]!r} is no {parameter.kind}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_index(value: Any) -> bool:
+    if isinstance(value, slice):
+        return all(part is None or _is_kind(part, "int") for part in (value.start, value.stop, value.step))
+    return value is None or value is Ellipsis or _is_kind(value, "int")
+
+
+_KINDS: Mapping[str, Callable[[Any], bool]] = {
+    "tensor": lambda v: isinstance(v, fx.Node),
+    "tensors": lambda v: isinstance(v, list | tuple) and all(isinstance(item, fx.Node) for item in v),
+    "value": lambda v: isinstance(v, fx.Node) or _is_int(v) or isinstance(v, float),
+    "int": lambda v: _is_int(v) or isinstance(v, fx.Node),
+    "number": lambda v: _is_int(v) or isinstance(v, float),
+    "bool": lambda v: isinstance(v, bool),
+    "shape": lambda v: v == "shape",
+    "index": lambda v: all(map(_is_index, v)) if isinstance(v, tuple) else _is_index(v),
+    "ints": lambda v: (
+        all(item is None or _is_kind(item, "int") for item in v)
+        if isinstance(v, list | tuple) and len(v) <= MAX_ITEMS
+        else _is_kind(v, "int")
+    ),
+}
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    return _KINDS[kind](value)

@@ -4,9 +4,11 @@ Learn a network (`convert`, `TopologySchedule`, `freeze`, `summary`), plan it (`
 keep it (`save`, `load`).
 """
 
+from .artifact import load, save
 from .conversion import convert, freeze, lhc_layers, summary
 from .layers import LHCConv2d
 from .planning import Plan, plan
+from .runtime.accelerate import accelerate
 from .schedule import TopologySchedule
 from .topology import LHCConfig
 
@@ -17,9 +19,12 @@ __all__ = [
     "LHCConv2d",
     "Plan",
     "TopologySchedule",
+    "accelerate",
     "convert",
     "freeze",
     "lhc_layers",
+    "load",
     "plan",
+    "save",
     "summary",
 ]

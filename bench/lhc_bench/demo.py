@@ -99,6 +99,9 @@ def run_demo(
     if not same:
         raise RuntimeError(f"{artifact} does not give the outputs it was saved with; please report this")
 
+    progress("time each converted layer against its dense form")
+    layers = _layer_rows(fast, lhc.accelerate(sparse, example, backend="dense", tune="off"), example, rounds)
+
     report: dict[str, Any] = {
         "dense_accuracy": dense_accuracy,
         "lhc_accuracy": lhc_accuracy,
@@ -128,7 +131,7 @@ def run_demo(
             "torch": torch.__version__,
             "lhc_triton": lhc.__version__,
         },
-        "layers": fast.report()["layers"],
+        "layers": layers,
         "topology": topology_statistics(topologies),
     }
     progress("draw the pictures")
@@ -138,6 +141,31 @@ def run_demo(
     draw_speedup(report, out / "speedup.png")
     write_beside(out / "report.json", json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _layer_rows(fast: nn.Module, dense: nn.Module, example: Tensor, rounds: int) -> list[dict[str, Any]]:
+    """Return the report's rows of the planned layers, each with measured times of the layer and its dense form."""
+    planned = {layer.name for layer in fast.plan.layers}
+    inputs: dict[str, tuple[Any, ...]] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda _module, args, name=name: inputs.__setitem__(name, args))
+        for name, module in fast.fused_layers().items()
+    ]
+    with torch.inference_mode():
+        fast(example)
+    for handle in handles:
+        handle.remove()
+    twins = dense.fused_layers()
+    rows = []
+    for row in fast.report()["layers"]:
+        name = row["layer"]
+        if name not in planned or name not in inputs or name not in twins:
+            continue
+        layer = fast.fused_layers()[name]
+        calls = {"dense": _call(twins[name], *inputs[name]), "lhc": _call(layer, *inputs[name])}
+        times = time_paired(calls, rounds=rounds)
+        rows.append({**row, "dense_us": times["dense"].median_us, "lhc_us": times["lhc"].median_us})
+    return rows
 
 
 def _dense_peers(dense: nn.Module, example: Tensor) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -150,5 +178,5 @@ def _dense_peers(dense: nn.Module, example: Tensor) -> tuple[dict[str, nn.Module
     return peers, {} if reason is None else {"dense, compiled": reason}
 
 
-def _call(model: nn.Module, example: Tensor) -> Callable[[], Any]:
-    return lambda: model(example)
+def _call(model: Callable[..., Any], *inputs: Tensor) -> Callable[[], Any]:
+    return lambda: model(*inputs)

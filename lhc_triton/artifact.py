@@ -106,7 +106,7 @@ def save(fast: AcceleratedModel, path: str | os.PathLike[str]) -> None:
     }
     # safetensors refuses tensors that share memory, as tied weights do
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    _write(Path(path), to_safetensors(plain, {"format": "pt", _KEY: json.dumps(document)}))
+    _write(Path(path), to_safetensors(plain, {_KEY: json.dumps(document)}))
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -159,6 +159,9 @@ def load(
         raise ArtifactError(f"{os.fspath(path)}: {error}") from error.__cause__
     except GraphError as error:
         raise ArtifactError(f"{os.fspath(path)}: {error}") from error
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        # the checks above name what they find; this is for damage that none of them thought of
+        raise ArtifactError(f"{os.fspath(path)}: damaged ({type(error).__name__}); save it again") from error
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -189,7 +192,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         )
     if set(document) != _FIELDS or document["kind"] not in ("graph", "layers"):
         raise ArtifactError("its document has missing or unknown fields")
-    if document["dtype"] not in _DTYPES or not isinstance(document["modules"], dict):
+    if document["dtype"] not in list(_DTYPES) or not isinstance(document["modules"], dict):
         raise ArtifactError("its dtype or its modules are not valid")
     return document, tensors
 

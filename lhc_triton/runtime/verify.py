@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten
 
 from lhc_triton.runtime.graph import Site, conv_input
 
@@ -39,12 +38,12 @@ def norm_error(y: Any, reference: Any) -> float:
     structure differ, the error is infinite. Other values (class indices, for example) are not compared: equal
     numbers up to rounding may still order differently.
     """
-    mine, mine_spec = tree_flatten(y)
-    theirs, theirs_spec = tree_flatten(reference)
-    if mine_spec != theirs_spec:
+    mine, theirs = dict(_leaves(y)), dict(_leaves(reference))
+    if set(mine) != set(theirs):
         return float("inf")
     difference = norm = 0.0
-    for left, right in zip(mine, theirs, strict=True):
+    for place, right in theirs.items():
+        left = mine[place]
         if not isinstance(right, Tensor) or not right.is_floating_point():
             continue
         if not isinstance(left, Tensor) or left.shape != right.shape:
@@ -62,6 +61,22 @@ def norm_error(y: Any, reference: Any) -> float:
         difference += float(torch.linalg.vector_norm(wide_left - wide_right)) ** 2
         norm += float(torch.linalg.vector_norm(wide_right)) ** 2
     return (difference / norm) ** 0.5 if norm else difference**0.5
+
+
+def _leaves(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield (place, value) of everything in an output's nested containers.
+
+    Container types are not told apart: torch.fx returns its own for lists and dicts.
+    """
+    if isinstance(value, Mapping):
+        items: Any = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        yield place, value
+        return
+    for key, item in items:
+        yield from _leaves(item, (*place, key))
 
 
 def _run(module: nn.Module, *inputs: Tensor) -> Tensor | str:

@@ -169,8 +169,8 @@ def choose_config(shape: LaunchShape, precision: str = "ieee") -> tuple[KernelCo
     block_m = 128 if half else 64
     num_stages = 4
     if math.gcd(shape.in_channels, shape.in_block) * ITEM_BYTES[shape.dtype] % 4:
-        # An asynchronous copy moves at least 4 bytes. Compiled: with 37 channels of 2 bytes every element is a
-        # load of its own, and 128 x 64 of them a step spill 1296 bytes; 64 x 16 do not spill.
+        # An asynchronous copy moves at least 4 bytes. Compiled: with 37 channels of 2 bytes every element
+        # is a load of its own, and 128 x 64 of them a step spill 1296 bytes; 64 x 16 do not spill.
         block_m, block_k, entries, num_stages = 64, 16, 1, 2
         reasons.append("odd channels: scalar loads, small steps")
 

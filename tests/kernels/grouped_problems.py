@@ -38,6 +38,7 @@ class Conv:
     relu: bool = False
     channels_last: bool = True
     scattered: bool = True
+    roll: int = 0
     config: tuple[int, ...] = ()
     seed: int = 0
 
@@ -119,7 +120,7 @@ def make_problem(conv: Conv, patterns: list[list[int]] | None = None) -> Problem
     taps = conv.kernel[0] * conv.kernel[1]
     in_blocks = -(-conv.in_channels // conv.in_block)
     tiles = -(-conv.out_channels // conv.tile_width)
-    order = torch.arange(conv.out_channels)
+    order = torch.arange(conv.out_channels).roll(conv.roll)
     if conv.scattered:
         order = torch.randperm(conv.out_channels, generator=gen)
     filters = torch.full((tiles, conv.tile_width), -1, dtype=torch.int32)
@@ -191,11 +192,11 @@ def check(conv: Conv, device: str = "cpu", patterns: list[list[int]] | None = No
 
 
 def check_special_values(conv: Conv, device: str = "cpu") -> None:
-    """Put NaN and infinities into single channels of single pixels and compare where they arrive."""
+    """Strew NaN and infinities over the input and compare where they arrive."""
     problem = make_problem(conv)
-    problem.x[0, 1, 2, 3] = float("nan")
-    problem.x[1, conv.in_channels - 1, 0, 0] = float("inf")
-    problem.x[1, conv.in_block, 4, 4] = -float("inf")
+    gen = torch.Generator().manual_seed(conv.seed + 1)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        problem.x[torch.rand(problem.x.shape, generator=gen) < 1 / 400] = value
     y, expected = run(problem.to(device)).double(), problem.expected()
     assert expected.isnan().any()
     assert expected.isinf().any()
@@ -239,6 +240,7 @@ CASES = {
     "whole_epilogue": Conv(scale=True, residual=True, relu=True),
     "filters_in_aligned_runs": Conv(scattered=False, residual=True, relu=True),
     "aligned_runs_beside_scattered": Conv(scattered=False, out_channels=32, tile_width=12, residual=True),
+    "runs_off_alignment": Conv(scattered=False, roll=4, residual=True),
     "contiguous_input": Conv(channels_last=False),
     "two_entries_a_step": Conv(config=config(64, 16, 32, 4, 3, 2)),
     "two_entries_of_odd_channels": Conv(
@@ -247,6 +249,15 @@ CASES = {
     "one_stage": Conv(config=config(16, 16, 16, 1, 1)),
 }
 """Named convolutions that together reach every branch of the kernel."""
+
+
+SPECIAL_CASES = {
+    "plain_3x3": Conv(density=0.15, bias=False),
+    "odd_channels": Conv(in_channels=37, density=0.15, residual=True),
+    "padded_block": Conv(in_channels=72, in_block=24, density=0.15),
+    "two_entries_a_step": Conv(density=0.15, config=config(64, 16, 32, 4, 3, 2)),
+}
+"""Convolutions whose masked reads touch foreign channels or entries: NaN there must not spread."""
 
 
 @st.composite

@@ -148,6 +148,13 @@ def test_every_specialisation_of_a_launch_compiles(options: dict[str, Any]) -> N
     assert report.stack_bytes == 0
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_relu_compiles_to_nothing_that_drops_nan(dtype: str) -> None:
+    ptx = compiled(dtype, 32, 64).ptx
+    assert "max.f32" not in ptx
+    assert "max.f16" not in ptx
+
+
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match="dtype is 'float8': supported are float16, bfloat16, float32"):
         compile_config(KernelConfig(), dtype="float8")

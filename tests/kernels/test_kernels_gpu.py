@@ -7,6 +7,7 @@ import pytest
 import torch
 from grouped_problems import (
     CASES,
+    SPECIAL_CASES,
     TOLERANCE,
     Conv,
     check,
@@ -52,8 +53,19 @@ def test_layers_of_a_real_size_match_the_dense_answer(tile_width: int, dtype: to
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_and_infinity_spread_through_live_entries_only(dtype: torch.dtype) -> None:
-    check_special_values(Conv(dtype=dtype, bias=False), "cuda")
+@pytest.mark.parametrize("name", SPECIAL_CASES)
+def test_nan_and_infinity_spread_through_live_entries_only(name: str, dtype: torch.dtype) -> None:
+    check_special_values(replace(SPECIAL_CASES[name], dtype=dtype), "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_relu_keeps_nan(dtype: torch.dtype) -> None:
+    problem = make_problem(Conv(dtype=dtype, relu=True))
+    assert problem.bias is not None
+    problem.bias[3] = float("nan")
+    y = run(problem.to("cuda"))
+    assert y[:, 3].isnan().all()
+    assert (y[:, [f for f in range(32) if f != 3]] >= 0).all()
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("tf32", 1e-3), ("tf32x3", 1e-5)])

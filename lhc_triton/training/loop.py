@@ -20,7 +20,7 @@ from lhc_triton.schedule import TopologySchedule
 from lhc_triton.training.checkpoints import Checkpoint, load_checkpoint, restore, save_checkpoint
 from lhc_triton.training.data import FashionMNIST, ImageSet, validation_split
 from lhc_triton.training.metrics import EpochMetrics, best_epoch, reached, write_metrics
-from lhc_triton.training.presets import TrainConfig
+from lhc_triton.training.presets import TrainConfig, command_of
 from lhc_triton.training.progress import Progress, Silence, TerminalProgress
 from lhc_triton.training.stage import (
     STAGES,
@@ -276,7 +276,8 @@ def _finish(work: _Work, test: ImageSet, rows: list[EpochMetrics]) -> TrainResul
             architecture["lhc"] = None
         path = out / f"{kind}.safetensors"
         notes: dict[str, Any] = {
-            "config": config.to_dict(),
+            "command": command_of(config),
+            "config": {**config.to_dict(), "data": None if config.data is None else "FOLDER"},
             "epochs": epochs,
             "precision": work.precision,
             "seed": config.seed,

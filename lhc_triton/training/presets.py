@@ -159,6 +159,23 @@ class TrainConfig:
         return cls(**values)
 
 
+def command_of(config: TrainConfig) -> str | None:
+    """The command line that makes this run, or None if it has settings that the command line cannot give.
+
+    The data's folder is written as FOLDER: where it lay is nobody's business.
+    """
+    for name, preset in PRESETS.items():
+        mine, theirs = config.to_dict(), preset.to_dict()
+        changed = {key: value for key, value in mine.items() if value != theirs[key] and value is not None}
+        if any(mine[key] is None and theirs[key] is not None for key in mine):
+            continue
+        if set(changed) <= {"data", "seed", "device", "density"}:
+            changed |= {"data": "FOLDER"} if "data" in changed else {}
+            options = "".join(f" --{key} {value}" for key, value in changed.items())
+            return f"lhc-triton train --preset {name}{options} --out DIR"
+    return None
+
+
 def _whole(name: str, value: object, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} {value!r} is not a whole number")
@@ -177,8 +194,9 @@ PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
         # Made the weights that ship with the package, from the folder of the original 60,000 images.
         "shipped": TrainConfig(
             validation_images=5000,
-            coarse_epochs=9,
-            fine_epochs=5,
+            coarse_epochs=6,
+            fine_epochs=8,
+            augment=False,
         ),
     }
 )

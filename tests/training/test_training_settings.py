@@ -10,6 +10,7 @@ from lhc_triton.models import small_vgg
 from lhc_triton.topology import LHCConfig
 from lhc_triton.training import PRESETS, EpochMetrics, TrainConfig, stage
 from lhc_triton.training.metrics import best_epoch, write_metrics
+from lhc_triton.training.presets import command_of
 from lhc_triton.training.stage import choose_precision, learning_rate, make_optimiser, stage_epochs
 
 
@@ -19,6 +20,15 @@ def test_presets_survive_json_and_give_the_twins_equal_epochs(name):
     assert TrainConfig.from_dict(config.to_dict()) == config
     assert stage_epochs(config, "dense") == stage_epochs(config, "coarse") + stage_epochs(config, "fine")
     assert config.lhc == LHCConfig(density=0.1, in_block=32, out_block=16)
+
+
+def test_the_command_of_a_run_names_its_preset_but_not_the_place_of_the_data():
+    quick = PRESETS["quick"]
+    assert command_of(quick) == "lhc-triton train --preset quick --out DIR"
+    given = dataclasses.replace(quick, data="/home/someone/images", seed=3)
+    assert command_of(given) == "lhc-triton train --preset quick --data FOLDER --seed 3 --out DIR"
+    assert command_of(dataclasses.replace(quick, lr=0.3)) is None
+    assert command_of(dataclasses.replace(quick, density=None)) is None
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,7 @@ def _run(
     backend: str,
     config: list[int],
 ) -> Tensor:
+    register_flops()
     reason = unavailable(backend, x.dtype, x.device)
     if reason is not None:
         raise ValueError(f"grouped_conv2d: {reason}")
@@ -318,8 +319,9 @@ def grouped_conv2d_flops(
 def register_flops() -> None:
     """Tell torch.utils.flop_counter the operator's formula; further calls do nothing.
 
-    Not done on import unless that module is loaded already: it imports Triton, which costs a CPU-only user
-    time for nothing. Whatever builds a module around the operator calls this.
+    Importing this module does so only where that one is loaded already: it imports Triton, which costs a
+    CPU-only user time for nothing. The first call of the operator does, and whatever builds a module around
+    the operator should, because a FlopCounterMode knows the formulas of the time when it was made.
     """
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 

@@ -7,7 +7,9 @@ not depend on the tiles, so a model keeps them. *Packed* weights follow the tile
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -34,6 +36,40 @@ class Packed:
 
     weight: Tensor
     tables: list[Tensor]
+
+
+def check_tables(
+    tile_ptr: Sequence[int],
+    entries: Sequence[int],
+    filters: Sequence[Sequence[int]],
+    possible: int,
+    out_channels: int,
+) -> None:
+    """Check the values of the tables against a call's sizes, so that no backend reads foreign memory.
+
+    Args:
+        tile_ptr: first entry of each tile, and the end.
+        entries: [E + 1].
+        filters: [T][tile_width].
+        possible: entries of the layer, taps * in_blocks.
+        out_channels: O.
+
+    Raises:
+        ValueError: naming the table that does not belong to such a layer.
+    """
+    rising = all(a <= b for a, b in pairwise(tile_ptr))
+    if not rising or tile_ptr[0] != 0 or tile_ptr[-1] != len(entries) - 1:
+        raise ValueError(f"grouped_conv2d: tile_ptr does not rise from 0 to the {len(entries) - 1} entries")
+    if min(entries) < 0 or (len(entries) > 1 and max(entries) >= possible):
+        raise ValueError(
+            f"grouped_conv2d: the entries reach {max(entries)}, but x and the kernel have entries "
+            f"0..{possible - 1}; the weight was packed for another layer"
+        )
+    used = sorted(f for row in filters for f in row if f >= 0)
+    if used != list(range(out_channels)):
+        raise ValueError(
+            f"grouped_conv2d: the filters table does not hold each of the {out_channels} filters once"
+        )
 
 
 def live_pairs(topology: LayerTopology) -> tuple[np.ndarray, np.ndarray]:
@@ -147,8 +183,15 @@ def _tile_tables(layer: LayerPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
     column_of = np.zeros(topology.groups, dtype=np.int64)
     filters = np.full((len(layer.tiles), width), -1, dtype=np.int64)
     for t, tile in enumerate(layer.tiles):
+        if len(set(tile.entries)) != len(tile.entries):
+            raise ValueError(f"layer {layer.name!r}: tile {t} holds an entry twice")
         column = 0
         for group in tile.groups:
+            if not 0 <= group < topology.groups:
+                raise ValueError(
+                    f"layer {layer.name!r}: tile {t} holds filter group {group}, "
+                    f"outside 0..{topology.groups - 1}"
+                )
             members = topology.group_filters(group)
             if column + len(members) > width:
                 raise ValueError(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lhc_triton.runtime.epilogue import finish
+from lhc_triton.runtime.packing import check_tables
 
 
 def grouped_conv2d(
@@ -62,9 +63,10 @@ def grouped_conv2d(
     in_block = weight.shape[1]
     in_blocks = -(-channels // in_block)
 
-    tile_ptr, entries = tables[0].tolist(), tables[1].tolist()
+    tile_ptr, entries, tile_filters = (table.tolist() for table in tables)
+    check_tables(tile_ptr, entries, tile_filters, kh * kw * in_blocks, out_channels)
     y = padded.new_zeros((n, out_channels, oh, ow))
-    for tile, filters in enumerate(tables[2].tolist()):
+    for tile, filters in enumerate(tile_filters):
         total = padded.new_zeros((n, len(filters), oh, ow))
         for e in range(tile_ptr[tile], tile_ptr[tile + 1]):
             tap, block = divmod(entries[e], in_blocks)

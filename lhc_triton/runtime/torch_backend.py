@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lhc_triton.runtime.epilogue import finish
+from lhc_triton.runtime.packing import check_tables
 
 # Inputs of an entry and outputs of a tile that should stay in a core's L2 cache while the tile is computed.
 CACHED_BYTES = 3 << 19
@@ -125,17 +126,18 @@ def _grid(
     dilation: tuple[int, int],
 ) -> _Grid:
     (sh, sw), (top, bottom, left, right), (dh, dw) = stride, padding, dilation
+    out_height = (h + top + bottom - dh * (kernel[0] - 1) - 1) // sh + 1
+    out_width = (w + left + right - dw * (kernel[1] - 1) - 1) // sw + 1
     if sh == sw == 1:
-        # The zeros right of a row serve as the zeros left of the next one; images likewise.
-        height, width = h + max(top, bottom), w + max(left, right)
+        # The zeros right of a row serve as the zeros left of the next one; images likewise. The outputs must
+        # fit all the same, and they are the wider where the border exceeds the kernel's reach.
+        height, width = max(h + max(top, bottom), out_height), max(w + max(left, right), out_width)
     else:
         height, width = -(-(h + top + bottom) // sh), -(-(w + left + right) // sw)
     taps = tuple(
         ((r * dh % sh, s * dw % sw), r * dh // sh * width + s * dw // sw)
         for r, s in product(range(kernel[0]), range(kernel[1]))
     )
-    out_height = (h + top + bottom - dh * (kernel[0] - 1) - 1) // sh + 1
-    out_width = (w + left + right - dw * (kernel[1] - 1) - 1) // sw + 1
     return _Grid(n, height, width, out_height, out_width, taps, (sh, sw), (top, bottom, left, right))
 
 
@@ -214,12 +216,16 @@ class _Tile:
 
 
 @functools.lru_cache(maxsize=1024)
-def _read_tiles(tile_ptr: bytes, entries: bytes, filters: bytes, in_blocks: int) -> tuple[_Tile, ...]:
+def _read_tiles(
+    tile_ptr: bytes, entries: bytes, filters: bytes, in_blocks: int, taps: int, out_channels: int
+) -> tuple[_Tile, ...]:
     """Decode the tables (their int32 bytes, so that equal tables are decoded once)."""
     ptr = np.frombuffer(tile_ptr, np.int32).tolist()
     codes = np.frombuffer(entries, np.int32).tolist()
+    columns_of = np.frombuffer(filters, np.int32).reshape(len(ptr) - 1, -1).tolist()
+    check_tables(ptr, codes, columns_of, taps * in_blocks, out_channels)
     tiles = []
-    for t, row_filters in enumerate(np.frombuffer(filters, np.int32).reshape(len(ptr) - 1, -1).tolist()):
+    for t, row_filters in enumerate(columns_of):
         runs: list[tuple[int, int, int]] = []
         expected = -1
         for row in range(ptr[t], ptr[t + 1]):
@@ -256,7 +262,7 @@ def _accumulate(
     _, in_block, width = weight.shape
     in_blocks = -(-channels // in_block)
     tile_ptr, entries, filters = (table.cpu().numpy().tobytes() for table in tables)
-    tiles = _read_tiles(tile_ptr, entries, filters, in_blocks)
+    tiles = _read_tiles(tile_ptr, entries, filters, in_blocks, len(grid.taps), out.shape[0])
     biases: Sequence[Tensor | None] = [None] * len(tiles)
     if bias is not None:
         biases = bias.to(out.dtype)[tables[2].clamp(min=0)].unsqueeze(2).unbind(0)

@@ -113,17 +113,23 @@ def test_denormal_inputs_are_kept(backend):
     assert relative_error(problem.run(backend), problem.oracle()) < 1e-4
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("backend", HOST)
-def test_no_output_is_left_unwritten(backend, monkeypatch):
-    """Every ``empty`` the backends take is poisoned; an empty pattern and a cropped group must show nothing."""
-    problem = Problem(ConvGeometry(2, 12, 10, 7, 7), density=0.05, seed=1, groups_per_tile=2, shuffle=True)
+def test_no_output_is_left_unwritten(backend, has_bias):
+    problem = Problem(
+        ConvGeometry(2, 12, 10, 7, 7),
+        density=0.05,
+        seed=1,
+        groups_per_tile=2,
+        shuffle=True,
+        has_bias=has_bias,
+    )
     assert any(not tile.entries for tile in problem.layer.tiles)
-    with torch.no_grad():
-        torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-        try:
-            y = problem.run(backend)
-        finally:
-            torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        y = problem.run(backend)
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert relative_error(y, problem.oracle()) < 1e-5
 
 

@@ -1,0 +1,270 @@
+"""Results of a benchmark: one schema for all devices, written as JSON and CSV, checked when read back."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import platform
+import shlex
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lhc_triton.runtime.doctor import cpu_name, package_versions
+
+from .files import write_beside
+
+DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+"""Densities that rows are sorted under unless a run names its own."""
+
+COUNTS = ("batch", "in_channels", "out_channels", "height", "width", "in_block", "out_block")
+TIMES = ("baseline_us", "time_us", "p20_us", "p80_us", "floor_us", "speedup")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: a layer, or a whole network, by one backend against the fastest dense peer.
+
+    Attributes:
+        case: what was measured, for example "vgg16-imagenet/conv3_2".
+        model, layer: its parts; the layer of a whole network is "all".
+        device: "cpu" or "cuda".
+        dtype: compute type, for example "float32".
+        batch, in_channels, out_channels, height, width: N, I, O, H, W of the input.
+        kernel, stride: of the square convolution; 0 for a whole network.
+        density: live share of the weights that was reached, in (0, 1].
+        in_block, out_block: input channels and filters that share one mask bit.
+        backend: who ran the sparse layer.
+        baseline: name of the fastest dense peer.
+        baseline_us, time_us: medians of baseline and backend, microseconds.
+        p20_us, p80_us: a fifth and four fifths of the backend's rounds were at most this long.
+        speedup: baseline_us / time_us.
+        floor_us: the least time the live work could take at the rates measured in the same run.
+        rel_err: norm error of the backend's output against a float64 dense reference with the same mask.
+        seed: of mask, weights and input.
+    """
+
+    case: str
+    model: str
+    layer: str
+    device: str
+    dtype: str
+    batch: int
+    in_channels: int
+    out_channels: int
+    kernel: int
+    stride: int
+    height: int
+    width: int
+    density: float
+    in_block: int
+    out_block: int
+    backend: str
+    baseline: str
+    baseline_us: float
+    time_us: float
+    p20_us: float
+    p80_us: float
+    speedup: float
+    floor_us: float
+    rel_err: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, wanted = getattr(self, item.name), str(item.type)
+            if wanted == "str":
+                if not isinstance(value, str) or not value:
+                    raise ValueError(f"{item.name} is {value!r}, expected a text")
+            elif isinstance(value, bool) or not isinstance(value, int if wanted == "int" else (int, float)):
+                raise ValueError(
+                    f"{item.name} is {value!r}, expected {'an integer' if wanted == 'int' else 'a number'}"
+                )
+            elif not math.isfinite(value):
+                raise ValueError(f"{item.name} is {value}, expected a finite number")
+            elif value < 0 or (value == 0 and item.name in (*COUNTS, *TIMES)):
+                least = "above 0" if item.name in (*COUNTS, *TIMES) else "of at least 0"
+                raise ValueError(f"{item.name} is {value}, expected a number {least}")
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density is {self.density}, expected a share in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Results:
+    """What results.json holds.
+
+    Attributes:
+        env: where and how it was measured; see `environment`.
+        rows: the measurements.
+        summary: see `summarise`.
+    """
+
+    env: dict[str, Any]
+    rows: tuple[Row, ...]
+    summary: dict[str, Any]
+
+    @property
+    def densities(self) -> tuple[float, ...]:
+        """Densities the run asked for, rising."""
+        return tuple(sorted(self.env.get("densities") or DENSITIES))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready form: {"env", "rows", "summary"}."""
+        return {"env": self.env, "rows": [asdict(row) for row in self.rows], "summary": self.summary}
+
+
+def nearest_density(density: float, densities: Sequence[float] = DENSITIES) -> float:
+    """Return the wanted density that a reached one belongs to: the nearest by ratio, ties to the smaller."""
+    return min(sorted(densities), key=lambda wanted: abs(math.log(density / wanted)))
+
+
+def summarise(rows: Iterable[Row], densities: Sequence[float] = DENSITIES) -> dict[str, Any]:
+    """Sum rows up.
+
+    Args:
+        rows: any number of them, also none.
+        densities: the wanted densities; each row is counted under the nearest one.
+
+    Returns:
+        {"geomean_speedup": {backend: {density as str: value}}, "wins": n, "losses": n}; a row wins with
+        a speed-up above 1 and loses below it.
+    """
+    rows = tuple(rows)
+    logs: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        logs[row.backend][nearest_density(row.density, densities)].append(math.log(row.speedup))
+    return {
+        "geomean_speedup": {
+            backend: {str(d): math.exp(math.fsum(found[d]) / len(found[d])) for d in sorted(found)}
+            for backend, found in sorted(logs.items())
+        },
+        "wins": sum(row.speedup > 1 for row in rows),
+        "losses": sum(row.speedup < 1 for row in rows),
+    }
+
+
+def write_results(out_dir: str | Path, results: Results) -> tuple[Path, Path]:
+    """Write results.json and results.csv, each whole or not at all; return their paths."""
+    out = Path(out_dir)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [item.name for item in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in results.rows)
+    text = json.dumps(results.to_dict(), indent=2, allow_nan=False) + "\n"
+    return write_beside(out / "results.json", text), write_beside(out / "results.csv", table.getvalue())
+
+
+def read_results(path: str | Path) -> Results:
+    """Read and check a results.json.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: one line that names the file and what is wrong with it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no results file at {path}; `lhc-triton bench` writes one")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return _checked(found)
+    except (ValueError, RecursionError) as error:  # broken JSON and broken UTF-8 are ValueErrors as well
+        raise ValueError(f"{path} is not a results file of `lhc-triton bench`: {error}") from None
+
+
+def _checked(found: Any) -> Results:
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}, expected an object")
+    for name, kind in (("env", dict), ("rows", list), ("summary", dict)):
+        if not isinstance(found.get(name), kind):
+            raise ValueError(f'"{name}" is missing or of the wrong type')
+    densities = found["env"].get("densities", [])
+    if not isinstance(densities, list) or not all(_is_density(d) for d in densities):
+        raise ValueError('"densities" in "env" must be a list of numbers in (0, 1]')
+    return Results(found["env"], tuple(_row(i, row) for i, row in enumerate(found["rows"])), found["summary"])
+
+
+def _is_density(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def _row(index: int, found: Any) -> Row:
+    names = {item.name for item in fields(Row)}
+    if not isinstance(found, dict):
+        raise ValueError(f"row {index} is no object")
+    if missing := sorted(names - found.keys()):
+        raise ValueError(f"row {index} lacks {', '.join(missing)}")
+    try:
+        return Row(**{name: found[name] for name in names})
+    except ValueError as error:
+        raise ValueError(f"row {index}: {error}") from None
+
+
+def environment(device: str = "cpu", **more: Any) -> dict[str, Any]:
+    """Describe where a benchmark runs: device, threads, clocks, versions, commit and command.
+
+    Args:
+        device: "cpu" or "cuda".
+        more: what else belongs there, for example the suite's name and its rounds.
+    """
+    cuda = device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
+        "device_kind": device,
+        "threads": torch.get_num_threads(),
+        "clock_mhz": _gpu_clock() if cuda else _cpu_clock(),
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "commit": _commit(),
+        "command": shlex.join([Path(sys.argv[0] or "python").name, *sys.argv[1:]]),
+        **more,
+    }
+
+
+def _output(command: Sequence[str], folder: Path | None = None) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, cwd=folder)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout this file belongs to; None for an installed package."""
+    here = Path(__file__).resolve()
+    if _output(["git", "ls-files", "--error-unmatch", "__init__.py"], here.parent) is None:
+        return None
+    return _output(["git", "rev-parse", "HEAD"], here.parent)
+
+
+def _cpu_clock() -> float | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return max(float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz"))
+    except (OSError, ValueError):
+        return None
+
+
+def _gpu_clock() -> float | None:
+    found = _output(["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"])
+    try:
+        return float(found.splitlines()[0]) if found else None
+    except ValueError:
+        return None
+
+
+def describe(env: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """Return one line for a caption: device, threads, types and rounds."""
+    parts = [str(env.get("device", "unknown device"))]
+    if env.get("device_kind", "cpu") == "cpu" and env.get("threads"):
+        parts.append(f"{env['threads']} threads")
+    parts.append(", ".join(sorted({row.dtype for row in rows})))
+    if env.get("rounds"):
+        parts.append(f"medians of {env['rounds']} interleaved rounds")
+    return ", ".join(parts)

@@ -101,7 +101,7 @@ def _log_axes(axis: Any, densities: Sequence[float], speedups: Sequence[float]) 
     low, high = min(1.0, *speedups), max(1.0, 1 / min(densities), *speedups)
     powers = range(math.floor(math.log2(low)) - 1, math.ceil(math.log2(high)) + 2)
     axis.yaxis.set_major_locator(FixedLocator([2.0**power for power in powers]))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}x"))
     for one in (axis.xaxis, axis.yaxis):
         one.set_minor_locator(NullLocator())
     axis.set_ylim(low / 1.25, high * 1.25)

@@ -211,6 +211,10 @@ def inspect(
     from lhc_bench.topology_picture import draw_topology, topology_statistics
 
     topologies = [layer.topology for layer in _plan_of(network, 1, "auto").layers]
+    if not topologies:
+        raise ValueError(
+            f"no layer of {network!r} has a learned or sparse topology; there is nothing to show"
+        )
     statistics = topology_statistics(topologies)
     if out is not None:
         draw_topology(topologies, out, f"Topology of {Path(network).name}")

@@ -112,9 +112,9 @@ def train(
     """
     device = _device(config.device)
     out = Path(out_dir)
-    _prepare(out, config)
     if data is None:
         data = FashionMNIST.packaged() if config.data is None else FashionMNIST.from_folder(config.data)
+    _prepare(out, config)
     run = _identity(config, data)
     checkpoint = _checkpoint(out / LAST, config, run)
     training, validation = validation_split(

@@ -1,19 +1,36 @@
 """The command line: what it prints, where, and how it refuses."""
 
 import json
-import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 
-from lhc_triton.cli import app
+from lhc_triton.cli import app, main
 
 COMMANDS = ("demo", "train", "plan", "bench", "plot", "inspect", "doctor")
 
 
-def run(*arguments: str, cwd=None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from lhc_triton.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run the command line as its entry point would, in an empty folder."""
+
+    def call(*arguments: str) -> Done:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["lhc-triton", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out = capsys.readouterr()
+        return Done(stopped.value.code or 0, out.out, out.err)
+
+    return call
 
 
 def test_every_command_of_the_contract_exists():
@@ -21,20 +38,20 @@ def test_every_command_of_the_contract_exists():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_shows_an_example_and_json(command):
+def test_help_shows_an_example_and_json(run, command):
     done = run(command, "--help")
     assert done.returncode == 0
     assert f"lhc-triton {command}" in done.stdout
     assert "--json" in done.stdout
 
 
-def test_version_is_the_package_version():
+def test_version_is_the_package_version(run):
     import lhc_triton
 
     assert run("--version").stdout.split() == ["lhc-triton", lhc_triton.__version__]
 
 
-def test_doctor_json_names_devices_and_backends():
+def test_doctor_json_names_devices_and_backends(run):
     found = json.loads(run("doctor", "--json").stdout)
     assert found["devices"][0]["device"] == "cpu"
     names = {row["backend"] for row in found["backends"]["cpu"]}
@@ -42,7 +59,7 @@ def test_doctor_json_names_devices_and_backends():
     assert found["packages"]["torch"]
 
 
-def test_plan_of_the_shipped_network_round_trips_through_json(tmp_path):
+def test_plan_of_the_shipped_network_round_trips_through_json(run, tmp_path):
     from lhc_triton.planning.plan import Plan
 
     path = tmp_path / "plan.json"
@@ -53,13 +70,13 @@ def test_plan_of_the_shipped_network_round_trips_through_json(tmp_path):
     assert {layer.topology.geometry.batch for layer in made.layers} == {2}
 
 
-def test_plan_prints_a_table_for_people():
+def test_plan_prints_a_table_for_people(run):
     done = run("plan", "lhc")
     assert done.returncode == 0, done.stderr
     assert "features" in done.stdout
 
 
-def test_inspect_writes_a_picture_and_numbers(tmp_path):
+def test_inspect_writes_a_picture_and_numbers(run, tmp_path):
     path = tmp_path / "topology.png"
     done = run("inspect", "lhc", "--out", str(path), "--json")
     assert done.returncode == 0, done.stderr
@@ -88,8 +105,8 @@ def test_inspect_writes_a_picture_and_numbers(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )
-def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, named, tmp_path):
-    done = run(*arguments, cwd=tmp_path)
+def test_a_users_mistake_is_one_line_and_exit_code_2(run, arguments, named, tmp_path):
+    done = run(*arguments)
     assert done.returncode == 2, done.stderr
     assert named in done.stderr
     assert "Traceback" not in done.stderr
@@ -97,7 +114,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, named, tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": 3}'], ids=["empty", "cut", "list", "wrong"])
-def test_plot_refuses_a_damaged_results_file(tmp_path, content):
+def test_plot_refuses_a_damaged_results_file(run, tmp_path, content):
     path = tmp_path / "results.json"
     path.write_text(content)
     done = run("plot", str(path), "--out", str(tmp_path / "plots"))
@@ -106,7 +123,7 @@ def test_plot_refuses_a_damaged_results_file(tmp_path, content):
     assert not (tmp_path / "plots").exists()
 
 
-def test_plan_refuses_a_file_that_is_no_network(tmp_path):
+def test_plan_refuses_a_file_that_is_no_network(run, tmp_path):
     path = tmp_path / "net.safetensors"
     path.write_bytes(b"not a network")
     done = run("plan", str(path))

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 
 def prune_blocks(
-    module: nn.Module, density: float = 0.3, in_block: int = 8, out_block: int = 8, seed: int = 0
+    module: nn.Module, density: float = 0.3, in_block: int = 16, out_block: int = 16, seed: int = 0
 ) -> None:
     """Zero random blocks of every groups=1 convolution that has more than one block."""
     generator = torch.Generator().manual_seed(seed)
     for conv in module.modules():
-        if isinstance(conv, nn.Conv2d) and conv.groups == 1 and conv.in_channels > in_block:
+        if isinstance(conv, nn.Conv2d) and conv.groups == 1 and conv.in_channels >= in_block:
             o, i, kh, kw = conv.weight.shape
             grid = torch.rand(-(-o // out_block), -(-i // in_block), kh, kw, generator=generator) < density
             mask = grid.repeat_interleave(out_block, 0).repeat_interleave(in_block, 1)[:o, :i]

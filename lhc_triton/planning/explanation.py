@@ -21,7 +21,8 @@ HEADER = (
 def explain_plan(plan: Plan) -> str:
     """Return a table of how every layer will run, totals, and what stays dense and why.
 
-    "waste" is the share of the tiles' multiply-accumulates that unions add; times are the cost model's.
+    "patterns" are the distinct ones over the filter groups; "waste" is the share of the tiles'
+    multiply-accumulates that unions add; times are the cost model's.
     """
     rows = [HEADER, *(_cells(layer) for layer in plan.layers)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
@@ -30,10 +31,18 @@ def explain_plan(plan: Plan) -> str:
     for row, reason in zip(rows, reasons, strict=True):
         left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
         right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-        lines.append("  ".join([*left, *right, reason]).rstrip())
-    lines += ["", _totals(plan)]
-    lines += [f"left as it is: {name} ({reason})" for name, reason in plan.skipped]
+        lines.append("  ".join([*left, *right, _printable(reason)]).rstrip())
+    if not plan.layers:
+        lines = [f"no layer is planned ({plan.device}, {plan.dtype})"]
+    else:
+        lines += ["", *_totals(plan)]
+    lines += [f"left as it is: {_printable(name)} ({_printable(reason)})" for name, reason in plan.skipped]
     return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    """Return a text fit for one line of a terminal: a plan may come from a file, with any name in it."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _cells(layer: LayerPlan) -> tuple[str, ...]:
@@ -44,7 +53,7 @@ def _cells(layer: LayerPlan) -> tuple[str, ...]:
     waste = (planned - topology.live_macs) / planned if planned else 0.0
     sparse = [us for name, us in layer.predicted_us.items() if name != "dense"]
     return (
-        layer.name,
+        _printable(layer.name),
         f"{geometry.in_channels}->{geometry.out_channels} {kernel} @ {image}",
         f"{topology.density:.3f}",
         f"{len(topology.patterns)}/{topology.groups}",
@@ -57,19 +66,20 @@ def _cells(layer: LayerPlan) -> tuple[str, ...]:
     )
 
 
-def _totals(plan: Plan) -> str:
-    if not plan.layers:
-        return f"no layer is planned ({plan.device}, {plan.dtype})"
-    dense = sum(layer.topology.geometry.macs for layer in plan.layers)
-    live = sum(layer.topology.live_macs for layer in plan.layers)
-    weights = sum(layer.topology.geometry.weights for layer in plan.layers)
-    kept = sum(layer.topology.live_weights for layer in plan.layers)
-    sparse = sum(layer.backend != "dense" for layer in plan.layers)
-    return (
-        f"{len(plan.layers)} layers planned for {plan.device} in {plan.dtype}, {sparse} of them sparse; "
-        f"MACs {dense:,} -> {live:,} ({_ratio(dense, live)}), weights {weights:,} -> {kept:,} "
-        f"({_ratio(weights, kept)})"
-    )
+def _totals(plan: Plan) -> list[str]:
+    totals = plan.totals
+    lines = [
+        f"{totals.layers} layers planned for {plan.device} in {plan.dtype}, {totals.sparse_layers} sparse",
+        f"live MACs    {totals.macs:>16,} -> {totals.live_macs:,} ({_ratio(totals.macs, totals.live_macs)})",
+        f"live weights {totals.weights:>16,} -> {totals.live_weights:,} "
+        f"({_ratio(totals.weights, totals.live_weights)})",
+    ]
+    if totals.planned_us:
+        lines.append(
+            f"predicted us {totals.dense_us:>16,.0f} -> {totals.planned_us:,.0f} "
+            f"({totals.dense_us / totals.planned_us:.1f}x faster, these layers alone)"
+        )
+    return lines
 
 
 def _ratio(before: int, after: int) -> str:

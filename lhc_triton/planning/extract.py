@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lhc_triton.conversion import evaluating
 from lhc_triton.layers import LHCConv2d
@@ -16,6 +17,9 @@ from lhc_triton.layers import LHCConv2d
 from .cost import CostModel, itemsize_of
 from .patterns import infer_blocks
 from .plan import ConvGeometry, LayerTopology
+
+# Wider blocks of a mask are split: no tile has room for more filters, and no kernel wants longer entries.
+MAX_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,16 @@ class Reading:
 def read_model(model: nn.Module, example_input: Any, cost: CostModel | None = None) -> Reading:
     """Run a network once and read the topology of every convolution.
 
+    A convolution that is called several times is planned for its first call.
+
     Args:
         model: LHCConv2d layers bring their masks, nn.Conv2d layers their structured zeros.
         example_input: a tensor, or a tuple of the positional arguments.
         cost: prices the choices; by default the model of the example's device kind.
 
     Raises:
-        ValueError: if the model has no convolution, does not run on the example, or holds NaN.
+        ValueError: if the model has no convolution, does not run on the example, or has NaN in the weight of
+            a convolution; if there is no cost model for the device, or for the type of the weights.
         TypeError: if an argument has another type.
     """
     if not isinstance(model, nn.Module):
@@ -55,42 +62,47 @@ def read_model(model: nn.Module, example_input: Any, cost: CostModel | None = No
         raise TypeError(
             f"example_input is a {type(example_input).__name__}: give a tensor or a tuple of them"
         )
-    convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    if not convs:
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, _ConvNd)}
+    if not any(isinstance(conv, nn.Conv2d) for conv in convs.values()):
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to plan")
+    cost = cost or CostModel.for_device(tensors[0].device.type)
     seen = _input_shapes(model, convs, inputs)
+    dtypes = {name: str(conv.weight.dtype).removeprefix("torch.") for name, conv in convs.items()}
+    dtype = next(dtypes[name] for name, conv in convs.items() if isinstance(conv, nn.Conv2d))
+    itemsize = itemsize_of(dtype)
     topologies: list[LayerTopology] = []
     skipped: list[tuple[str, str]] = []
     for name in [*seen, *(name for name in convs if name not in seen)]:
-        found = _read_layer(name, convs[name], seen[name]) if name in seen else "not called on the example"
+        if name not in seen:
+            found: LayerTopology | str = "not called on the example input"
+        elif dtypes[name] != dtype:
+            found = f"its weight is {dtypes[name]}, the plan is for {dtype}"
+        else:
+            found = _read_layer(name, convs[name], seen[name], cost, itemsize)
         if isinstance(found, str):
             skipped.append((name, found))
         else:
             topologies.append(found)
-    dtype = str(next(iter(convs.values())).weight.dtype).removeprefix("torch.")
-    itemsize_of(dtype)
-    return Reading(
-        tuple(topologies), tuple(skipped), cost or CostModel.for_device(tensors[0].device.type), dtype
-    )
+    return Reading(tuple(topologies), tuple(skipped), cost, dtype)
 
 
 def _input_shapes(
-    model: nn.Module, convs: dict[str, nn.Conv2d], inputs: Sequence[Any]
-) -> dict[str, tuple[int, int, int]]:
-    """Return (batch, height, width) of each convolution's first input, in calling order."""
-    seen: dict[str, tuple[int, int, int]] = {}
+    model: nn.Module, convs: dict[str, _ConvNd], inputs: Sequence[Any]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each convolution's first input, in calling order."""
+    seen: dict[str, tuple[int, ...]] = {}
     names = {module: name for name, module in convs.items()}
 
-    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        shape = args[0].shape
-        batch = shape[0] if len(shape) == 4 else 1
-        seen.setdefault(names[module], (batch, shape[-2], shape[-1]))  # type: ignore[index]
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value = args[0] if args else kwargs.get("input")
+        if isinstance(value, Tensor):
+            seen.setdefault(names[module], tuple(value.shape))  # type: ignore[index]
 
-    handles = [module.register_forward_pre_hook(record) for module in convs.values()]
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in convs.values()]
     try:
         with evaluating(model):
             model(*inputs)
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # the model's code is not ours: whatever it raises becomes one line
         shapes = ", ".join(str(tuple(value.shape)) for value in inputs if isinstance(value, Tensor))
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
@@ -102,8 +114,12 @@ def _input_shapes(
     return seen
 
 
-def _read_layer(name: str, conv: nn.Conv2d, shape: tuple[int, int, int]) -> LayerTopology | str:
+def _read_layer(
+    name: str, conv: _ConvNd, shape: tuple[int, ...], cost: CostModel, itemsize: int
+) -> LayerTopology | str:
     """Return a layer's topology, or why it is not planned."""
+    if not isinstance(conv, nn.Conv2d):
+        return f"is a {type(conv).__name__}; only nn.Conv2d is planned"
     if type(conv) not in (nn.Conv2d, LHCConv2d):
         return f"is a {type(conv).__name__}, a subclass with behaviour of its own"
     if conv.groups != 1:
@@ -112,19 +128,23 @@ def _read_layer(name: str, conv: nn.Conv2d, shape: tuple[int, int, int]) -> Laye
         return f"padding_mode={conv.padding_mode!r}; only 'zeros' is planned"
     geometry = _geometry(conv, shape)
     with torch.no_grad():
+        if bool(torch.isnan(conv.weight).any()):
+            raise ValueError(f"layer {name!r} has NaN in its weight; repair the model first")
         if isinstance(conv, LHCConv2d):
-            mask = conv.block_mask().bool().cpu().numpy()
-            return LayerTopology.from_mask(name, geometry, conv.config.in_block, conv.config.out_block, mask)
+            mask: np.ndarray = conv.block_mask().bool().cpu().numpy()
+            config = conv.config
+            topology = LayerTopology.from_mask(name, geometry, config.in_block, config.out_block, mask)
+            return topology.split(MAX_BLOCK)
         live: np.ndarray = (conv.weight != 0).cpu().numpy()
     if live.all():
         return "no zeros"
-    blocks = infer_blocks(live)
+    blocks = infer_blocks(live, geometry, cost, itemsize)
     if blocks is None:
-        return f"{1 - live.mean():.0%} zeros, but not in blocks"
+        return f"{1 - live.mean():.0%} zeros, but too scattered for blocks"
     return LayerTopology.from_mask(name, geometry, blocks.in_block, blocks.out_block, blocks.mask)
 
 
-def _geometry(conv: nn.Conv2d, shape: tuple[int, int, int]) -> ConvGeometry:
+def _geometry(conv: nn.Conv2d, shape: tuple[int, ...]) -> ConvGeometry:
     (kh, kw), (dh, dw) = conv.kernel_size, conv.dilation
     if conv.padding == "valid":
         padding = (0, 0, 0, 0)
@@ -134,8 +154,16 @@ def _geometry(conv: nn.Conv2d, shape: tuple[int, int, int]) -> ConvGeometry:
     else:
         vertical, horizontal = (int(p) for p in conv.padding)
         padding = (vertical, vertical, horizontal, horizontal)
-    batch, height, width = shape
+    *batch, _, height, width = shape  # [N, I, H, W], or [I, H, W]
     sh, sw = conv.stride
     return ConvGeometry(
-        batch, conv.in_channels, conv.out_channels, height, width, (kh, kw), (sh, sw), padding, (dh, dw)
+        batch[0] if batch else 1,
+        conv.in_channels,
+        conv.out_channels,
+        height,
+        width,
+        (kh, kw),
+        (sh, sw),
+        padding,
+        (dh, dw),
     )

@@ -7,10 +7,26 @@ import numpy as np
 from .cost import CostModel
 from .plan import LayerTopology, Tile
 
+TILE_WIDTHS = (16, 32, 64, 128)
+
 # A merge must save more than this, so that rounding never merges two tiles for nothing.
 MIN_SAVING_US = 1e-6
 # Pairs are compared within runs of this many tiles, which bounds the savings matrix to 128 MiB.
 MAX_PAIRWISE = 4096
+
+
+def candidate_widths(out_block: int, out_channels: int) -> tuple[int, ...]:
+    """Return the tile widths that suit a layer, in filters, rising.
+
+    They are the powers of two from 16 to 128 that hold a filter group, up to the first that holds all
+    filters; a group wider than 128 filters gets the next power of two.
+    """
+    group = min(out_block, out_channels)
+    widths = [width for width in TILE_WIDTHS if width >= group]
+    if not widths:
+        return (1 << (group - 1).bit_length(),)
+    enough = [width for width in widths if width >= out_channels]
+    return tuple(width for width in widths if not enough or width <= enough[0])
 
 
 def exact_batches(topology: LayerTopology, capacity: int) -> list[tuple[int, ...]]:
@@ -104,7 +120,8 @@ def form_tiles(
     Returns:
         Tiles that hold each filter group once, longest first (ties: lowest group first).
     """
-    capacity = tile_width // topology.out_block
+    most = topology.geometry.out_channels
+    capacity = tile_width // min(topology.out_block, most)
     if capacity < 1:
         raise ValueError(
             f"layer {topology.name!r}: tile width {tile_width} has no room for one group of "
@@ -117,7 +134,6 @@ def form_tiles(
         key=lambda batch: (-len(topology.pattern_of(batch[0])), batch),
     )
     tiles = [Tile(batch, topology.pattern_of(batch[0])) for batch in full]
-    most = topology.geometry.out_channels
     filters = [min(groups * topology.out_block, most) for groups in range(capacity + 1)]
     entry_us = cost.entry_times(topology.geometry, topology.in_block, filters, tile_width, itemsize)
     for first in range(0, len(open_), MAX_PAIRWISE):

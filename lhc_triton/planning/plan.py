@@ -124,6 +124,23 @@ class LayerTopology:
             group_pattern.append(index[key])
         return cls(name, geometry, in_block, out_block, tuple(patterns), tuple(group_pattern))
 
+    def split(self, largest: int) -> LayerTopology:
+        """Return the same live weights in blocks of at most ``largest`` channels and filters.
+
+        A wider block is cut into equal parts: the largest power of two, if it is 16 or more, else the largest
+        divisor.
+        """
+        in_block, out_block = (_part(block, largest) for block in (self.in_block, self.out_block))
+        if (in_block, out_block) == (self.in_block, self.out_block):
+            return self
+        mask = self.block_mask().repeat(self.out_block // out_block, axis=0)
+        mask = mask.repeat(self.in_block // in_block, axis=1)
+        groups = math.ceil(self.geometry.out_channels / out_block)
+        in_blocks = math.ceil(self.geometry.in_channels / in_block)
+        return LayerTopology.from_mask(
+            self.name, self.geometry, in_block, out_block, mask[:groups, :in_blocks]
+        )
+
     @property
     def in_blocks(self) -> int:
         """Number of input blocks, ceil(I / in_block)."""
@@ -176,6 +193,15 @@ class LayerTopology:
             rows[group, list(self.pattern_of(group))] = True
         kh, kw = self.geometry.kernel
         return rows.reshape(self.groups, kh, kw, self.in_blocks).transpose(0, 3, 1, 2)
+
+
+def _part(block: int, largest: int) -> int:
+    if block <= largest:
+        return block
+    power = min(block & -block, 1 << (largest.bit_length() - 1))
+    if power >= 16:
+        return power
+    return next(part for part in range(largest, 0, -1) if block % part == 0)
 
 
 @dataclass(frozen=True)
@@ -232,6 +258,30 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class Totals:
+    """Sums over the planned layers of a network.
+
+    Attributes:
+        layers, sparse_layers: how many are planned, and how many of them do not run dense.
+        weights, live_weights: of the dense layers, and of their topologies.
+        macs, live_macs, planned_macs: multiply-accumulates of the dense layers, of their topologies, and of
+            the tiles (a layer that runs dense counts in full).
+        dense_us, planned_us: predicted time all dense, and with the planned backends; a backend that the cost
+            model does not price (a forced one) makes ``planned_us`` None.
+    """
+
+    layers: int
+    sparse_layers: int
+    weights: int
+    live_weights: int
+    macs: int
+    live_macs: int
+    planned_macs: int
+    dense_us: float
+    planned_us: float | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a whole network will run: one LayerPlan per planned convolution.
 
@@ -253,6 +303,29 @@ class Plan:
             if layer.name == name:
                 return layer
         raise KeyError(name)
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over the planned layers."""
+        topologies = [layer.topology for layer in self.layers]
+        sparse = [layer.backend != "dense" for layer in self.layers]
+        macs = [topology.geometry.macs for topology in topologies]
+        times = [layer.predicted_us.get(layer.backend) for layer in self.layers]
+        priced = [us for us in times if us is not None]
+        return Totals(
+            layers=len(self.layers),
+            sparse_layers=sum(sparse),
+            weights=sum(topology.geometry.weights for topology in topologies),
+            live_weights=sum(topology.live_weights for topology in topologies),
+            macs=sum(macs),
+            live_macs=sum(topology.live_macs for topology in topologies),
+            planned_macs=sum(
+                layer.planned_macs if is_sparse else dense
+                for layer, is_sparse, dense in zip(self.layers, sparse, macs, strict=True)
+            ),
+            dense_us=sum(layer.predicted_us.get("dense", 0.0) for layer in self.layers),
+            planned_us=sum(priced) if len(priced) == len(times) else None,
+        )
 
     def explain(self) -> str:
         """Return a table for people: how every layer will run, and why."""

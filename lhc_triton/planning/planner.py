@@ -6,14 +6,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .cost import CostModel, itemsize_of
-from .grouping import form_tiles
+from .grouping import candidate_widths, form_tiles
 from .plan import LayerPlan, LayerTopology, Plan, Tile
 
 if TYPE_CHECKING:
     from torch import nn
 
 BACKENDS = ("auto", "dense", "reference", "torch", "native", "triton")
-TILE_WIDTHS = (16, 32, 64, 128)
 
 
 def check_backend(backend: str) -> None:
@@ -22,26 +21,12 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend {backend!r} is not known; choose one of {', '.join(BACKENDS)}")
 
 
-def candidate_widths(topology: LayerTopology) -> tuple[int, ...]:
-    """Return the tile widths that suit a layer, in filters, rising.
-
-    They are the powers of two from 16 to 128 that hold a filter group, up to the first that holds all
-    filters; a group wider than 128 filters gets the next power of two.
-    """
-    group = min(topology.out_block, topology.geometry.out_channels)
-    widths = [width for width in TILE_WIDTHS if width >= group]
-    if not widths:
-        return (1 << (group - 1).bit_length(),)
-    enough = [width for width in widths if width >= topology.geometry.out_channels]
-    return tuple(width for width in widths if not enough or width <= enough[0])
-
-
 def choose_tiles(
     topology: LayerTopology, cost: CostModel, itemsize: int = 4
 ) -> tuple[int, tuple[Tile, ...], float]:
     """Return (tile width, tiles, predicted us) of the cheapest candidate width; ties go to the narrower."""
     best: tuple[int, tuple[Tile, ...], float] | None = None
-    for width in candidate_widths(topology):
+    for width in candidate_widths(topology.out_block, topology.geometry.out_channels):
         tiles = form_tiles(topology, cost, width, itemsize)
         predicted = cost.sparse_us(topology, tiles, width, itemsize)
         if best is None or predicted < best[2]:
@@ -108,7 +93,8 @@ def plan(model: nn.Module, example_input: Any, backend: str = "auto", cost: Cost
         cost: prices the choices; by default the model of the example input's device kind.
 
     Raises:
-        ValueError: for an unknown backend, dtype or device kind, or a model without a convolution.
+        ValueError: for an unknown backend, dtype or device kind, a model without a convolution or with NaN in
+            the weight of one, or an example input that the model does not take.
         TypeError: if ``model`` or ``example_input`` has another type.
     """
     from .extract import read_model  # torch is needed here, and only here

@@ -7,15 +7,19 @@ import math
 from itertools import pairwise
 from typing import Any
 
+from .cost import ITEMSIZES
 from .plan import ConvGeometry, LayerPlan, LayerTopology, Plan, Tile
+from .planner import BACKENDS
 
 PLAN_VERSION = 1
 
-MAX_SIZE = 2**24  # of a channel count, an image side or a batch
-MAX_GROUPS = 2**16
-MAX_ENTRIES = 2**20
-MAX_TEXT = 2**28
+# Limits of what is read, far above any real network, so that a small file cannot ask for much memory.
+MAX_SIZE = 2**24  # channels, images, pixels of a side
+MAX_CELLS = 2**28  # filter groups x entries of a layer: the bytes of its block mask
+MAX_TEXT = 2**28  # characters
+MAX_US = 1e18
 MAX_NAME = 1000
+MAX_REASON = 2**16
 
 
 def plan_to_json(plan: Plan) -> str:
@@ -57,26 +61,34 @@ def plan_from_json(text: str) -> Plan:
     Raises:
         ValueError: if the text is no plan of this version, or a layer contradicts itself; the message says
             which layer and what.
+        TypeError: if ``text`` is no str.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"the plan is a {type(text).__name__}: give the text that Plan.to_json() returned")
     if len(text) > MAX_TEXT:
         raise ValueError(f"the plan has {len(text)} characters; at most {MAX_TEXT} are read")
     try:
         document = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number with thousands of digits
         raise ValueError(f"the plan is not JSON: {error}") from None
     fields = _object(document, "the plan")
-    if fields.get("version") != PLAN_VERSION:
-        raise ValueError(f"the plan has version {fields.get('version')!r}; this package reads {PLAN_VERSION}")
+    if type(fields.get("version")) is not int or fields["version"] != PLAN_VERSION:
+        raise ValueError(
+            f"the plan has version {_short(fields.get('version'))}; this package reads {PLAN_VERSION}"
+        )
     skipped = []
     for pair in _list(fields, "skipped", "the plan"):
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError("the plan: skipped must hold pairs of name and reason")
-        skipped.append((_text(pair[0], "the plan: a skipped name"), _text(pair[1], "the plan: a reason")))
+        skipped.append(
+            (_text(pair[0], "the plan: a skipped name"), _text(pair[1], "the plan: a reason", MAX_REASON))
+        )
     layers = tuple(_layer(item, place) for place, item in enumerate(_list(fields, "layers", "the plan")))
     names = [layer.name for layer in layers]
     if len(set(names)) < len(names):
         raise ValueError("the plan holds two layers of one name")
-    device, dtype = (_text(fields.get(key), f"the plan: {key}") for key in ("device", "dtype"))
+    device = _text(fields.get("device"), "the plan: device")
+    dtype = _one_of(fields.get("dtype"), "the plan: dtype", tuple(ITEMSIZES))
     return Plan(layers, tuple(skipped), device, dtype)
 
 
@@ -90,8 +102,10 @@ def _layer(item: Any, place: int) -> LayerPlan:
     )
     groups = math.ceil(geometry.out_channels / out_block)
     entries = geometry.taps * math.ceil(geometry.in_channels / in_block)
-    if groups > MAX_GROUPS or entries > MAX_ENTRIES:
-        raise ValueError(f"{where}: {groups} filter groups of {entries} entries are more than supported")
+    if groups * entries > MAX_CELLS:
+        raise ValueError(
+            f"{where}: {groups} filter groups of {entries} entries are more than {MAX_CELLS} blocks"
+        )
     patterns = tuple(
         _ascending(pattern, f"{where}: a pattern", entries) for pattern in _list(fields, "patterns", where)
     )
@@ -103,18 +117,24 @@ def _layer(item: Any, place: int) -> LayerPlan:
         raise ValueError(
             f"{where}: group_pattern has {len(group_pattern)} items, {groups} filter groups need one"
         )
+    if len(set(patterns)) < len(patterns) or set(group_pattern) != set(range(len(patterns))):
+        raise ValueError(f"{where}: the patterns must differ, and each one be used")
     topology = LayerTopology(name, geometry, in_block, out_block, patterns, group_pattern)
     tiles = tuple(_tile(tile, topology, tile_width, where) for tile in _list(fields, "tiles", where))
     if sorted(g for tile in tiles for g in tile.groups) != list(range(groups)):
         raise ValueError(f"{where}: the tiles must hold each of the {groups} filter groups once")
     predicted = _object(fields.get("predicted_us"), f"{where}: predicted_us")
-    times = {key: _time(value, f"{where}: predicted_us of {key!r}") for key, value in predicted.items()}
-    backend, reason = (_text(fields.get(key), f"{where}: {key}") for key in ("backend", "reason"))
+    times = {
+        _text(key, f"{where}: a backend's name"): _time(value, f"{where}: predicted_us of {_short(key)}")
+        for key, value in predicted.items()
+    }
+    backend = _one_of(fields.get("backend"), f"{where}: backend", BACKENDS[1:])
+    reason = _text(fields.get("reason"), f"{where}: reason", MAX_REASON)
     return LayerPlan(topology, tiles, tile_width, backend, reason, times)
 
 
 def _geometry(fields: dict[str, Any], where: str) -> ConvGeometry:
-    sizes = {
+    sizes: dict[str, Any] = {
         key: _whole(fields.get(key), f"{where}: {key}", 0 if key == "batch" else 1)
         for key in ("batch", "in_channels", "out_channels", "height", "width")
     }
@@ -159,15 +179,26 @@ def _list(fields: dict[str, Any], key: str, where: str) -> list[Any]:
     return value
 
 
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or len(value) > MAX_NAME:
-        raise ValueError(f"{where} must be a text of at most {MAX_NAME} characters")
+def _text(value: Any, where: str, longest: int = MAX_NAME) -> str:
+    if not isinstance(value, str) or len(value) > longest:
+        raise ValueError(f"{where} must be a text of at most {longest} characters")
     return value
+
+
+def _one_of(value: Any, where: str, known: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{where} is {_short(value)}; one of {', '.join(known)} is needed")
+    return value
+
+
+def _short(value: Any) -> str:
+    """Return a value as one short piece of text, for a message."""
+    return ascii(value)[:60] if isinstance(value, str | int | float | None) else type(value).__name__
 
 
 def _whole(value: Any, where: str, low: int, high: int = MAX_SIZE) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{where} is {value!r}; a whole number from {low} to {high} is needed")
+        raise ValueError(f"{where} is {_short(value)}; a whole number from {low} to {high} is needed")
     return value
 
 
@@ -181,6 +212,7 @@ def _ascending(value: Any, where: str, below: int) -> tuple[int, ...]:
 
 
 def _time(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{where} is {value!r}; a time in us is needed")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= MAX_US:
+        raise ValueError(f"{where} is {_short(value)}; a time in us is needed")
     return float(value)

@@ -10,6 +10,7 @@ import torch
 BACKENDS = ("reference", "torch", "triton")
 """The backends that this version has."""
 
+DEVICES = ("cpu", "cuda")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -20,6 +21,10 @@ def unavailable(backend: str, dtype: torch.dtype, device: torch.device | str) ->
         return f'backend "native" is not available in this version; use one of {_names()}'
     if backend not in BACKENDS:
         return f'backend "{backend}" is unknown; use one of {_names()}'
+    if device.type not in DEVICES:
+        return (
+            f'backend "{backend}" does not serve device type "{device.type}"; use one of {", ".join(DEVICES)}'
+        )
     allowed = FLOATS if backend == "triton" else (*FLOATS, torch.float64)
     if dtype not in allowed:
         names = ", ".join(_short(d) for d in allowed)
@@ -33,8 +38,6 @@ def unavailable(backend: str, dtype: torch.dtype, device: torch.device | str) ->
             'backend "triton" needs a CUDA device; on the CPU use "torch", or set TRITON_INTERPRET=1 '
             "before the process starts to run it in Triton's slow interpreter"
         )
-    if device.type not in ("cpu", "cuda"):
-        return f'backend "triton" does not serve device type "{device.type}"; use "torch"'
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -43,14 +44,23 @@ def device_name(device: torch.device) -> str:
 
 
 def layer_key(layer: LayerPlan, dtype: torch.dtype, device: torch.device) -> str:
-    """Identify a measurement: hardware, torch version, dtype, shapes, and a digest of tiles and width."""
+    """Identify a measurement: hardware, versions, dtype, and a digest of shapes and tiles."""
     tiles = [[tile.groups, tile.entries] for tile in layer.tiles]
     shape = repr(
         (layer.topology.geometry, layer.topology.in_block, layer.topology.out_block, layer.tile_width)
     )
     digest = hashlib.sha256((shape + json.dumps(tiles)).encode()).hexdigest()[:20]
     name = str(dtype).removeprefix("torch.")
-    return f"{device_name(device)} | torch {torch.__version__} | {name} | {digest}"
+    versions = f"torch {torch.__version__}, triton {_version('triton')}, lhc-triton {_version('lhc-triton')}"
+    return f"{device_name(device)} | {versions} | {name} | {digest}"
+
+
+def _version(package: str) -> str:
+    # Not `package.__version__`: importing Triton for its version would take long.
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 class TimingStore:
@@ -97,7 +107,7 @@ class TimingStore:
             if self.path.stat().st_size > MAX_BYTES:
                 raise ValueError(f"larger than {MAX_BYTES} bytes")
             return _checked(json.loads(self.path.read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError, RecursionError) as error:
             warnings.warn(f"{self.path} is skipped: {error}; measured times start anew", stacklevel=3)

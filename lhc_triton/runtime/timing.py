@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 MIN_SAMPLE_US = 200.0  # a sample repeats its function until it lasts about this long
+MIN_ROUNDS = 3  # what a time budget leaves at the least
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def time_paired(
     warmup: int = 3,
     device: torch.device | str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
+    budget_s: float | None = None,
 ) -> dict[str, Timing]:
     """Time functions interleaved: every round calls each of them once, beginning with another one each time.
 
@@ -66,6 +69,8 @@ def time_paired(
         warmup: calls of each function before the first round, at least 1.
         device: where the functions do their work.
         clock: seconds; for tests.
+        budget_s: seconds after which no further round begins, counted from the first call; three rounds are
+            always made. None sets no limit.
 
     Returns:
         A `Timing` for each name, in the same order.
@@ -82,6 +87,7 @@ def time_paired(
     names = list(functions)
     samples: dict[str, list[float]] = {name: [] for name in names}
     repeats: dict[str, int] = {}
+    deadline = math.inf if budget_s is None else clock() + budget_s
     with torch.inference_mode():
         for name in names:
             for _ in range(warmup - 1):
@@ -89,6 +95,8 @@ def time_paired(
             once = sample(functions[name], 1, clock)
             repeats[name] = max(1, round(MIN_SAMPLE_US / once)) if once > 0 else 1
         for turn in range(rounds):
+            if turn >= MIN_ROUNDS and clock() >= deadline:
+                break
             first = turn % len(names)
             for name in names[first:] + names[:first]:
                 samples[name].append(sample(functions[name], repeats[name], clock))

@@ -1,0 +1,94 @@
+"""Interleaved timing, with a clock that only moves when a function says so."""
+
+import pytest
+import torch
+
+from lhc_triton.runtime.timing import Timing, paired_ratio, time_paired
+
+
+class Clock:
+    """Seconds that pass while a function "works"."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.calls: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def work(self, name: str, *seconds: float):
+        durations = list(seconds)
+
+        def function() -> None:
+            self.calls.append(name)
+            self.now += durations.pop(0) if len(durations) > 1 else durations[0]
+
+        return function
+
+
+def test_medians_and_spread_come_from_the_rounds():
+    clock = Clock()
+    warm_then = [0.9, 0.001, 0.002, 0.005, 0.003, 0.004]  # one warm-up, then five rounds
+    found = time_paired({"a": clock.work("a", *warm_then)}, rounds=5, warmup=1, clock=clock)["a"]
+    assert found.samples_us == pytest.approx((1000, 2000, 5000, 3000, 4000))
+    assert found.median_us == pytest.approx(3000)
+    assert found.p20_us == pytest.approx(1800)
+    assert found.p80_us == pytest.approx(4200)
+
+
+def test_every_round_calls_each_function_and_begins_with_another():
+    clock = Clock()
+    functions = {name: clock.work(name, 0.001) for name in "abc"}
+    found = time_paired(functions, rounds=3, warmup=2, clock=clock)
+    assert list(found) == ["a", "b", "c"]
+    assert "".join(clock.calls) == "aabbcc" + "abc" + "bca" + "cab"
+
+
+def test_short_functions_are_repeated_within_a_sample():
+    clock = Clock()
+    found = time_paired({"a": clock.work("a", 0.00001)}, rounds=2, warmup=1, clock=clock)["a"]
+    assert found.repeats == 20
+    assert found.samples_us == pytest.approx((10, 10))
+    assert len(clock.calls) == 1 + 2 * 20
+
+
+def test_a_budget_ends_the_rounds_early_but_leaves_three():
+    clock = Clock()
+    found = time_paired({"a": clock.work("a", 0.1)}, rounds=20, warmup=1, clock=clock, budget_s=0.75)
+    assert len(found["a"].samples_us) == 7
+    found = time_paired({"a": clock.work("a", 10.0)}, rounds=20, warmup=1, clock=clock, budget_s=0.1)
+    assert len(found["a"].samples_us) == 3
+    found = time_paired({"a": clock.work("a", 10.0)}, rounds=2, warmup=1, clock=clock, budget_s=0.1)
+    assert len(found["a"].samples_us) == 2
+
+
+def test_functions_run_in_inference_mode():
+    seen = []
+    time_paired({"a": lambda: seen.append(torch.is_inference_mode_enabled())}, rounds=1, warmup=1)
+    assert all(seen)
+
+
+def test_the_ratio_is_taken_round_by_round():
+    # The machine slows down twofold halfway: the ratio of medians would be off, the median ratio is not.
+    fast, slow = Timing((10.0, 10.0, 20.0, 20.0, 20.0)), Timing((30.0, 30.0, 60.0, 60.0, 60.0))
+    assert paired_ratio(slow, fast) == 3.0
+    assert paired_ratio(Timing((1.0, 4.0, 9.0)), Timing((1.0, 2.0, 3.0))) == 2.0
+    with pytest.raises(ValueError, match="different numbers of rounds"):
+        paired_ratio(fast, Timing((1.0,)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"functions": {}}, "no function"), ({"rounds": 0}, "rounds is 0"), ({"warmup": 0}, "warmup is 0")],
+)
+def test_wrong_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        time_paired(**{"functions": {"a": lambda: None}, **options})
+
+
+def test_an_error_in_a_function_is_not_hidden():
+    def broken() -> None:
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        time_paired({"a": broken}, rounds=1)

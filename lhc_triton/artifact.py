@@ -303,7 +303,7 @@ def _record(data: Any) -> Record:
         if not isinstance(item, list) or len(item) != 2 or item[1] not in _INPUT_TYPES:
             raise ArtifactError("its example inputs are not valid")
         if not isinstance(item[0], list) or not all(
-            type(size) is int and 0 < size < 2**20 for size in item[0]
+            type(size) is int and 0 < size < 2**31 for size in item[0]
         ):
             raise ArtifactError("its example inputs are not valid")
         inputs.append((tuple(item[0]), item[1]))
@@ -322,7 +322,7 @@ def _record(data: Any) -> Record:
     )
 
 
-_INPUT_TYPES = (*_DTYPES, "int64", "int32", "uint8", "bool")
+_INPUT_TYPES = (*_DTYPES, "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
 def _site(data: Any) -> Site:

@@ -93,6 +93,7 @@ def accelerate(
     else:
         plan = fitting_plan(plan, convs)
     choices = _choose_all(plan, convs, tune, backend)
+    notes += _remarks(work, plan, convs)
     job = _Job(work, inputs, reference, plan, choices, tune, backend, notes)
     return job.run()
 
@@ -310,6 +311,19 @@ def _choose_all(plan: Plan, convs: Mapping[str, nn.Conv2d], tune: str, requested
         weight = conv.weight
         choices[name] = choose(planned[name], weight.dtype, weight.device, tune, requested)
     return choices
+
+
+def _remarks(work: nn.Module, plan: Plan, convs: Mapping[str, nn.Conv2d]) -> list[str]:
+    """Say which convolutions are left as they are, and whether any could run sparse at all."""
+    skipped = dict(plan.skipped)
+    notes = [
+        f"layer {name!r} is left as it is: {skipped.get(name, f'a {type(module).__name__}')}"
+        for name, module in work.named_modules()
+        if isinstance(module, nn.Conv2d) and name not in convs
+    ]
+    if not plan.layers:
+        notes.append("no convolution has a topology or structured zeros: everything runs dense")
+    return notes
 
 
 def choose(

@@ -127,8 +127,12 @@ def trace(model: nn.Module) -> fx.GraphModule:
         graph = tracer.trace(model)
         return fx.GraphModule(model, graph, type(model).__name__)
     except Exception as error:  # tracing runs foreign code: anything may come out of it
-        lines = str(error).strip().splitlines()
-        raise TraceError(f"{type(error).__name__}: {lines[0] if lines else 'no message'}") from error
+        raise TraceError(_line(error)) from error
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 class _ShapeRecorder(fx.Interpreter):
@@ -147,10 +151,17 @@ class _ShapeRecorder(fx.Interpreter):
 
 
 def record_shapes(traced: fx.GraphModule, example: Sequence[torch.Tensor]) -> tuple[Shapes, Any]:
-    """Run a traced network once; return shape and dtype of each node's tensor by name, and the output."""
+    """Run a traced network once; return shape and dtype of each node's tensor by name, and the output.
+
+    Raises:
+        TraceError: it does not run, for the trace fixed something that varies.
+    """
     recorder = _ShapeRecorder(traced)
-    with torch.no_grad():
-        output = recorder.run(*[value.clone() for value in example])
+    try:
+        with torch.no_grad():
+            output = recorder.run(*[value.clone() for value in example])
+    except Exception as error:  # the model's own code, once more
+        raise TraceError(f"the traced network does not run: {_line(error)}") from error
     return recorder.seen, output
 
 

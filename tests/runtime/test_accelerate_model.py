@@ -208,6 +208,13 @@ def test_a_network_that_differs_only_as_a_whole_runs_dense_or_as_it_is(
     assert torch.equal(run(fast, image(seed=5)), run(vgg(), image(seed=5)))
 
 
+def test_a_model_without_zeros_runs_dense_and_says_so() -> None:
+    torch.manual_seed(0)
+    fast = accelerate(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU()).eval(), image(), tune="off")
+    assert "no convolution has a topology" in fast.explain()
+    assert fast.report()["layers"][0]["epilogue"] == "relu"
+
+
 def test_a_model_that_draws_random_numbers_runs_as_it_is() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
@@ -255,6 +262,7 @@ def test_grouped_and_odd_convolutions_stay_as_they_are() -> None:
     )
     finish(model)
     fast = accelerate(model, image(), backend="torch", tune="off")
+    assert "layer '3' is left as it is: padding_mode='circular'" in fast.explain()
     assert isinstance(fast.network.get_submodule("1"), DenseConv2d)
     assert type(fast.network.get_submodule("3")) is nn.Conv2d
     assert isinstance(fast.network.get_submodule("4"), GroupedConv2d)

@@ -120,8 +120,8 @@ def form_tiles(
     Returns:
         Tiles that hold each filter group once, longest first (ties: lowest group first).
     """
-    most = topology.geometry.out_channels
-    capacity = tile_width // min(topology.out_block, most)
+    group = min(topology.out_block, topology.geometry.out_channels)
+    capacity = tile_width // group
     if capacity < 1:
         raise ValueError(
             f"layer {topology.name!r}: tile width {tile_width} has no room for one group of "
@@ -134,7 +134,8 @@ def form_tiles(
         key=lambda batch: (-len(topology.pattern_of(batch[0])), batch),
     )
     tiles = [Tile(batch, topology.pattern_of(batch[0])) for batch in full]
-    filters = [min(groups * topology.out_block, most) for groups in range(capacity + 1)]
+    # The last group may be smaller. Priced in full it has no pull of its own on the others.
+    filters = [groups * group for groups in range(capacity + 1)]
     entry_us = cost.entry_times(topology.geometry, topology.in_block, filters, tile_width, itemsize)
     for first in range(0, len(open_), MAX_PAIRWISE):
         run = open_[first : first + MAX_PAIRWISE]

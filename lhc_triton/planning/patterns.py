@@ -131,12 +131,13 @@ def _price(
 ) -> float:
     """Predict the us of exact batches, at the tile width where they are cheapest."""
     entries, groups = _patterns(mask)
+    group = min(out_block, geometry.out_channels)
     prices = []
     for width in candidate_widths(out_block, geometry.out_channels):
-        capacity = width // out_block
+        capacity = width // group
         full, rest = np.divmod(groups, capacity)
-        filters = np.minimum(np.arange(capacity + 1) * out_block, geometry.out_channels)
-        times = cost.entry_times(geometry, in_block, filters.tolist(), width, itemsize)
+        filters = [count * group for count in range(capacity + 1)]
+        times = cost.entry_times(geometry, in_block, filters, width, itemsize)
         times[0] = 0.0
         tiles = int(full.sum()) + np.count_nonzero(rest)
         prices.append(tiles * cost.tile_us + float(entries @ (full * times[capacity] + times[rest])))

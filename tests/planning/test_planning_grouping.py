@@ -1,0 +1,145 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from planning_cases import CPU, CUDA, QUICK, layer, random_layer, topologies
+
+from lhc_triton.planning import COST_MODELS, Tile
+from lhc_triton.planning.grouping import candidate_widths, exact_batches, form_tiles, merge_by_savings
+
+# Arithmetic is all that costs: a union can only lose.
+ARITHMETIC = dataclasses.replace(
+    CPU, launch_us=0.0, tile_us=0.0, entry_us=0.0, memory_gbs=1e9, entry_gbs=1e9,
+    sparse_gmacs=((4, ((1, 50.0),)),),
+)  # fmt: skip
+# A tile costs more than anything in it: whatever fits is merged.
+OVERHEAD = dataclasses.replace(ARITHMETIC, tile_us=1e9)
+
+
+@QUICK
+@given(topologies(), st.sampled_from(sorted(COST_MODELS)), st.data())
+def test_tiles_partition_the_groups_and_hold_the_union_of_their_patterns(topology, device, data):
+    cost = COST_MODELS[device]
+    width = data.draw(st.sampled_from(candidate_widths(topology.out_block, topology.geometry.out_channels)))
+    tiles = form_tiles(topology, cost, width)
+    assert sorted(g for tile in tiles for g in tile.groups) == list(range(topology.groups))
+    for tile in tiles:
+        union = sorted({entry for g in tile.groups for entry in topology.pattern_of(g)})
+        assert list(tile.entries) == union
+        assert tile.groups == tuple(sorted(tile.groups))
+        assert 0 < sum(len(topology.group_filters(g)) for g in tile.groups) <= width
+    lengths = [len(tile.entries) for tile in tiles]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+@QUICK
+@given(topologies())
+def test_tiles_stay_exact_where_no_union_pays(topology):
+    width = candidate_widths(topology.out_block, topology.geometry.out_channels)[-1]
+    for tile in form_tiles(topology, ARITHMETIC, width):
+        assert {topology.pattern_of(group) for group in tile.groups} == {tile.entries}
+
+
+def test_whatever_fits_is_merged_where_tiles_are_dear():
+    topology = layer([[0], [1], [2], [3], [4]])
+    assert form_tiles(topology, OVERHEAD, 128) == (Tile((0, 1, 2, 3, 4), (0, 1, 2, 3, 4)),)
+    assert [len(tile.groups) for tile in form_tiles(topology, OVERHEAD, 32)] == [2, 2, 1]
+
+
+def test_equal_patterns_fill_tiles_before_any_union():
+    topology = layer([[0, 1], [2], [0, 1], [2], [0, 1], [0, 1]])
+    assert exact_batches(topology, 2) == [(0, 2), (4, 5), (1, 3)]
+    assert form_tiles(topology, CPU, 32) == (
+        Tile((0, 2), (0, 1)),
+        Tile((4, 5), (0, 1)),
+        Tile((1, 3), (2,)),
+    )
+
+
+def test_similar_patterns_meet_in_one_tile():
+    topology = layer([[0, 1, 2], [5, 6, 7], [0, 1, 3], [5, 6, 8]], size=56)
+    tiles = form_tiles(topology, CUDA, 32)
+    assert tiles == (Tile((0, 2), (0, 1, 2, 3)), Tile((1, 3), (5, 6, 7, 8)))
+
+
+def test_ties_go_to_the_lowest_groups():
+    topology = layer([[0], [1], [2], [3]])
+    assert form_tiles(topology, OVERHEAD, 32) == (Tile((0, 1), (0, 1)), Tile((2, 3), (2, 3)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("device", sorted(COST_MODELS))
+def test_merging_never_makes_a_layer_dearer(seed, device):
+    cost, topology = COST_MODELS[device], random_layer(seed, density=0.3)
+    exact = [Tile((g,), topology.pattern_of(g)) for g in range(topology.groups)]
+    merged = form_tiles(topology, cost, 64)
+    assert cost.sparse_us(topology, merged, 64) <= cost.sparse_us(topology, exact, 64)
+
+
+def greedy(rows, sizes, entry_us, tile_us):
+    """The same merging with the whole matrix computed anew each time."""
+    parts = [[i] for i in range(len(rows))]
+    rows, sizes = [set(np.flatnonzero(row)) for row in rows], list(sizes)
+    capacity = len(entry_us) - 1
+    while True:
+        best = (1e-6, None)
+        for i in range(len(parts)):
+            for j in range(i + 1, len(parts)):
+                if not parts[i] or not parts[j] or sizes[i] + sizes[j] > capacity:
+                    continue
+                union = len(rows[i] | rows[j])
+                before = len(rows[i]) * entry_us[sizes[i]] + len(rows[j]) * entry_us[sizes[j]]
+                saved = before + tile_us - union * entry_us[sizes[i] + sizes[j]]
+                if saved > best[0]:
+                    best = (saved, (i, j))
+        if best[1] is None:
+            return [sorted(part) for part in parts if part]
+        i, j = best[1]
+        parts[i] += parts[j]
+        parts[j] = []
+        rows[i] |= rows[j]
+        sizes[i] += sizes[j]
+
+
+@QUICK
+@given(st.integers(0, 2**32 - 1), st.integers(1, 14), st.integers(2, 6))
+def test_the_incremental_matrix_merges_as_a_full_recomputation_does(seed, tiles, capacity):
+    rng = np.random.default_rng(seed)
+    rows = rng.random((tiles, 12)) < rng.uniform(0.1, 0.9)
+    sizes = rng.integers(1, capacity, size=tiles)
+    # dyadic prices make every sum exact, so that both ways see the same ties
+    entry_us = np.cumsum(rng.integers(1, 8, size=capacity + 1)) / 8
+    tile_us = float(rng.integers(0, 16)) / 8
+    assert merge_by_savings(rows, sizes, entry_us, tile_us) == greedy(rows, sizes, entry_us, tile_us)
+
+
+@pytest.mark.parametrize(
+    ("out_block", "out_channels", "widths"),
+    [
+        (16, 512, (16, 32, 64, 128)),
+        (16, 40, (16, 32, 64)),
+        (16, 10, (16,)),
+        (64, 512, (64, 128)),
+        (24, 96, (32, 64, 128)),
+        (100, 300, (128,)),
+        (200, 800, (256,)),
+        (1, 3, (16,)),
+    ],
+)
+def test_tile_widths_hold_a_group_and_go_no_wider_than_the_layer(out_block, out_channels, widths):
+    assert candidate_widths(out_block, out_channels) == widths
+
+
+def test_a_tile_too_narrow_for_a_group_is_refused():
+    with pytest.raises(ValueError, match="layer 'layer': tile width 16 has no room for one group of 32"):
+        form_tiles(layer([[0], [1]], out_block=32), CPU, 16)
+
+
+def test_many_groups_are_merged_in_runs(monkeypatch):
+    monkeypatch.setattr("lhc_triton.planning.grouping.MAX_PAIRWISE", 5)
+    topology = random_layer(0, groups=12)
+    tiles = form_tiles(topology, OVERHEAD, 128)
+    assert sorted(g for tile in tiles for g in tile.groups) == list(range(12))
+    assert len(tiles) == 3

@@ -23,11 +23,12 @@ from lhc_triton.planning.plan import Plan
 from lhc_triton.runtime.accelerated import AcceleratedModel, LayerRow, Record
 from lhc_triton.runtime.checks import working_copy
 from lhc_triton.runtime.fusion import swapped
-from lhc_triton.runtime.graph import Site, TraceError, find_sites, record_shapes, rewrite, trace
+from lhc_triton.runtime.graph import Site, find_sites, rewrite
 from lhc_triton.runtime.modules import FusedConv2d
 from lhc_triton.runtime.opset import GraphError
 from lhc_triton.runtime.retarget import check_device, retarget
 from lhc_triton.runtime.stored import build_graph, build_module, store_graph, store_module
+from lhc_triton.runtime.tracing import TraceError, record_shapes, trace
 
 FORMAT_VERSION = 1
 MAX_DOCUMENT = 512 * 2**20
@@ -281,7 +282,7 @@ def _into_model(model: nn.Module, record: Record, modules: Mapping[str, nn.Modul
     home = next(work.parameters()).device
     inputs = [torch.zeros(shape, dtype=getattr(torch, name), device=home) for shape, name in record.inputs]
     try:
-        traced = trace(work)
+        traced = trace(work, len(inputs))
         sites = find_sites(traced, record_shapes(traced, inputs)[0])
     except (TraceError, RuntimeError, ValueError) as error:
         raise ArtifactError(f"model= is another model: {str(error).splitlines()[0]}") from error

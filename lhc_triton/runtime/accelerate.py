@@ -25,9 +25,10 @@ from lhc_triton.runtime.checks import (
 )
 from lhc_triton.runtime.dispatch import choose_backend, supports
 from lhc_triton.runtime.fusion import fuse, swapped
-from lhc_triton.runtime.graph import Site, TraceError, find_sites, is_fusible, record_shapes, rewrite, trace
+from lhc_triton.runtime.graph import Site, find_sites, is_fusible, rewrite
 from lhc_triton.runtime.modules import FusedConv2d
 from lhc_triton.runtime.timing import time_paired
+from lhc_triton.runtime.tracing import TraceError, record_shapes, trace
 from lhc_triton.runtime.verify import (
     Findings,
     compare_calls,
@@ -69,7 +70,8 @@ def accelerate(
     Args:
         model: any module; run in eval mode.
         example_input: [N, C, H, W], or a tuple of the model's positional tensor arguments, on the model's
-            device. Later inputs may have other batch and image sizes.
+            device. Later inputs may have other batch and image sizes; arguments that the example leaves out
+            keep their defaults.
         plan: what ``lhc.plan`` made for this model; by default it is made here.
         tune: "off" trusts the cost model, "cached" prefers stored measurements, "full" measures.
         backend: "auto", or one backend that every planned layer must use.
@@ -178,7 +180,7 @@ class _Job:
     def _trace(self) -> tuple[fx.GraphModule | None, tuple[Site, ...]]:
         """Return the traced network with its sites, or None with one plain site per convolution."""
         try:
-            traced = trace(self.work)
+            traced = trace(self.work, len(self.inputs))
             shapes, output = record_shapes(traced, self.inputs)
             error = norm_error(output, self.reference)
             if error > self.tolerance:

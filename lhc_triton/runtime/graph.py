@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lhc_triton.layers import LHCConv2d
-
-Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
+from lhc_triton.runtime.tracing import Shapes
 
 _ADDS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add})
 _RELUS: frozenset[Any] = frozenset({F.relu, torch.relu, torch.relu_, F.relu_})
@@ -63,10 +62,6 @@ _FRESH_FUNCTIONS: frozenset[Any] = frozenset(
 _FOLDABLE_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
-class TraceError(RuntimeError):
-    """``torch.fx`` could not turn the network into a graph; the message is one line."""
-
-
 @dataclass(frozen=True)
 class Site:
     """One call of a convolution, and what follows it closely enough to become its epilogue.
@@ -104,65 +99,9 @@ class Site:
         return "+".join(part for part in parts if part) or "-"
 
 
-class _ConvTracer(fx.Tracer):
-    """Traces into everything except torch's own modules and convolutions."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
-
-
 def is_fusible(module: nn.Module) -> bool:
     """Return whether we can rebuild a convolution: exactly nn.Conv2d or LHCConv2d, with zero borders."""
     return type(module) in (nn.Conv2d, LHCConv2d) and module.padding_mode == "zeros"
-
-
-def trace(model: nn.Module) -> fx.GraphModule:
-    """Trace a network in eval mode, convolutions as leaves.
-
-    Raises:
-        TraceError: ``torch.fx`` cannot trace it, for example because its control flow depends on data.
-    """
-    tracer = _ConvTracer()
-    try:
-        graph = tracer.trace(model)
-        return fx.GraphModule(model, graph, type(model).__name__)
-    except Exception as error:  # tracing runs foreign code: anything may come out of it
-        raise TraceError(_line(error)) from error
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-
-
-class _ShapeRecorder(fx.Interpreter):
-    """Runs a graph and keeps shape and dtype of every tensor it makes."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.extra_traceback = False
-        self.seen: dict[str, tuple[torch.Size, torch.dtype]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, torch.Tensor):
-            self.seen[n.name] = (value.shape, value.dtype)
-        return value
-
-
-def record_shapes(traced: fx.GraphModule, example: Sequence[torch.Tensor]) -> tuple[Shapes, Any]:
-    """Run a traced network once; return shape and dtype of each node's tensor by name, and the output.
-
-    Raises:
-        TraceError: it does not run, for the trace fixed something that varies.
-    """
-    recorder = _ShapeRecorder(traced)
-    try:
-        with torch.no_grad():
-            output = recorder.run(*[value.clone() for value in example])
-    except Exception as error:  # the model's own code, once more
-        raise TraceError(f"the traced network does not run: {_line(error)}") from error
-    return recorder.seen, output
 
 
 def find_sites(traced: fx.GraphModule, shapes: Shapes) -> tuple[Site, ...]:

@@ -12,7 +12,8 @@ from runtime_networks import finish, image, norm_error, resnet, shared, untracea
 from torch import Tensor, fx, nn
 
 from lhc_triton.runtime.fusion import fuse
-from lhc_triton.runtime.graph import Site, TraceError, find_sites, record_shapes, rewrite, trace
+from lhc_triton.runtime.graph import Site, find_sites, rewrite
+from lhc_triton.runtime.tracing import TraceError, record_shapes, trace
 
 
 def rewritten(model: nn.Module, *inputs: Tensor) -> tuple[tuple[Site, ...], fx.GraphModule]:
@@ -255,6 +256,26 @@ def test_other_padding_modes_are_left_as_they_are() -> None:
 def test_data_dependent_control_flow_is_a_trace_error() -> None:
     with pytest.raises(TraceError, match="TypeError: float"):
         trace(untraceable())
+
+
+@pytest.mark.parametrize("default", [False, True, None, 3])
+def test_arguments_that_the_example_leaves_out_are_fixed_at_their_defaults(default: object) -> None:
+    class Switch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor, features: object = default, scale: float = 2.0) -> Tensor:
+            y = self.conv(x) * scale
+            return y if features else y.mean((2, 3))
+
+    model = Switch().eval()
+    with pytest.raises(TraceError, match="control flow"):
+        trace(model)
+    traced = trace(model, 1)
+    assert [node.name for node in traced.graph.nodes if node.op == "placeholder"] == ["x"]
+    with torch.no_grad():
+        assert torch.equal(traced(image()), model(image()))
 
 
 def test_the_traced_model_is_not_changed_by_a_rewrite() -> None:

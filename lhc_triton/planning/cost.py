@@ -1,14 +1,17 @@
 """What a layer costs: the one place where device numbers live, used by the planner and by dispatch.
 
 The model is deliberately small, so that it can be calibrated by changing numbers. For a layer with tiles
-``t`` of ``e(t)`` entries and ``f(t)`` filters, and P output pixels over the batch:
+``t`` of ``e(t)`` entries and ``f(t)`` filters, over P output pixels of the batch:
 
-    sparse = launch + input preparation + sum over tiles (tile_us + e(t) * entry(f(t)))
-    entry  = entry_us + read (P * in_block values at entry_gbs) + compute (P * in_block * f MACs at rate(f))
+    sparse = launch + moving inputs and outputs + sum over tiles (tile_us + e(t) * entry(f(t)))
+    entry  = entry_us + read + sums + compute
+             read:    P * in_block values at entry_gbs
+             sums:    P * f values, read and written, at sum_gbs
+             compute: P * in_block * f MACs at rate(f)
     dense  = dense_launch + max(MACs at the dense rate, bytes moved at memory_gbs)
 
-``read`` and ``compute`` add up where a backend does one after the other (gather, then multiply), and the
-longer one counts where they overlap (a pipelined GPU kernel).
+A backend that does these one after the other (matrix products in torch) pays their sum; where they overlap (a
+pipelined GPU kernel, which keeps its sums in registers) the longest one counts.
 """
 
 from __future__ import annotations
@@ -48,12 +51,14 @@ class CostModel:
             rising tile width; widths in between are interpolated, narrower ones cost as the narrowest.
         memory_gbs: 1e9 bytes/s from main memory.
         entry_gbs: 1e9 bytes/s at which a tile reads the pixels of one entry.
+        sum_gbs: 1e9 bytes/s at which a tile reads and writes its sums, once for each entry.
         launch_us, dense_launch_us: us per layer call, sparse and dense, however little work there is.
         tile_us: us per tile.
         entry_us: us per entry of a tile.
-        overlap: whether a tile's reads hide behind its arithmetic.
+        overlap: whether reads, sums and arithmetic hide behind each other.
         pads_tiles: whether a tile that is not full costs as much as a full one.
-        copies_input: whether the backend first writes a zero-bordered copy of the input.
+        copies_input: whether the backend first copies the input into a zero border, and then computes on all
+            pixels of the bordered image.
         min_block: channels that an entry costs at the least (the K side of the device's matrix unit).
         margin: a sparse backend is chosen only below ``margin`` x the predicted dense time.
     """
@@ -65,6 +70,7 @@ class CostModel:
     sparse_gmacs: tuple[tuple[int, tuple[tuple[int, float], ...]], ...]
     memory_gbs: float
     entry_gbs: float
+    sum_gbs: float
     launch_us: float
     dense_launch_us: float
     tile_us: float
@@ -80,7 +86,7 @@ class CostModel:
             value = getattr(self, item.name)
             if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"cost model {item.name} = {value}: expected a finite number >= 0")
-        for name in ("memory_gbs", "entry_gbs", "margin"):
+        for name in ("memory_gbs", "entry_gbs", "sum_gbs", "margin"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"cost model {name} = {getattr(self, name)}: expected a number above 0")
         rates = [rate for _, rate in self.dense_gmacs]
@@ -112,11 +118,23 @@ class CostModel:
     def layer_us(self, geometry: ConvGeometry, itemsize: int = 4) -> float:
         """Predict the us of a sparse call apart from its launch and tiles: moving inputs and outputs."""
         values = geometry.in_values + geometry.out_values
-        if self.copies_input:
-            top, bottom, left, right = geometry.padding
-            padded = (geometry.height + top + bottom) * (geometry.width + left + right)
-            values += geometry.batch * geometry.in_channels * padded
+        if self.copies_input and any(geometry.padding):
+            (sh, sw), pixels = geometry.stride, self._pixels(geometry)
+            values += (
+                geometry.in_channels * pixels * min(sh, geometry.kernel[0]) * min(sw, geometry.kernel[1])
+            )
         return values * itemsize / (self.memory_gbs * 1e3)
+
+    def _pixels(self, geometry: ConvGeometry) -> int:
+        """Return the pixels that a tile computes: the outputs, or all of the bordered image at the stride."""
+        if not self.copies_input:
+            return geometry.out_pixels
+        top, bottom, left, right = geometry.padding
+        sh, sw = geometry.stride
+        # At stride 1, one row's border serves the next row as well.
+        rows = geometry.height + (max(top, bottom) if sh == sw == 1 else top + bottom)
+        columns = geometry.width + (max(left, right) if sh == sw == 1 else left + right)
+        return max(geometry.out_pixels, geometry.batch * math.ceil(rows / sh) * math.ceil(columns / sw))
 
     def entry_times(
         self,
@@ -133,11 +151,15 @@ class CostModel:
         if self.pads_tiles:
             counts = np.full_like(counts, tile_width)
         counts = np.maximum(counts, widths[0])
-        values = geometry.out_pixels * max(in_block, self.min_block)
+        pixels = self._pixels(geometry)
+        values = pixels * max(in_block, self.min_block)
         rate = np.interp(counts, widths, rates) * (size / max(size, itemsize))
         compute = values * counts / (rate * 1e3)
+        sums = 2 * pixels * counts * itemsize / (self.sum_gbs * 1e3)
         read = values * itemsize / (self.entry_gbs * 1e3)
-        return self.entry_us + (np.maximum(compute, read) if self.overlap else compute + read)
+        if self.overlap:
+            return self.entry_us + np.maximum(np.maximum(compute, sums), read)
+        return self.entry_us + compute + sums + read
 
     def sparse_us(
         self, topology: LayerTopology, tiles: Sequence[Tile], tile_width: int, itemsize: int = 4
@@ -158,42 +180,38 @@ def _nearest(table: Sequence[tuple[int, _T]], itemsize: int) -> tuple[int, _T]:
     return next((row for row in rows if row[0] >= itemsize), rows[-1])
 
 
-# Measured on the CPU: see the note beside each number. The torch backend gathers the pixels of an entry, then
-# multiplies, so reads and arithmetic add up.
+# Fitted to the torch backend: TODO
 CPU = CostModel(
     device="cpu",
     sparse_backend="torch",
-    source="first figures of a gather-and-multiply in torch on 2 cores with AVX-512, float32, batch 1",
-    dense_gmacs=((2, 200.0), (4, 104.0)),
-    sparse_gmacs=(
-        (2, ((16, 60.0), (32, 80.0), (64, 100.0), (128, 120.0))),
-        (4, ((16, 60.0), (32, 70.0), (64, 80.0), (128, 90.0))),
-    ),
-    memory_gbs=10.0,
-    entry_gbs=5.0,
-    launch_us=30.0,
-    dense_launch_us=10.0,
-    tile_us=15.0,
-    entry_us=2.0,
+    source="the torch backend on 2 cores with AVX-512, float32",
+    dense_gmacs=((2, 180.0), (4, 180.0)),
+    sparse_gmacs=((4, ((16, 130.0),)),),
+    memory_gbs=16.0,
+    entry_gbs=900.0,
+    sum_gbs=140.0,
+    launch_us=100.0,
+    dense_launch_us=20.0,
+    tile_us=5.0,
+    entry_us=3.0,
     overlap=False,
     pads_tiles=False,
     copies_input=True,
+    margin=0.9,
 )
 
 # H100 on paper, modelled and not measured. Every tile reads its activations from L2 (~7 TB/s), which bounds
-# 16-wide fp16 tiles near 112 TFLOP/s; arithmetic reaches 70 % of the 800 TFLOP/s peak, as dense does.
+# 16-wide fp16 tiles near 112 TFLOP/s of useful work and 64-wide ones near 450; arithmetic reaches 70 % of the
+# 800 TFLOP/s peak, as the dense convolution does, and memory moves 3 TB/s. Sums stay in registers.
 CUDA = CostModel(
     device="cuda",
     sparse_backend="triton",
-    source="H100 on paper: modelled, not measured",
+    source="an H100 on paper: modelled, not measured",
     dense_gmacs=((1, 560e3), (2, 280e3), (4, 140e3)),
-    sparse_gmacs=(
-        (1, ((16, 560e3),)),
-        (2, ((16, 280e3),)),
-        (4, ((16, 140e3),)),
-    ),
+    sparse_gmacs=((1, ((16, 560e3),)), (2, ((16, 280e3),)), (4, ((16, 140e3),))),
     memory_gbs=3000.0,
     entry_gbs=7000.0,
+    sum_gbs=1e9,
     launch_us=5.0,
     dense_launch_us=5.0,
     tile_us=0.02,
@@ -202,6 +220,7 @@ CUDA = CostModel(
     pads_tiles=True,
     copies_input=False,
     min_block=16,
+    margin=0.9,
 )
 
 COST_MODELS = {"cpu": CPU, "cuda": CUDA}

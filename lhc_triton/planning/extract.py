@@ -69,7 +69,7 @@ def read_model(model: nn.Module, example_input: Any, cost: CostModel | None = No
     seen = _input_shapes(model, convs, inputs)
     dtypes = {name: str(conv.weight.dtype).removeprefix("torch.") for name, conv in convs.items()}
     dtype = next(dtypes[name] for name, conv in convs.items() if isinstance(conv, nn.Conv2d))
-    itemsize = itemsize_of(dtype)
+    itemsize_of(dtype)
     topologies: list[LayerTopology] = []
     skipped: list[tuple[str, str]] = []
     for name in [*seen, *(name for name in convs if name not in seen)]:
@@ -78,7 +78,7 @@ def read_model(model: nn.Module, example_input: Any, cost: CostModel | None = No
         elif dtypes[name] != dtype:
             found = f"its weight is {dtypes[name]}, the plan is for {dtype}"
         else:
-            found = _read_layer(name, convs[name], seen[name], cost, itemsize)
+            found = _read_layer(name, convs[name], seen[name])
         if isinstance(found, str):
             skipped.append((name, found))
         else:
@@ -114,9 +114,7 @@ def _input_shapes(
     return seen
 
 
-def _read_layer(
-    name: str, conv: _ConvNd, shape: tuple[int, ...], cost: CostModel, itemsize: int
-) -> LayerTopology | str:
+def _read_layer(name: str, conv: _ConvNd, shape: tuple[int, ...]) -> LayerTopology | str:
     """Return a layer's topology, or why it is not planned."""
     if not isinstance(conv, nn.Conv2d):
         return f"is a {type(conv).__name__}; only nn.Conv2d is planned"
@@ -138,7 +136,7 @@ def _read_layer(
         live: np.ndarray = (conv.weight != 0).cpu().numpy()
     if live.all():
         return "no zeros"
-    blocks = infer_blocks(live, geometry, cost, itemsize)
+    blocks = infer_blocks(live)
     if blocks is None:
         return f"{1 - live.mean():.0%} zeros, but too scattered for blocks"
     return LayerTopology.from_mask(name, geometry, blocks.in_block, blocks.out_block, blocks.mask)

@@ -1,0 +1,129 @@
+import dataclasses
+
+import pytest
+from planning_cases import CPU, CUDA, layer
+
+from lhc_triton.planning import ConvGeometry, CostModel, Tile
+from lhc_triton.planning.cost import itemsize_of
+
+PLAIN = CostModel(
+    device="cpu",
+    sparse_backend="torch",
+    source="a test",
+    dense_gmacs=((4, 100.0),),
+    sparse_gmacs=((4, ((16, 10.0), (32, 20.0))),),
+    memory_gbs=1.0,
+    entry_gbs=2.0,
+    sum_gbs=4.0,
+    launch_us=7.0,
+    dense_launch_us=5.0,
+    tile_us=3.0,
+    entry_us=0.5,
+    overlap=False,
+    pads_tiles=False,
+    copies_input=False,
+)
+GEOMETRY = ConvGeometry(1, 64, 32, 10, 10, (1, 1), padding=(0, 0, 0, 0))
+
+
+def test_dense_time_is_the_longer_of_arithmetic_and_memory():
+    macs = 64 * 32 * 100
+    moved = (64 * 100 + 32 * 100 + 64 * 32) * 4
+    assert PLAIN.dense_us(GEOMETRY) == pytest.approx(5 + max(macs / 100e3, moved / 1e3))
+    fast_memory = dataclasses.replace(PLAIN, memory_gbs=1e6)
+    assert fast_memory.dense_us(GEOMETRY) == pytest.approx(5 + macs / 100e3)
+
+
+def test_sparse_time_by_hand():
+    topology = layer([[0, 1], [1]], size=10)
+    tiles = (Tile((0,), (0, 1)), Tile((1,), (1,)))
+    entry = 0.5 + 100 * 32 * 4 / 2e3 + 100 * 16 * 2 * 4 / 4e3 + 100 * 32 * 16 / 10e3
+    moved = (64 * 100 + 32 * 100) * 4 / 1e3
+    assert PLAIN.sparse_us(topology, tiles, 16) == pytest.approx(7 + 2 * 3 + 3 * entry + moved)
+
+
+def test_overlapping_parts_count_the_longest():
+    topology = layer([[0, 1], [1]], size=10)
+    tiles = (Tile((0,), (0, 1)), Tile((1,), (1,)))
+    hidden = dataclasses.replace(PLAIN, overlap=True)
+    entry = 0.5 + max(100 * 32 * 4 / 2e3, 100 * 16 * 2 * 4 / 4e3, 100 * 32 * 16 / 10e3)
+    moved = (64 * 100 + 32 * 100) * 4 / 1e3
+    assert hidden.sparse_us(topology, tiles, 16) == pytest.approx(7 + max(2 * 3 + 3 * entry, moved))
+
+
+def test_rates_between_the_widths_are_interpolated_and_narrow_tiles_cost_as_the_narrowest():
+    free = dataclasses.replace(PLAIN, entry_us=0.0, entry_gbs=1e9, sum_gbs=1e9)
+    times = free.entry_times(GEOMETRY, 32, [8, 16, 24, 32, 64], 64)
+    expected = [16 / 10, 16 / 10, 24 / 15, 32 / 20, 64 / 20]
+    assert times == pytest.approx([3200 * width / 1e3 for width in expected], rel=1e-3)
+
+
+def test_padded_tiles_cost_their_full_width():
+    padded = dataclasses.replace(PLAIN, pads_tiles=True)
+    first, last = padded.entry_times(GEOMETRY, 32, [1, 32], 32)
+    assert first == last == PLAIN.entry_times(GEOMETRY, 32, [32], 32)[0]
+
+
+def test_short_entries_cost_the_least_block():
+    least = dataclasses.replace(PLAIN, min_block=16)
+    assert least.entry_times(GEOMETRY, 8, [16], 16)[0] == PLAIN.entry_times(GEOMETRY, 16, [16], 16)[0]
+
+
+def test_a_copied_input_costs_its_border():
+    geometry = ConvGeometry(1, 8, 16, 10, 10)
+    copied = dataclasses.replace(PLAIN, copies_input=True)
+    assert copied.layer_us(geometry) > PLAIN.layer_us(geometry)
+    assert copied.entry_times(geometry, 8, [16], 16)[0] > PLAIN.entry_times(geometry, 8, [16], 16)[0]
+
+
+@pytest.mark.parametrize("cost", [CPU, CUDA], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("itemsize", [1, 2, 4, 8])
+def test_wider_values_are_never_faster(cost, itemsize):
+    geometry = ConvGeometry(8, 256, 256, 28, 28)
+    assert cost.dense_us(geometry, itemsize) <= cost.dense_us(geometry, 2 * itemsize)
+    narrow, wide = (cost.entry_times(geometry, 32, [64], 64, size)[0] for size in (itemsize, 2 * itemsize))
+    assert narrow <= wide
+
+
+# Work on 512 -> 512 channels at 28 x 28, batch 64, fp16, density 0.1.
+LARGE = ConvGeometry(64, 512, 512, 28, 28)
+
+
+def useful_tflops(width):
+    """Arithmetic rate of tiles of one width, apart from launch and memory."""
+    us = CUDA.entry_times(LARGE, 32, [width], width, 2)[0]
+    return 2 * LARGE.out_pixels * 32 * width / us / 1e6
+
+
+def test_the_gpu_model_has_the_roofs_it_was_made_from():
+    assert useful_tflops(16) == pytest.approx(112, rel=0.01)
+    assert useful_tflops(64) == pytest.approx(448, rel=0.01)
+    assert useful_tflops(128) == pytest.approx(560, rel=0.01)
+
+
+def test_an_unknown_device_has_no_model():
+    with pytest.raises(ValueError, match="no cost model for device 'mps'; supported: cpu, cuda"):
+        CostModel.for_device("mps")
+
+
+def test_an_unknown_type_has_no_size():
+    with pytest.raises(ValueError, match="dtype 'complex64' is not supported; choose one of float64"):
+        itemsize_of("complex64")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"launch_us": -1.0}, "launch_us = -1.0"),
+        ({"tile_us": float("nan")}, "tile_us = nan"),
+        ({"memory_gbs": 0.0}, "memory_gbs = 0.0"),
+        ({"margin": 0.0}, "margin = 0.0"),
+        ({"dense_gmacs": ()}, "rates must not be empty"),
+        ({"dense_gmacs": ((4, 0.0),)}, "each one above 0"),
+        ({"sparse_gmacs": ((4, ((32, 1.0), (16, 1.0))),)}, r"tile widths \[32, 16\]: expected rising"),
+        ({"sparse_gmacs": ((4, ()),)}, "expected rising widths"),
+    ],
+)
+def test_impossible_numbers_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(PLAIN, **change)

@@ -159,7 +159,7 @@ def compile_config(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
     stores = re.findall(r"st\.global\.(?:v(\d)\.)?b(\d+)", ptx)

@@ -410,5 +410,6 @@ def grouped_conv2d(
             **constants,
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
+            enable_fp_fusion=True,  # for float32; Triton 3.10 switches fused multiply-adds off by default
         )
     return out

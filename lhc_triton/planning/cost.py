@@ -3,7 +3,7 @@
 The model is deliberately small, so that it can be calibrated by changing numbers. For a layer with tiles
 ``t`` of ``e(t)`` entries and ``f(t)`` filters, over P output pixels of the batch:
 
-    sparse = launch + moving inputs and outputs + sum over tiles (tile_us + e(t) * entry(f(t)))
+    sparse = launch + moving inputs, outputs and weights + sum over tiles (tile_us + e(t) * entry(f(t)))
     entry  = entry_us + read + sums + compute
              read:    P * in_block values at entry_gbs
              sums:    P * f values, read and written, at sum_gbs
@@ -161,16 +161,22 @@ class CostModel:
             return self.entry_us + np.maximum(np.maximum(compute, sums), read)
         return self.entry_us + compute + sums + read
 
+    def tiles_us(
+        self, topology: LayerTopology, tiles: Sequence[Tile], tile_width: int, itemsize: int = 4
+    ) -> float:
+        """Predict the time in us of a layer's tiles, one after the other."""
+        filters = [sum(len(topology.group_filters(g)) for g in tile.groups) for tile in tiles]
+        times = self.entry_times(topology.geometry, topology.in_block, filters, tile_width, itemsize)
+        entries = (len(tile.entries) * us for tile, us in zip(tiles, times.tolist(), strict=True))
+        return len(tiles) * self.tile_us + math.fsum(entries)
+
     def sparse_us(
         self, topology: LayerTopology, tiles: Sequence[Tile], tile_width: int, itemsize: int = 4
     ) -> float:
         """Predict the time in us of a layer that runs as these tiles, by ``sparse_backend``."""
-        filters = [sum(len(topology.group_filters(g)) for g in tile.groups) for tile in tiles]
-        times = self.entry_times(topology.geometry, topology.in_block, filters, tile_width, itemsize)
-        work = len(tiles) * self.tile_us + sum(
-            len(tile.entries) * float(us) for tile, us in zip(tiles, times, strict=True)
-        )
-        move = self.layer_us(topology.geometry, itemsize)
+        work = self.tiles_us(topology, tiles, tile_width, itemsize)
+        weights = sum(len(tile.entries) for tile in tiles) * topology.in_block * tile_width
+        move = self.layer_us(topology.geometry, itemsize) + weights * itemsize / (self.memory_gbs * 1e3)
         return self.launch_us + (max(work, move) if self.overlap else work + move)
 
 

@@ -38,7 +38,7 @@ def test_sparse_time_by_hand():
     topology = layer([[0, 1], [1]], size=10)
     tiles = (Tile((0,), (0, 1)), Tile((1,), (1,)))
     entry = 0.5 + 100 * 32 * 4 / 2e3 + 100 * 16 * 2 * 4 / 4e3 + 100 * 32 * 16 / 10e3
-    moved = (64 * 100 + 32 * 100) * 4 / 1e3
+    moved = (64 * 100 + 32 * 100 + 3 * 32 * 16) * 4 / 1e3
     assert PLAIN.sparse_us(topology, tiles, 16) == pytest.approx(7 + 2 * 3 + 3 * entry + moved)
 
 
@@ -47,7 +47,7 @@ def test_overlapping_parts_count_the_longest():
     tiles = (Tile((0,), (0, 1)), Tile((1,), (1,)))
     hidden = dataclasses.replace(PLAIN, overlap=True)
     entry = 0.5 + max(100 * 32 * 4 / 2e3, 100 * 16 * 2 * 4 / 4e3, 100 * 32 * 16 / 10e3)
-    moved = (64 * 100 + 32 * 100) * 4 / 1e3
+    moved = (64 * 100 + 32 * 100 + 3 * 32 * 16) * 4 / 1e3
     assert hidden.sparse_us(topology, tiles, 16) == pytest.approx(7 + max(2 * 3 + 3 * entry, moved))
 
 

@@ -8,8 +8,11 @@ from safetensors.torch import load_file, save_file
 
 from lhc_triton.conversion import convert, freeze, lhc_layers, summary
 from lhc_triton.models import load_pretrained, load_vgg, save_vgg, small_vgg
+from lhc_triton.models.pretrained import pretrained_path
 from lhc_triton.models.weights import read_tensors, write_tensors
 from lhc_triton.topology import LHCConfig
+from lhc_triton.training import FashionMNIST
+from lhc_triton.training.stage import accuracy
 
 ARCHITECTURE = {"widths": [8, "M", 12], "in_channels": 1, "num_classes": 10, "lhc": None}
 LHC = {"density": 0.1, "in_block": 4, "out_block": 4, "shapes": "free"}
@@ -174,3 +177,25 @@ def test_tensors_of_shared_storage_are_written_and_replace_a_file_that_is_being_
 def test_an_unknown_pretrained_network_is_refused():
     with pytest.raises(ValueError, match="'huge' is not one of lhc, dense"):
         load_pretrained("huge")
+
+
+def test_the_pretrained_pair_keeps_its_promise():
+    """By its notes, whose accuracies are those of all 10,000 test images."""
+    notes = {kind: load_vgg(pretrained_path(kind))[1] for kind in ("dense", "lhc")}
+    assert notes["lhc"]["test_accuracy"] >= notes["dense"]["test_accuracy"] - 0.01
+    assert notes["lhc"]["epochs"] == notes["dense"]["epochs"]
+    assert notes["lhc"]["command"].startswith("lhc-triton train --preset shipped")
+    found = summary(load_pretrained("lhc"), (1, 1, 28, 28))
+    converted = [row for row in found.rows if row.kind == "lhc"]
+    assert len(converted) == 5
+    assert sum(row.weights for row in converted) >= 8 * sum(row.live_weights for row in converted)
+    assert sum(row.macs for row in converted) >= 4 * sum(row.live_macs for row in converted)
+    assert not lhc_layers(load_pretrained("dense"))
+
+
+@pytest.mark.parametrize("kind", ["dense", "lhc"])
+def test_a_pretrained_network_reaches_its_noted_accuracy(kind):
+    """On every tenth test image, so up to the error of a sample of 1,000."""
+    test = FashionMNIST.packaged().test
+    found = accuracy(load_pretrained(kind), test.subset(torch.arange(0, len(test), 10)), "fp32")
+    assert abs(found - load_vgg(pretrained_path(kind))[1]["test_accuracy"]) < 0.025

@@ -64,7 +64,7 @@ def demo(
             _times(report["weight_reduction"]),
         ),
         (
-            "MACs per batch",
+            "MACs per image",
             f"{report['macs']:,}",
             f"{report['live_macs']:,}",
             _times(report["mac_reduction"]),

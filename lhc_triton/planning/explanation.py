@@ -33,7 +33,7 @@ def explain_plan(plan: Plan) -> str:
         right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
         lines.append("  ".join([*left, *right, _printable(reason)]).rstrip())
     if not plan.layers:
-        lines = [f"no layer is planned ({plan.device}, {plan.dtype})"]
+        lines = [f"no layer is planned ({_printable(plan.device)}, {plan.dtype})"]
     else:
         lines += ["", *_totals(plan)]
     lines += [f"left as it is: {_printable(name)} ({_printable(reason)})" for name, reason in plan.skipped]
@@ -69,7 +69,8 @@ def _cells(layer: LayerPlan) -> tuple[str, ...]:
 def _totals(plan: Plan) -> list[str]:
     totals = plan.totals
     lines = [
-        f"{totals.layers} layers planned for {plan.device} in {plan.dtype}, {totals.sparse_layers} sparse",
+        f"{totals.layers} layers planned for {_printable(plan.device)} in {plan.dtype}, "
+        f"{totals.sparse_layers} sparse",
         f"live MACs    {totals.macs:>16,} -> {totals.live_macs:,} ({_ratio(totals.macs, totals.live_macs)})",
         f"live weights {totals.weights:>16,} -> {totals.live_weights:,} "
         f"({_ratio(totals.weights, totals.live_weights)})",

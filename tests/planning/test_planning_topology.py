@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from planning_cases import QUICK, layer, topologies
 
 from lhc_triton.planning import ConvGeometry, LayerTopology
@@ -69,3 +70,15 @@ def test_wide_blocks_are_split_into_equal_parts(block, part):
 def test_a_mask_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"layer 'a': the block mask has shape \(2, 1, 3, 3\), expected"):
         LayerTopology.from_mask("a", ConvGeometry(1, 32, 16, 8, 8), 32, 16, np.ones((2, 1, 3, 3), bool))
+
+
+@QUICK
+@given(st.integers(0, 2**32 - 1), st.integers(1, 50), st.integers(1, 50), st.floats(0, 1))
+def test_a_mask_comes_back_from_its_topology_and_cropped_blocks_count_exactly(seed, filters, channels, share):
+    geometry = ConvGeometry(2, channels, filters, 7, 8, (2, 3))
+    mask = np.random.default_rng(seed).random((-(-filters // 16), -(-channels // 32), 2, 3)) < share
+    topology = LayerTopology.from_mask("a", geometry, 32, 16, mask)
+    np.testing.assert_array_equal(topology.block_mask(), mask)
+    live = sum(mask[o // 16, i // 32].sum() for o in range(filters) for i in range(channels))
+    assert topology.live_weights == live
+    assert topology.density == live / (filters * channels * 6)

@@ -221,7 +221,7 @@ def environment(device: str = "cpu", **more: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "clock_mhz": _gpu_clock() if cuda else _cpu_clock(),
         "versions": {"python": platform.python_version(), **package_versions()},
-        "commit": _commit(),
+        **_checkout(),
         "command": shlex.join([Path(sys.argv[0] or "python").name, *sys.argv[1:]]),
         **more,
     }
@@ -235,12 +235,14 @@ def _output(command: Sequence[str], folder: Path | None = None) -> str | None:
     return done.stdout.strip() or None
 
 
-def _commit() -> str | None:
-    """Return the commit of the checkout this file belongs to; None for an installed package."""
-    here = Path(__file__).resolve()
-    if _output(["git", "ls-files", "--error-unmatch", "__init__.py"], here.parent) is None:
-        return None
-    return _output(["git", "rev-parse", "HEAD"], here.parent)
+def _checkout() -> dict[str, Any]:
+    """Return commit and whether the packages' files differ from it; None for an installed package."""
+    here = Path(__file__).resolve().parent
+    if _output(["git", "ls-files", "--error-unmatch", "__init__.py"], here) is None:
+        return {"commit": None, "modified": None}
+    code = (":/lhc_triton", ":/kernels", ":/bench/lhc_bench")
+    changed = _output(["git", "status", "--porcelain", "--", *code], here)
+    return {"commit": _output(["git", "rev-parse", "HEAD"], here), "modified": changed is not None}
 
 
 def _cpu_clock() -> float | None:
@@ -259,12 +261,20 @@ def _gpu_clock() -> float | None:
         return None
 
 
-def describe(env: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """Return one line for a caption: device, threads, types and rounds."""
+def describe(env: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
+    """Return the lines of a caption: device, threads, types and rounds; then command, commit and torch."""
     parts = [str(env.get("device", "unknown device"))]
     if env.get("device_kind", "cpu") == "cpu" and env.get("threads"):
-        parts.append(f"{env['threads']} threads")
+        parts.append(f"{env['threads']} {'thread' if env['threads'] == 1 else 'threads'}")
     parts.append(", ".join(sorted({row.dtype for row in rows})))
+    batches = sorted({row.batch for row in rows})
+    parts.append(f"batch {' or '.join(map(str, batches))}")
     if env.get("rounds"):
-        parts.append(f"medians of {env['rounds']} interleaved rounds")
-    return ", ".join(parts)
+        parts.append(f"medians of up to {env['rounds']} interleaved rounds")
+    origin = [str(env["command"])] if env.get("command") else []
+    if env.get("commit"):
+        origin.append(f"commit {str(env['commit'])[:10]}{' with changes' if env.get('modified') else ''}")
+    versions = env.get("versions")
+    if isinstance(versions, dict) and versions.get("torch"):
+        origin.append(f"torch {versions['torch']}")
+    return [", ".join(parts), *([", ".join(origin)] if origin else [])]

@@ -188,8 +188,10 @@ PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
         # About three minutes on two CPU cores: a smaller network that pools early, on the packaged images.
         "quick": TrainConfig(
             widths=(32, "M", 64, 64, "M", 128, 128),
-            coarse_epochs=6,
-            fine_epochs=3,
+            batch_size=64,
+            coarse_epochs=4,
+            fine_epochs=6,
+            augment=False,
         ),
         # Made the weights that ship with the package, from its own images: anybody can make them.
         "shipped": TrainConfig(

@@ -17,7 +17,7 @@ TINY = (
 )
 
 
-def once(calls, rounds, warmup, device):
+def once(calls, rounds, warmup, device, budget_s):
     with torch.inference_mode():
         for call in calls.values():
             call()
@@ -50,12 +50,13 @@ def test_the_model_suite_measures_the_whole_network(tmp_path, monkeypatch):
     monkeypatch.setitem(
         suites.SUITES, "cpu-models", dataclasses.replace(suites.SUITES["cpu-models"], blocks=((32, 16),))
     )
-    monkeypatch.setattr("lhc_bench.measure.compiled_or_reason", lambda model, x: (None, "not here"))
+    monkeypatch.setattr("lhc_bench.networks.compiled_or_reason", lambda model, x: (None, "not here"))
     found = suites.run_suite("cpu-models", tmp_path, rounds=1, densities=(0.1,), timer=once)
     (row,) = found["rows"]
     assert (row["case"], row["baseline"]) == ("small_vgg/all", "folded eager")
     assert row["rel_err"] <= 1e-5
-    assert found["env"]["skipped_peers"] == {"compiled": "not here"}
+    skipped = {f"small_vgg: compiled {layout}": "not here" for layout in ("contiguous", "channels_last")}
+    assert found["env"]["skipped_peers"] == skipped
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 import dataclasses
 
+import numpy as np
 import pytest
 from planning_cases import CPU, CUDA, layer
 
-from lhc_triton.planning import ConvGeometry, CostModel, Tile
+from lhc_triton.planning import ConvGeometry, CostModel, LayerTopology, Tile
 from lhc_triton.planning.cost import itemsize_of
 
 PLAIN = CostModel(
@@ -127,3 +128,46 @@ def test_an_unknown_type_has_no_size():
 def test_impossible_numbers_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(PLAIN, **change)
+
+
+def test_few_pixels_do_not_keep_all_cores_busy():
+    shared = dataclasses.replace(PLAIN, entry_us=0.0, entry_gbs=1e9)
+    full = shared.entry_times(GEOMETRY, 32, [16], 16)[0]
+    for pixels, times in ((100, 1.0), (150, 1.5), (1000, 2.0)):
+        few = dataclasses.replace(shared, spread_pixels=pixels)
+        assert few.entry_times(GEOMETRY, 32, [16], 16)[0] == pytest.approx(times * full, rel=1e-3)
+
+
+def test_an_image_that_needs_no_border_is_not_copied():
+    copied = dataclasses.replace(PLAIN, copies_input=True)
+    assert copied.layer_us(GEOMETRY) == PLAIN.layer_us(GEOMETRY)
+    strided = dataclasses.replace(GEOMETRY, stride=(2, 2))
+    assert copied.layer_us(strided) > PLAIN.layer_us(strided)
+
+
+# Measured on 2 cores, in us: (in, out channels, size, kernel, in_block, filters, entries), sparse, dense.
+MEASURED = [
+    ((256, 256, 56, 3, 32, 64, 7), 2464, 8552),
+    ((512, 512, 28, 3, 32, 128, 14), 2681, 10429),
+    ((512, 512, 14, 3, 128, 64, 4), 974, 2734),
+    ((128, 128, 28, 3, 64, 32, 2), 373, 562),
+    ((64, 64, 56, 3, 32, 16, 5), 632, 566),
+    ((256, 1024, 14, 1, 32, 16, 1), 678, 323),
+]
+
+
+@pytest.mark.parametrize(("shape", "sparse_us", "dense_us"), MEASURED)
+def test_the_cpu_model_is_near_what_was_measured(shape, sparse_us, dense_us):
+    channels, filters, size, kernel, in_block, width, entries = shape
+    geometry = ConvGeometry(1, channels, filters, size, size, (kernel, kernel), padding=(kernel // 2,) * 4)
+    rng = np.random.default_rng(0)
+    rows = np.zeros((filters // width, kernel * kernel * (channels // in_block)), dtype=bool)
+    for row in rows:
+        row[rng.choice(rows.shape[1], entries, replace=False)] = True
+    mask = rows.reshape(len(rows), kernel, kernel, -1).transpose(0, 3, 1, 2)
+    topology = LayerTopology.from_mask("a", geometry, in_block, width, mask)
+    tiles = [Tile((group,), topology.pattern_of(group)) for group in range(topology.groups)]
+    predicted, dense = CPU.sparse_us(topology, tiles, width), CPU.dense_us(geometry)
+    assert predicted == pytest.approx(sparse_us, rel=0.3)
+    assert dense == pytest.approx(dense_us, rel=0.3)
+    assert (predicted < CPU.margin * dense) == (sparse_us < dense_us)

@@ -1,0 +1,148 @@
+"""Single layers: a convolution with bias and ReLU, its dense peers, and its sparse form under a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
+from lhc_triton.planning.cost import CostModel
+from lhc_triton.planning.plan import ConvGeometry, LayerTopology
+from lhc_triton.planning.planner import plan_layer
+from lhc_triton.runtime.dispatch import supports
+from lhc_triton.runtime.packing import pack
+
+from .cases import LayerCase
+from .masks import expand, random_mask
+from .measure import LIMITS, Call, Setting, Sparse
+from .peers import LAYOUTS, dense_peers, norm_error
+
+CHECKED_VALUES = 1 << 22  # of an output with more values than this, the first image is checked
+
+
+@dataclass(frozen=True)
+class LayerSubject:
+    """One layer with its data and dense peers; see `measure.Subject`."""
+
+    case: LayerCase
+    geometry: ConvGeometry
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    peers: Mapping[str, Call]
+    skipped: Mapping[str, str]
+
+    @classmethod
+    def prepare(cls, case: LayerCase, batch: int, setting: Setting) -> LayerSubject:
+        """Draw input, weight and bias, and build the dense peers (compiled ones take seconds)."""
+        geometry = case.geometry(batch)
+        x, weight, bias = _layer_data(geometry, setting)
+        peers, skipped = dense_peers(geometry, x, weight, bias, compiled=setting.compiled)
+        return cls(case, geometry, x, weight, bias, peers, skipped)
+
+    @property
+    def model(self) -> str:
+        """The network's name."""
+        return self.case.model
+
+    @property
+    def layer(self) -> str:
+        """The layer's name."""
+        return self.case.layer
+
+    @property
+    def out_channels(self) -> int:
+        """Filters."""
+        return self.case.out_channels
+
+    @property
+    def kernel(self) -> int:
+        """Side of the kernel."""
+        return self.case.kernel
+
+    @property
+    def stride(self) -> int:
+        """Step in both directions."""
+        return self.case.stride
+
+    @property
+    def limit(self) -> float:
+        """Norm error above which a result is wrong."""
+        return LIMITS[self.x.dtype]
+
+    def under(self, block: tuple[int, int], density: float, setting: Setting) -> Sparse:
+        """Draw a mask, plan and pack the layer for each backend, and check each against float64."""
+        geometry, (in_block, out_block) = self.geometry, block
+        channels = (geometry.out_channels, geometry.in_channels)
+        mask = random_mask(*channels, geometry.kernel, density, in_block, out_block, seed=setting.seed)
+        topology = LayerTopology.from_mask(self.case.name, geometry, in_block, out_block, mask)
+        live = torch.from_numpy(expand(mask, *channels, in_block, out_block)).to(self.weight.device)
+        expected = self._expected(self.weight * live)
+        calls: dict[str, dict[str, Call]] = {}
+        errors: dict[str, float] = {}
+        unavailable: dict[str, str] = {}
+        for backend in setting.backends:
+            plan = plan_layer(
+                topology, CostModel.for_device(setting.device), backend=backend, dtype=setting.dtype_name
+            )
+            reason = supports(backend, plan, setting.dtype, setting.device)
+            if reason is not None:
+                unavailable[backend] = reason
+                continue
+            packed = pack(plan, self.weight, self.x.dtype, self.x.device, backend)
+            # GPU kernels are written for channels_last; on a CPU either order may be the faster one.
+            layouts = ("channels_last",) if setting.device == "cuda" else tuple(LAYOUTS)
+            forms = {name: self._call(backend, name, packed.weight, packed.tables) for name in layouts}
+            calls[backend] = forms
+            errors[backend] = max(self._error(call, expected) for call in forms.values())
+        moved = geometry.in_values + geometry.out_values + topology.live_weights
+        return Sparse(
+            calls,
+            errors,
+            topology.density,
+            topology.live_macs,
+            moved * self.x.element_size(),
+            unavailable,
+        )
+
+    def _call(self, backend: str, layout: str, weight: Tensor, tables: list[Tensor]) -> Callable[[], Tensor]:
+        geometry, bias = self.geometry, self.bias
+        x = self.x.contiguous(memory_format=LAYOUTS[layout])
+
+        def call() -> Tensor:
+            y: Tensor = torch.ops.lhc.grouped_conv2d(
+                x, weight, tables, bias, None, None, geometry.out_channels, geometry.kernel,
+                geometry.stride, geometry.padding, geometry.dilation, "relu", "none", layout, backend, [],
+            )  # fmt: skip
+            return y
+
+        return call
+
+    def _expected(self, weight: Tensor) -> Tensor:
+        geometry = self.geometry
+        x = self.x if geometry.out_values <= CHECKED_VALUES else self.x[:1]
+        padding = (geometry.padding[0], geometry.padding[2])
+        with torch.inference_mode():
+            return F.conv2d(
+                x.double(), weight.double(), self.bias.double(), geometry.stride, padding, geometry.dilation
+            ).relu_()
+
+    def _error(self, call: Callable[[], Tensor], expected: Tensor) -> float:
+        with torch.inference_mode():
+            return norm_error(call()[: len(expected)], expected)
+
+
+def _layer_data(geometry: ConvGeometry, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(setting.seed)
+    images = (geometry.batch, geometry.in_channels, geometry.height, geometry.width)
+    x = torch.randn(images, generator=generator)
+    kh, kw = geometry.kernel
+    weight = torch.randn(geometry.out_channels, geometry.in_channels, kh, kw, generator=generator)
+    weight /= (geometry.in_channels * kh * kw) ** 0.5
+    bias = torch.randn(geometry.out_channels, generator=generator)
+    x, weight, bias = (tensor.to(setting.device, setting.dtype) for tensor in (x, weight, bias))
+    return x, weight, bias

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import check_epilogue, check_tensors, dtype_name, output_size, pair
-from .configs import KernelConfig, LaunchShape, config_problem, heuristic_config, store_run
+from .choice import heuristic_config
+from .configs import KernelConfig, LaunchShape, config_problem, store_run
 
 INT32_ELEMENTS = 2**31 - 512
 """Tensors of fewer elements are indexed with int32; the margin is the padding of a block of pixels."""

@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lhc_kernels import KernelConfig, LaunchShape, choose_config, config_problem, heuristic_config, store_run
+from lhc_kernels import (
+    KernelConfig,
+    LaunchShape,
+    candidate_configs,
+    choose_config,
+    config_problem,
+    cost_sheet,
+    heuristic_config,
+    source_digest,
+    store_run,
+)
 
 SHAPE = LaunchShape(
     pixels=64 * 56 * 56, in_channels=256, in_block=32, tile_width=64, tiles=4, kernel=(3, 3), dtype="float16"
@@ -15,13 +25,15 @@ SHAPE = LaunchShape(
 
 
 def test_configs_survive_the_round_trip_through_integers() -> None:
-    for config in (KernelConfig(), KernelConfig(64, 128, 16, 8, 3, 2, "tf32x3")):
+    for config in (KernelConfig(), KernelConfig(64, 128, 16, 8, 3, 2, "tf32x3", "split", 4)):
         values = config.to_list()
         assert all(type(value) is int for value in values)
         assert KernelConfig.from_list(values) == config
 
 
-@pytest.mark.parametrize("values", [[128], [128, 16, 32, 4, 4, 1, 3], [128, 16, 32, 4, 4, 1, -1], [0] * 8])
+@pytest.mark.parametrize(
+    "values", [[128], [128, 16, 32, 4, 4, 1, 3, 0, 1], [128, 16, 32, 4, 4, 1, 0, 9, 1], [0] * 8]
+)
 def test_other_integers_are_no_config(values: list[int]) -> None:
     with pytest.raises(ValueError, match=r"^config is .*: expected nothing, or block_m"):
         KernelConfig.from_list(values)
@@ -106,3 +118,61 @@ def test_store_runs_need_aligned_rows() -> None:
     assert store_run(256, 16, "float32") == 4
     assert store_run(250, 16, "float16") == 1
     assert store_run(256, 12, "float16") == 1
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.builds(
+        LaunchShape,
+        pixels=st.integers(1, 2**24),
+        in_channels=st.integers(1, 1024),
+        in_block=st.sampled_from((3, 16, 24, 32, 64, 128)),
+        tile_width=st.integers(1, 300),
+        tiles=st.integers(1, 64),
+        kernel=st.sampled_from(((1, 1), (3, 3), (7, 7))),
+        dtype=st.sampled_from(("float16", "bfloat16", "float32")),
+        entries=st.none() | st.integers(0, 5000),
+        stride=st.sampled_from(((1, 1), (2, 2))),
+        out_size=st.sampled_from(((0, 0), (14, 14), (56, 56))),
+    ),
+    st.integers(1, 12),
+)
+def test_candidates_are_valid_distinct_and_led_by_the_heuristic(shape: LaunchShape, limit: int) -> None:
+    candidates = candidate_configs(shape, limit)
+    assert candidates[0] == heuristic_config(shape)
+    assert 1 <= len(candidates) <= limit
+    assert len(set(candidates)) == len(candidates)
+    assert candidates == candidate_configs(shape, limit)
+    for config in candidates:
+        assert config_problem(config, shape) is None
+        sheet = cost_sheet(config, shape)
+        assert sheet.occupancy > 0
+        assert sheet.computed_macs >= sheet.useful_macs
+        assert sheet.predicted_us > 0
+
+
+def test_candidates_span_block_sizes_and_pipelines() -> None:
+    candidates = candidate_configs(SHAPE)
+    assert len(candidates) == 12
+    for name in ("block_m", "block_n", "num_stages"):
+        assert len({getattr(config, name) for config in candidates}) > 1
+
+
+def test_no_candidates_are_refused() -> None:
+    with pytest.raises(ValueError, match="limit is 0: expected at least 1"):
+        candidate_configs(SHAPE, 0)
+
+
+def test_the_cost_sheet_counts_what_a_launch_moves_and_computes() -> None:
+    shape = replace(SHAPE, pixels=1000, tile_width=48, tiles=2, entries=9)
+    sheet = cost_sheet(KernelConfig(128, 32, 32, 4, 4), shape)
+    assert sheet.programs == 8 * 2 * 2
+    assert sheet.useful_macs == 1000 * 9 * 32 * 48
+    assert sheet.computed_macs == 32 * 5 * 128 * 32 * 32
+    assert sheet.memory_bytes == 2 * (1000 * 256 + 9 * 32 * 48 + 1000 * 96)
+    assert sheet.l2_bytes == 32 * 5 * 32 * (128 + 32) * 2 + 2 * 1000 * 96
+
+
+def test_the_digest_of_the_sources_is_short_and_stable() -> None:
+    assert re.fullmatch(r"[0-9a-f]{16}", source_digest())
+    assert source_digest() == source_digest()

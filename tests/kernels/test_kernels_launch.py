@@ -67,7 +67,7 @@ def weight_elsewhere(p: Problem) -> None:
     [
         (three_dimensions, ValueError, r"x has shape \(64, 6, 7\): expected \[N, C, H, W\]"),
         (no_channels, ValueError, "at least one channel"),
-        (double_input, TypeError, "x is float64: supported are float16, bfloat16, float32; cast it"),
+        (double_input, TypeError, "x is float64: supported are float16, bfloat16, float32, int8; cast it"),
         (half_weight, TypeError, "weight is float16, x is float32: cast one of them"),
         (flat_weight, ValueError, r"expected \[entries, in_block, tile_width\]"),
         (two_tables, ValueError, "tables are int32, int32: expected int32 tile_ptr, entries and filters"),

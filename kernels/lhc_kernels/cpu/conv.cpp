@@ -57,9 +57,8 @@ inline void accumulate(const Job& job, const Strip& strip, const Borders& border
                        int64_t column, Vec (&out)[kFilters][kVectors]) {
   const Conv& conv = job.conv;
   const int64_t width = conv.tile_width, channel_step = job.planes.channel_step;
-  Vec sums[F][V];
-  for (int f = 0; f < F; ++f)
-    for (int v = 0; v < V; ++v) sums[f][v] = Vec{};
+  Vec sums[F * V];
+  unrolled<F * V>([&](auto i) { sums[i] = Vec{}; });
   for (int32_t e = conv.tile_ptr[tile]; e < conv.tile_ptr[tile + 1]; ++e) {
     const Step& step = job.planes.steps[conv.entries[e]];
     const float* w = conv.weight + e * conv.in_block * width + column;
@@ -73,15 +72,14 @@ inline void accumulate(const Job& job, const Strip& strip, const Borders& border
     int64_t at = 0;
     for (int32_t c = 0; c < step.channels; ++c, at += channel_step, w += width) {
       Vec pixels[V];
-      for (int v = 0; v < V; ++v) pixels[v] = kMasked ? load(x[v] + at, mask[v]) : load(x[v] + at);
-      for (int f = 0; f < F; ++f) {
+      unrolled<V>([&](auto v) { pixels[v] = kMasked ? load(x[v] + at, mask[v]) : load(x[v] + at); });
+      unrolled<F>([&](auto f) {
         const Vec factor = broadcast(w[f]);
-        for (int v = 0; v < V; ++v) sums[f][v] += pixels[v] * factor;
-      }
+        unrolled<V>([&](auto v) { sums[f * V + v] += pixels[v] * factor; });
+      });
     }
   }
-  for (int f = 0; f < F; ++f)
-    for (int v = 0; v < V; ++v) out[f][v] = sums[f][v];
+  unrolled<F * V>([&](auto i) { out[i / V][i % V] = sums[i]; });
 }
 
 // scale * sums + bias + residual, the activation, and the store, for one filter.

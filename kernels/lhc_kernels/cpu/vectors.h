@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -40,7 +40,8 @@ inline Mask first_lanes(int64_t count) {
   return count >= kLanes ? kAllLanes : static_cast<Mask>((1u << count) - 1);
 }
 
-inline Vec broadcast(float value) { return Vec{} + value; }
+// A difference, because adding +0 would turn -0 into +0, and so could not be left out by the compiler.
+inline Vec broadcast(float value) { return value - Vec{}; }
 
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 
@@ -65,6 +66,15 @@ inline void store(float* p, Vec v, Mask mask) {
   for (int i = 0; i < kLanes; ++i)
     if (mask >> i & 1) p[i] = v[i];
 #endif
+}
+
+// body(0) ... body(N - 1) with constant arguments: sums that are indexed by constants from the start are kept in
+// registers, while those of an ordinary loop, unrolled late, were stored in every round (3x slower).
+template <int N, typename Body>
+[[gnu::always_inline]] inline void unrolled(Body body) {
+  [&]<int... I>(std::integer_sequence<int, I...>) [[gnu::always_inline]] {
+    (body(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
 }
 
 }  // namespace lhc

@@ -251,6 +251,18 @@ void place(const Job& job, int64_t first, Strip& strip, Borders& borders) {
   if (strip.scattered) scatter(job, first * kLanes, origin, strip);
 }
 
+// Asks for a share of the pixels that the next strip is the first to read, those of its lowest row: strips go
+// through many planes a few lines at a time, which the hardware's prefetchers do not follow.
+void fetch_ahead(const Job& job, const Strip& strip, int64_t tile) {
+  const Conv& conv = job.conv;
+  const int64_t below = (conv.kernel[0] - 1) * conv.dilation[0] - conv.top;
+  const float* x = job.data + strip.x[0] + strip.vectors * kLanes + below * conv.width;
+  const int64_t end = conv.channels * (tile + 1) / conv.tiles;
+  for (int64_t c = conv.channels * tile / conv.tiles; c < end; ++c)
+    for (int v = 0; v < kVectors; ++v)
+      __builtin_prefetch(x + c * job.planes.channel_step + v * kLanes, 0, 2);
+}
+
 // A place in the order of work: chunk of filter tiles by chunk, strip by strip, tile by tile.
 struct Cell {
   int64_t chunk, strip, tile;
@@ -286,6 +298,7 @@ void run_cells(const Job& job, int64_t begin_cost, int64_t end_cost) {
       place(job, first, strip, borders);
       placed = true;
     }
+    if (job.planes.direct) fetch_ahead(job, strip, cell.tile);
     run_tile(job, strip, borders, cell.tile);
     if (++cell.tile < job.chunks[cell.chunk + 1]) continue;
     placed = false;

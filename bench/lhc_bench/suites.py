@@ -21,6 +21,7 @@ from .files import write_beside
 from .layers import LayerSubject
 from .measure import Machine, Setting, Subject, Timer, measure, measure_machine
 from .networks import NetworkCase, NetworkSubject
+from .rivals import MASK_FREE
 from .rows import Results, Row, environment, summarise, write_results
 
 Progress = Callable[[int, int, str], None]
@@ -220,7 +221,10 @@ class _Run:
                 subject = self._prepare(case)
                 self.skipped |= {f"{case.name}: {peer}": why for peer, why in subject.skipped.items()}
             self.progress(done + step, self.total, f"{case.name} at density {density:g}")
-            found = measure(subject, block, density, self.setting, self.machine())
+            setting = self.setting
+            if block != self.masks[0][0]:
+                setting = replace(setting, rivals=tuple(r for r in setting.rivals if r not in MASK_FREE))
+            found = measure(subject, block, density, setting, self.machine())
             self.rows += found.rows
             for place, reason in found.notes:
                 self._note(place, reason)

@@ -23,12 +23,13 @@ from lhc_triton.runtime.checks import (
     strip_hooks,
     working_copy,
 )
-from lhc_triton.runtime.dispatch import choose_backend, supports
+from lhc_triton.runtime.dispatch import choose_backend, launch_config, supports
 from lhc_triton.runtime.fusion import fuse, swapped
 from lhc_triton.runtime.graph import Site, find_sites, is_fusible, rewrite
 from lhc_triton.runtime.modules import FusedConv2d
 from lhc_triton.runtime.timing import time_paired
 from lhc_triton.runtime.tracing import TraceError, record_shapes, trace
+from lhc_triton.runtime.tuning import deterministic
 from lhc_triton.runtime.verify import (
     Findings,
     compare_calls,
@@ -58,6 +59,7 @@ def accelerate(
     plan: Plan | None = None,
     tune: str = "cached",
     backend: str = "auto",
+    graphs: bool = True,
 ) -> AcceleratedModel:
     """Return a network for inference that computes what ``model`` computes, and skips its dead weights.
 
@@ -73,8 +75,11 @@ def accelerate(
             device. Later inputs may have other batch and image sizes; arguments that the example leaves out
             keep their defaults.
         plan: what ``lhc.plan`` made for this model; by default it is made here.
-        tune: "off" trusts the cost model, "cached" prefers stored measurements, "full" measures.
+        tune: "off" trusts the cost model and the kernels' heuristic, "cached" prefers stored measurements,
+            "full" measures, and stores. With LHC_TRITON_DETERMINISTIC=1 set, "off" whatever is asked for.
         backend: "auto", or one backend that every planned layer must use.
+        graphs: on a GPU, run the network in CUDA graphs, one for each signature of its inputs; see
+            ``AcceleratedModel``. Outputs are the caller's own either way.
 
     Raises:
         ValueError: the model has no convolution, NaN weights or an unfinished mask warm-up; it does not take
@@ -82,6 +87,8 @@ def accelerate(
         TypeError: an argument has another type.
     """
     check_names(tune, backend)
+    if deterministic():
+        tune = "off"
     inputs = check_inputs(model, example_input)
     work = working_copy(model)
     convs = check_convs(work)
@@ -97,7 +104,7 @@ def accelerate(
     choices = _choose_all(plan, convs, tune, backend)
     notes += _remarks(work, plan, convs)
     job = _Job(work, inputs, reference, plan, choices, tune, backend, notes)
-    return job.run()
+    return job.run(graphs)
 
 
 class _Job:
@@ -130,7 +137,7 @@ class _Job:
         self.tolerance = network_tolerance(weight.dtype, weight.device)
         self.device = weight.device
 
-    def run(self) -> AcceleratedModel:
+    def run(self, graphs: bool) -> AcceleratedModel:
         traced, sites = self._trace()
         layout = LAYOUT
         fused = {site.module: self._fuse(site, layout) for site in sites}
@@ -161,21 +168,27 @@ class _Job:
             )
             network, error = self.work, norm_error(run_model(self.work, self.inputs), self.reference)
             sites, traced = (), None
-        return AcceleratedModel(
-            network,
-            self._plan_in_force(),
-            Record(
-                type(self.work).__name__,
-                self.requested,
-                traced is not None,
-                layout,
-                sites,
-                rows,
-                tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in self.inputs),
-                error,
-                tuple(self.notes),
-            ),
+        record = Record(
+            type(self.work).__name__,
+            self.requested,
+            traced is not None,
+            layout,
+            sites,
+            rows,
+            tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in self.inputs),
+            error,
+            tuple(self.notes),
         )
+        fast = AcceleratedModel(network, self._plan_in_force(), record, graphs)
+        self._check_graphs(fast)
+        return fast
+
+    def _check_graphs(self, fast: AcceleratedModel) -> None:
+        """Capture the example's graph where graphs are used, and give them up if it computes otherwise."""
+        if fast.graphs is not None and fast.graphs.capture(fast.network, self.inputs):
+            error = norm_error(fast(*self.inputs), self.reference)
+            if error > self.tolerance:
+                fast.graphs.refuse(f"replayed, the output differs from the model's by {error:.1e}")
 
     def _trace(self) -> tuple[fx.GraphModule | None, tuple[Site, ...]]:
         """Return the traced network with its sites, or None with one plain site per convolution."""
@@ -224,6 +237,7 @@ class _Job:
             activation=site.activation,
             pool=site.pool,
             layout=layout,
+            tune=self.tune,
         )
 
     def _refresh(
@@ -342,4 +356,6 @@ def choose(
     reason = supports(requested, layer, dtype, device)
     if reason is not None:
         raise ValueError(f"layer {layer.name!r} cannot run on the forced backend {requested!r}: {reason}")
+    if requested == "triton" and tune == "full":
+        launch_config(layer, dtype, device, tune)  # stores what the layer will look up
     return Choice(requested, "forced")

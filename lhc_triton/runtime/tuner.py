@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -26,6 +27,7 @@ LIMIT = 12
 
 Config = Sequence[int]
 Sampler = Callable[[], float]
+Keep = Callable[[dict[str, Record]], None]
 
 
 class Bench(Protocol):
@@ -129,23 +131,16 @@ def tune_layer(
     known = store.get(key)
     todo = {config_name(c.to_list()): c.to_list() for c in candidate_configs(shape, limit, PRECISION)}
     todo = {name: config for name, config in todo.items() if name not in known}
-    records: dict[str, Record] = {}
-    samplers: dict[str, Sampler] = {}
-    bench = benches(layer, dtype, device) if todo else None
-    for name, config in todo.items():
-        assert bench is not None
-        if clock() >= deadline:
-            break
-        try:
-            samplers[name] = bench.prepare(config)
-        except torch.OutOfMemoryError:
-            continue  # this is about the machine as it is now, and may be otherwise another time
-        except Exception as error:  # a config may fail in any way: to compile, to launch, to compute
-            records[name] = one_line(error)
-            _stop_if_lost(bench, store, key, {name: records[name]})
-    records |= race(samplers, ROUNDS, MARGIN)
+    if not todo:
+        return Tuned(key, 0, 0, 0)
+    bench, keep = benches(layer, dtype, device), partial(store.put, key)
+    samplers, records = _prepare(bench, todo, lambda: clock() < deadline, keep)
+    raced = race(samplers, ROUNDS, MARGIN)
+    if any(isinstance(record, str) for record in raced.values()):
+        _stop_if_lost(bench, keep, {n: record for n, record in raced.items() if not isinstance(record, str)})
+    records |= raced
     if records:
-        store.put(key, records)
+        keep(records)
     failed = sum(isinstance(record, str) for record in records.values())
     return Tuned(key, len(records) - failed, failed, len(todo) - len(records))
 
@@ -159,13 +154,32 @@ def refuse_in_capture() -> None:
         )
 
 
-def _stop_if_lost(bench: Bench, store: TimingStore, key: str, record: dict[str, Record]) -> None:
+def _prepare(
+    bench: Bench, configs: Mapping[str, Config], in_time: Callable[[], bool], keep: Keep
+) -> tuple[dict[str, Sampler], dict[str, Record]]:
+    """Return the samplers of the configs that work, and the reasons of those that do not."""
+    samplers: dict[str, Sampler] = {}
+    failed: dict[str, Record] = {}
+    for name, config in configs.items():
+        if not in_time():
+            break
+        try:
+            samplers[name] = bench.prepare(config)
+        except torch.OutOfMemoryError:
+            continue  # this is about the machine as it is now, and may be otherwise another time
+        except Exception as error:  # a config may fail in any way: to compile, to launch, to compute
+            failed[name] = one_line(error)
+            _stop_if_lost(bench, keep, failed)
+    return samplers, failed
+
+
+def _stop_if_lost(bench: Bench, keep: Keep, records: dict[str, Record]) -> None:
+    """Raise if the device is lost: whatever came next would fail as well, and be recorded for it."""
     try:
         bench.check()
     except Exception as error:
-        # Whatever came after it would fail as well, and be recorded for it.
-        store.put(key, record)
+        keep(records)
         raise RuntimeError(
-            f"the GPU is lost after a kernel config failed ({next(iter(record.values()))}); the config is "
-            "recorded and will be skipped: start again"
+            f"the GPU is lost since a kernel config failed ({one_line(error)}); start again: "
+            "what is recorded is not tried again"
         ) from error

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -106,6 +106,30 @@ def _limits(device: torch.device) -> dict[str, int]:
     }
 
 
+class KeyParts(NamedTuple):
+    """The parts of a `config_key`, as it spells them."""
+
+    device: str
+    kernels: str
+    triton: str
+    dtype: str
+    convolution: str
+    tiles: str
+    pixels: str
+
+    @property
+    def tile_width(self) -> int:
+        """Filters that a tile has room for; 0 where the text does not say."""
+        found = re.search(r"tiles of (\d{1,6})\b", self.tiles)
+        return int(found[1]) if found else 0
+
+
+def key_parts(key: str) -> KeyParts | None:
+    """Read what `config_key` wrote; None for another key, such as a choice of backend."""
+    parts = key.split(" | ")
+    return KeyParts(*parts) if len(parts) == len(KeyParts._fields) else None
+
+
 def config_key(layer: LayerPlan, dtype: torch.dtype, device: torch.device, bucket: int) -> str:
     """Name what a config was measured for: hardware, kernels, and the sizes that decide between configs.
 
@@ -118,7 +142,7 @@ def config_key(layer: LayerPlan, dtype: torch.dtype, device: torch.device, bucke
     g = topology.geometry
     longest = max((len(tile.entries) for tile in layer.tiles), default=0)
     mean = -(-sum(len(tile.entries) for tile in layer.tiles) // max(1, len(layer.tiles)))
-    parts = (
+    parts = KeyParts(
         device_name(device),
         f"kernels {source_digest()}",
         f"triton {package_version('triton')}",

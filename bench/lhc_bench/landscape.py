@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,8 +131,7 @@ def draw_landscapes(store_path: str | Path, out_dir: str | Path) -> list[Path]:
         if path not in paths or landscape.configs >= paths[path].configs:
             paths[path] = landscape
     for path, landscape in paths.items():
-        figure = draw_landscape(landscape)
-        replace_whole(path, lambda beside, figure=figure: figure.savefig(beside, dpi=200, format="png"))
+        replace_whole(path, partial(draw_landscape(landscape).savefig, dpi=200, format="png"))
     return list(paths)
 
 
@@ -232,7 +232,7 @@ def _draw_scale(figure: Figure, left: float, bottom: float, tall: float) -> None
     bar.set_ticks([_shade(mark) for mark in marks], labels=[f"{mark:g}x" for mark in marks])
     axis.invert_yaxis()
     axis.tick_params(labelsize=7.5, length=2)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def _shade(slowdown: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
 from lhc_triton.planning.cost import CostModel
 from lhc_triton.planning.plan import ConvGeometry, LayerTopology
 from lhc_triton.planning.planner import plan_layer
-from lhc_triton.runtime.dispatch import supports
+from lhc_triton.runtime.dispatch import launch_config, supports
 from lhc_triton.runtime.packing import pack
 
 from .cases import LayerCase
@@ -93,10 +93,13 @@ class LayerSubject:
             if reason is not None:
                 unavailable[backend] = reason
                 continue
+            config = launch_config(plan, setting.dtype, self.x.device) if backend == "triton" else ()
             packed = pack(plan, self.weight, self.x.dtype, self.x.device, backend)
             # GPU kernels are written for channels_last; on a CPU either order may be the faster one.
             layouts = ("channels_last",) if setting.device == "cuda" else tuple(LAYOUTS)
-            forms = {name: self._call(backend, name, packed.weight, packed.tables) for name in layouts}
+            forms = {
+                name: self._call(backend, name, packed.weight, packed.tables, config) for name in layouts
+            }
             calls[backend] = forms
             errors[backend] = max(self._error(call, expected) for call in forms.values())
         moved = geometry.in_values + geometry.out_values + topology.live_weights
@@ -109,14 +112,16 @@ class LayerSubject:
             unavailable,
         )
 
-    def _call(self, backend: str, layout: str, weight: Tensor, tables: list[Tensor]) -> Callable[[], Tensor]:
-        geometry, bias = self.geometry, self.bias
+    def _call(
+        self, backend: str, layout: str, weight: Tensor, tables: list[Tensor], config: Sequence[int]
+    ) -> Callable[[], Tensor]:
+        geometry, bias, numbers = self.geometry, self.bias, list(config)
         x = self.x.contiguous(memory_format=LAYOUTS[layout])
 
         def call() -> Tensor:
             y: Tensor = torch.ops.lhc.grouped_conv2d(
                 x, weight, tables, bias, None, None, geometry.out_channels, geometry.kernel,
-                geometry.stride, geometry.padding, geometry.dilation, "relu", "none", layout, backend, [],
+                geometry.stride, geometry.padding, geometry.dilation, "relu", "none", layout, backend, numbers,
             )  # fmt: skip
             return y
 

@@ -98,7 +98,7 @@ class AcceleratedModel(nn.Module):
         self.record = record
         self.graphs = Graphs() if graphs else None
         if self.graphs is not None:
-            self.network.register_load_state_dict_post_hook(self._drop_graphs)
+            self.network.register_load_state_dict_post_hook(self.graphs.clear)
         self.train(False)
 
     def forward(self, *inputs: Any) -> Any:
@@ -113,13 +113,9 @@ class AcceleratedModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AcceleratedModel:
         check_move(self, fn)  # all layers can follow, or none moves
-        self._drop_graphs()
-        return super()._apply(fn, recurse)
-
-    def _drop_graphs(self, *_: Any) -> None:
-        """Forget the graphs, which read tensors that are about to go."""
         if self.graphs is not None:
             self.graphs.clear()
+        return super()._apply(fn, recurse)
 
     def fused_layers(self) -> dict[str, FusedConv2d]:
         """Return the fused convolutions by name; shared ones once."""

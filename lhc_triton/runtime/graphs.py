@@ -105,8 +105,8 @@ class Graphs:
         self.problem = problem
         self.clear()
 
-    def clear(self) -> None:
-        """Drop all graphs; to be called when the network's tensors move or are replaced."""
+    def clear(self, *_: Any) -> None:
+        """Drop all graphs, when the network's tensors move or are replaced; also a hook, hence `_`."""
         with self._lock:
             self._device.finish()
             self._graphs.clear()

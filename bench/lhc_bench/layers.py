@@ -115,13 +115,13 @@ class LayerSubject:
     def _call(
         self, backend: str, layout: str, weight: Tensor, tables: list[Tensor], config: Sequence[int]
     ) -> Callable[[], Tensor]:
-        geometry, bias, numbers = self.geometry, self.bias, list(config)
+        geometry, bias, codes = self.geometry, self.bias, list(config)
         x = self.x.contiguous(memory_format=LAYOUTS[layout])
 
         def call() -> Tensor:
             y: Tensor = torch.ops.lhc.grouped_conv2d(
                 x, weight, tables, bias, None, None, geometry.out_channels, geometry.kernel,
-                geometry.stride, geometry.padding, geometry.dilation, "relu", "none", layout, backend, numbers,
+                geometry.stride, geometry.padding, geometry.dilation, "relu", "none", layout, backend, codes,
             )  # fmt: skip
             return y
 

@@ -1,9 +1,13 @@
-"""Triton kernels for grouped, structured-sparse convolution. Needs torch and triton only."""
+"""Kernels for grouped, structured-sparse convolution: Triton's here, the CPU's in ``lhc_kernels.cpu``.
+
+Needs torch, and triton for its kernels, which are imported when they are first asked for.
+"""
+
+from typing import Any
 
 from .choice import candidate_configs, choose_config, heuristic_config
 from .configs import KernelConfig, LaunchShape, config_problem, store_run
 from .costs import CostSheet, cost_sheet
-from .grouped_conv import INTERPRETED, grouped_conv2d, grouped_conv2d_fwd_kernel
 from .sources import source_digest
 
 __all__ = [
@@ -21,3 +25,13 @@ __all__ = [
     "source_digest",
     "store_run",
 ]
+
+_OF_TRITON = ("INTERPRETED", "grouped_conv2d", "grouped_conv2d_fwd_kernel")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_TRITON:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import grouped_conv
+
+    return getattr(grouped_conv, name)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lhc_triton.planning.plan import LayerPlan, LayerTopology
 
-# These backends loop over the tiles in Python, so their tables stay in the host's memory: reading them from
-# a GPU would stall it on every call.
-HOST_TABLE_BACKENDS = frozenset({"reference", "torch"})
+# These backends loop over the tiles on the host, so their tables stay in its memory: reading them from a GPU
+# would stall it on every call.
+HOST_TABLE_BACKENDS = frozenset({"reference", "torch", "native"})
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def pack_blocks(
         blocks: [pairs, out_block, in_block] in canonical order.
         dtype: of the packed weight; default that of ``blocks``.
         device: of the packed weight; default that of ``blocks``.
-        backend: who will read it: "reference" and "torch" want their tables in host memory, the others on
+        backend: who will read it: "triton" wants its tables on ``device``, the others in host memory
             ``device``.
 
     Raises:

@@ -2,8 +2,9 @@
 
 from .choice import candidate_configs, choose_config, heuristic_config
 from .configs import KernelConfig, LaunchShape, config_problem, store_run
+from .constants import INTERPRETED
 from .costs import CostSheet, cost_sheet
-from .grouped_conv import INTERPRETED, grouped_conv2d, grouped_conv2d_fwd_kernel
+from .launch import grouped_conv2d, launch_shape
 from .sources import source_digest
 
 __all__ = [
@@ -16,8 +17,8 @@ __all__ = [
     "config_problem",
     "cost_sheet",
     "grouped_conv2d",
-    "grouped_conv2d_fwd_kernel",
     "heuristic_config",
+    "launch_shape",
     "source_digest",
     "store_run",
 ]

@@ -161,7 +161,7 @@ def plan(
 @app.command(epilog="Example: `lhc-triton bench --suite quick --out out/bench`")
 def bench(
     suite: Annotated[
-        str, typer.Option(help="quick, cpu-layers, cpu-models, gpu-layers or gpu-models.")
+        str, typer.Option(help="quick, cpu-layers, cpu-models, cpu-scaling, gpu-layers or gpu-models.")
     ] = "quick",
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv and the plots.")] = Path(
         "out/bench"
@@ -179,10 +179,11 @@ def bench(
     if as_json:
         _print_json(results)
         return
+    paths = [out / "results.json", out / "results.csv", *pictures]
+    typer.echo(f"Written: {', '.join(map(str, paths))}")
+    if notes := results["env"]["notes"]:
+        typer.echo(f"Not measured: {len(notes)}, the first one being {notes[0]}")
     _show_summary(results["summary"])
-    typer.echo(
-        f"Written: {', '.join(str(path) for path in [out / 'results.json', out / 'results.csv', *pictures])}"
-    )
 
 
 @app.command(epilog="Example: `lhc-triton plot out/bench/results.json --out out/bench`")
@@ -349,12 +350,30 @@ def _counting(title: str) -> Iterator[Any]:
 
 def _show_summary(summary: dict[str, Any]) -> None:
     rows = [
-        (str(backend), str(density), f"{geomean:.2f}x")
-        for backend, by_density in summary["geomean_speedup"].items()
-        for density, geomean in by_density.items()
+        (
+            group["backend"],
+            f"{group['in_block']}x{group['out_block']}",
+            f"{group['density']:g}",
+            str(group["cases"]),
+            f"{group['speedup']:.2f}x",
+            f"{group['worst_speedup']:.2f}x  {group['worst_case']}",
+            f"{100 * group['floor_share']:.0f} %",
+            "" if group["peak_share"] is None else f"{100 * group['peak_share']:.0f} %",
+        )
+        for group in summary["groups"]
     ]
-    _print_table(("backend", "density", "geometric mean over the best dense"), rows)
-    typer.echo(f"faster than dense: {summary['wins']}, slower: {summary['losses']}")
+    head = (
+        "backend",
+        "blocks",
+        "density",
+        "cases",
+        "speed-up",
+        "least",
+        "of the roof",
+        "of a matrix product",
+    )
+    _print_table(head, rows)
+    typer.echo("Speed-up over the best dense form in the same run, geometric mean over the cases.")
 
 
 def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

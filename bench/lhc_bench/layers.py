@@ -11,15 +11,16 @@ from torch import Tensor
 
 import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
 from lhc_triton.planning.cost import CostModel
-from lhc_triton.planning.plan import ConvGeometry, LayerTopology
+from lhc_triton.planning.plan import ConvGeometry, LayerPlan, LayerTopology
 from lhc_triton.planning.planner import plan_layer
-from lhc_triton.runtime.dispatch import supports
+from lhc_triton.runtime.dispatch import choose_backend, supports
 from lhc_triton.runtime.packing import pack
 
 from .cases import LayerCase
 from .masks import expand, random_mask
-from .measure import LIMITS, Call, Setting, Sparse
-from .peers import LAYOUTS, dense_peers, norm_error
+from .measure import LIMITS, Call, Contender, Setting, Sparse
+from .peers import LAYOUTS, dense_peers, layouts, norm_error
+from .rivals import SEMI_STRUCTURED_DENSITY, block_sparse, narrow, semi_structured
 
 CHECKED_VALUES = 1 << 22  # of an output with more values than this, the first image is checked
 
@@ -75,39 +76,76 @@ class LayerSubject:
         return LIMITS[self.x.dtype]
 
     def under(self, block: tuple[int, int], density: float, setting: Setting) -> Sparse:
-        """Draw a mask, plan and pack the layer for each backend, and check each against float64."""
+        """Draw a mask, plan and pack the layer for each backend, and check each against float64.
+
+        "auto" is what dispatch takes for its plan, by its own measurement: a sparse backend, or the dense
+        convolution as an accelerated network runs it. The rivals keep about as much work: "narrow" at any
+        density below 1, "bsr" with the same mask, "2:4" at density 0.5.
+        """
         geometry, (in_block, out_block) = self.geometry, block
         channels = (geometry.out_channels, geometry.in_channels)
         mask = random_mask(*channels, geometry.kernel, density, in_block, out_block, seed=setting.seed)
         topology = LayerTopology.from_mask(self.case.name, geometry, in_block, out_block, mask)
         live = torch.from_numpy(expand(mask, *channels, in_block, out_block)).to(self.weight.device)
         expected = self._expected(self.weight * live)
-        calls: dict[str, dict[str, Call]] = {}
-        errors: dict[str, float] = {}
+        found: dict[str, Contender] = {}
         unavailable: dict[str, str] = {}
         for backend in setting.backends:
             plan = plan_layer(
                 topology, CostModel.for_device(setting.device), backend=backend, dtype=setting.dtype_name
             )
-            reason = supports(backend, plan, setting.dtype, setting.device)
+            taken = backend
+            if backend == "auto":
+                taken = choose_backend(plan, setting.dtype, setting.device, "full", setting.store).backend
+            reason = supports(taken, plan, setting.dtype, setting.device)
             if reason is not None:
                 unavailable[backend] = reason
                 continue
-            packed = pack(plan, self.weight, self.x.dtype, self.x.device, backend)
-            # GPU kernels are written for channels_last; on a CPU either order may be the faster one.
-            layouts = ("channels_last",) if setting.device == "cuda" else tuple(LAYOUTS)
-            forms = {name: self._call(backend, name, packed.weight, packed.tables) for name in layouts}
-            calls[backend] = forms
-            errors[backend] = max(self._error(call, expected) for call in forms.values())
+            forms = self._forms(taken, plan, live)
+            error = max(self._error(call, expected) for call in forms.values())
+            found[backend] = Contender(forms, error, topology.live_macs)
+        for rival in setting.rivals:
+            contender = self._rival(rival, block, density, topology, live, expected)
+            if isinstance(contender, str):
+                unavailable[rival] = contender
+            elif contender is not None:
+                found[rival] = contender
         moved = geometry.in_values + geometry.out_values + topology.live_weights
-        return Sparse(
-            calls,
-            errors,
-            topology.density,
-            topology.live_macs,
-            moved * self.x.element_size(),
-            unavailable,
-        )
+        parts = ((topology.live_macs, moved * self.x.element_size()),)
+        return Sparse(found, topology.density, parts, unavailable)
+
+    def _forms(self, backend: str, plan: LayerPlan, live: Tensor) -> dict[str, Call]:
+        if backend == "dense":
+            return dense_peers(self.geometry, self.x, self.weight * live, self.bias)[0]
+        packed = pack(plan, self.weight, self.x.dtype, self.x.device, backend)
+        return {
+            name: self._call(backend, name, packed.weight, packed.tables)
+            for name in layouts(self.x.device.type)
+        }
+
+    def _rival(
+        self,
+        name: str,
+        block: tuple[int, int],
+        density: float,
+        topology: LayerTopology,
+        live: Tensor,
+        expected: Tensor,
+    ) -> Contender | str | None:
+        """Return a rival, or why it does not run here, or None where it does not apply."""
+        geometry, x, weight, bias = self.geometry, self.x, self.weight, self.bias
+        if density == 1 or (name == "2:4" and density != SEMI_STRUCTURED_DENSITY):
+            return None
+        try:
+            if name == "narrow":
+                return narrow(geometry, x, density)
+            if name == "2:4":
+                return semi_structured(geometry, x, weight, bias)
+            return block_sparse(geometry, x, weight * live, bias, block, expected, topology.live_macs)
+        # They lean on torch's youngest code, which refuses devices, types and sizes in its own ways.
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
     def _call(self, backend: str, layout: str, weight: Tensor, tables: list[Tensor]) -> Callable[[], Tensor]:
         geometry, bias = self.geometry, self.bias

@@ -1,10 +1,13 @@
-"""Triton kernels for grouped, structured-sparse convolution. Needs torch and triton only."""
+"""Kernels for grouped, structured-sparse convolution: Triton's here, the CPU's in ``lhc_kernels.cpu``.
+
+Needs torch, and triton for its kernels, which are imported when they are first asked for.
+"""
+
+from typing import Any
 
 from .choice import candidate_configs, choose_config, heuristic_config
 from .configs import KernelConfig, LaunchShape, config_problem, store_run
-from .constants import INTERPRETED
 from .costs import CostSheet, cost_sheet
-from .launch import grouped_conv2d, launch_shape
 from .sources import source_digest
 
 __all__ = [
@@ -22,3 +25,13 @@ __all__ = [
     "source_digest",
     "store_run",
 ]
+
+_OF_TRITON = ("INTERPRETED", "grouped_conv2d", "launch_shape")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_TRITON:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import launch
+
+    return getattr(launch, name)

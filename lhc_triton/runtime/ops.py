@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lhc_triton.runtime import reference, torch_backend
 from lhc_triton.runtime.backends import unavailable
-from lhc_triton.runtime.epilogue import ACTIVATIONS, LAYOUTS, MEMORY_FORMATS, POOLS, with_layout
+from lhc_triton.runtime.epilogue import ACTIVATIONS, LAYOUTS, MEMORY_FORMATS, POOLS, result_dtype, with_layout
 from lhc_triton.runtime.packing import check_tables
 
 SCHEMA = (
@@ -112,6 +112,8 @@ def _checked_size(
             raise ValueError(f"grouped_conv2d: {name}={choice!r}, expected one of {choices}")
     if out_channels < 1:
         raise ValueError(f"grouped_conv2d: out_channels={out_channels}, expected at least 1")
+    if x.dtype == torch.int8 and scale is None:
+        raise ValueError("grouped_conv2d: x is int8 and scale is None, expected a factor for each filter")
     for name, vector in (("bias", bias), ("scale", scale)):
         if vector is not None and vector.shape != (out_channels,):
             raise ValueError(
@@ -332,7 +334,8 @@ def _fake(
     if pool == "max2x2":
         oh, ow = oh // 2, ow // 2
     shape = (x.shape[0], out_channels, oh, ow)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=MEMORY_FORMATS[layout])
+    dtype = result_dtype(x.dtype)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=MEMORY_FORMATS[layout])
 
 
 def _refuse_backward(ctx: Any, grad: Tensor) -> None:

@@ -158,6 +158,46 @@ def plan(
     typer.echo(made.to_json() if as_json else made.explain())
 
 
+@app.command(
+    epilog="Examples: `lhc-triton tune lhc --batch 256`, `lhc-triton tune --suite standard --budget 500`"
+)
+def tune(
+    network: Annotated[
+        str | None,
+        typer.Argument(help="A shipped network ('lhc', 'dense'), trained weights, or an artefact of `save`."),
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="Instead of a network: standard.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Seconds; what is left is resumed next time.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per call; default: 64, or the suite's.")] = None,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    store: Annotated[
+        Path | None, typer.Option(help="File of measurements; default: the user's, which `accelerate` reads.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure launch configs of the GPU's kernels and remember them; torchrun shares the work out over GPUs.
+
+    What is recorded is not measured again, so a run that was stopped goes on where it was.
+    `lhc-triton plot` draws the landscape from the file.
+    """
+    from lhc_triton.runtime.store import TimingStore
+    from lhc_triton.runtime.tuner_jobs import run_jobs, tuning_device
+
+    device, rank, ranks = tuning_device()
+    jobs = _tuning_jobs(network, suite, batch, dtype, device)
+    with _counting("tune" if ranks == 1 else f"tune, {rank} of {ranks}") as progress:
+        report = run_jobs(
+            jobs, device, TimingStore(store), budget_s=budget, rank=rank, ranks=ranks, progress=progress
+        )
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _show_tuning(report)
+    if report.problem:
+        typer.echo(f"lhc-triton: {report.problem}", err=True)
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: `lhc-triton bench --suite quick --out out/bench`")
 def bench(
     suite: Annotated[
@@ -188,14 +228,15 @@ def bench(
 
 @app.command(epilog="Example: `lhc-triton plot out/bench/results.json --out out/bench`")
 def plot(
-    results: Annotated[Path, typer.Argument(help="A results.json of `bench`.")],
+    results: Annotated[Path, typer.Argument(help="A results.json of `bench`, or the store of `tune`.")],
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out/plots"),
     as_json: Json = False,
 ) -> None:
-    """Draw the speed-up curves of a results file again."""
+    """Draw the speed-up curves of a results file again, or the landscape of the configs that were tuned."""
+    from lhc_bench.landscape import draw_landscapes, is_store
     from lhc_bench.plots import draw
 
-    pictures = [str(path) for path in draw(results, out)]
+    pictures = [str(path) for path in (draw_landscapes if is_store(results) else draw)(results, out)]
     if as_json:
         _print_json({"pictures": pictures})
     else:
@@ -285,7 +326,24 @@ def _root(
     """Convolutions that learn their own topology, and kernels that only touch what is left."""
 
 
-def _plan_of(network: str, batch: int, backend: str) -> Any:
+def _tuning_jobs(network: str | None, suite: str | None, batch: int | None, dtype: str, device: Any) -> Any:
+    import torch
+
+    from lhc_bench.tuning_suite import suite_jobs
+    from lhc_triton.runtime.tuner_jobs import Job
+
+    if (network is None) == (suite is None):
+        raise ValueError("give either a network or --suite")
+    types = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    if dtype not in types:
+        raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(types)}")
+    if suite is not None:
+        return suite_jobs(suite, types[dtype], batch)
+    plan = _plan_of(network or "", 64 if batch is None else batch, "auto", device, types[dtype])
+    return [Job(layer, types[plan.dtype], choose=True) for layer in plan.layers]
+
+
+def _plan_of(network: str, batch: int, backend: str, device: Any = "cpu", dtype: Any = None) -> Any:
     """Plan a shipped network or trained weights; an artefact brings its own plan."""
     import torch
 
@@ -302,11 +360,12 @@ def _plan_of(network: str, batch: int, backend: str) -> Any:
             f"no network {network!r}; give one of {', '.join(SHIPPED)}, or an existing file"
         )
     elif is_artifact(network):
-        return lhc.load(network).plan
+        return lhc.load(network, device=device).plan
     else:
         model = load_vgg(network)[0]
     channels = next(m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d))
-    return lhc.plan(model, torch.zeros(batch, channels, 28, 28), backend=backend)
+    image = torch.zeros(batch, channels, 28, 28, device=device, dtype=dtype)
+    return lhc.plan(model.to(device, dtype), image, backend=backend)
 
 
 @contextmanager
@@ -374,6 +433,30 @@ def _show_summary(summary: dict[str, Any]) -> None:
     )
     _print_table(head, rows)
     typer.echo("Speed-up over the best dense form in the same run, geometric mean over the cases.")
+
+
+def _show_tuning(report: Any) -> None:
+    def us(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f}"
+
+    _print_table(
+        ("layer", "timed", "failed", "best us", "heuristic us", "best config", "backend"),
+        [
+            (
+                row.layer,
+                str(row.timed),
+                str(row.failed),
+                us(row.time_us),
+                us(row.heuristic_us),
+                (row.problem or "-") if row.config is None else " ".join(map(str, row.config)),
+                row.backend or "-",
+            )
+            for row in report.rows
+        ],
+    )
+    left = f"; {report.jobs_left} are left, run it again" if report.jobs_left else ""
+    typer.echo(f"{report.jobs - report.jobs_left} of {report.jobs} layers on {report.device}{left}")
+    typer.echo(f"Written: {report.store}")
 
 
 def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

@@ -1,16 +1,37 @@
-"""Triton kernels for grouped, structured-sparse convolution. Needs torch and triton only."""
+"""Kernels for grouped, structured-sparse convolution: Triton's here, the CPU's in ``lhc_kernels.cpu``.
 
-from .configs import KernelConfig, LaunchShape, choose_config, config_problem, heuristic_config, store_run
-from .grouped_conv import INTERPRETED, grouped_conv2d, grouped_conv2d_fwd_kernel
+Needs torch, and triton for its kernels, which are imported when they are first asked for.
+"""
+
+from typing import Any
+
+from .choice import candidate_configs, choose_config, heuristic_config
+from .configs import KernelConfig, LaunchShape, config_problem, store_run
+from .costs import CostSheet, cost_sheet
+from .sources import source_digest
 
 __all__ = [
     "INTERPRETED",
+    "CostSheet",
     "KernelConfig",
     "LaunchShape",
+    "candidate_configs",
     "choose_config",
     "config_problem",
+    "cost_sheet",
     "grouped_conv2d",
-    "grouped_conv2d_fwd_kernel",
     "heuristic_config",
+    "launch_shape",
+    "source_digest",
     "store_run",
 ]
+
+_OF_TRITON = ("INTERPRETED", "grouped_conv2d", "launch_shape")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_TRITON:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import launch
+
+    return getattr(launch, name)

@@ -1,20 +1,23 @@
-"""Launch configurations of the grouped convolution: what a config is, when it is valid, which one to take."""
+"""Launch configurations of the grouped convolution: what a config is, and when it is valid."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+VARIANTS = ("grid", "persistent", "split", "box")
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
 
 MAX_KERNEL_REACH = 31
 """Largest kh + kw: the validity of a pixel's rows and columns is kept in the bits of one int32."""
 
-
 MAX_ACCUMULATORS = 128
-"""Float32 sums that a thread can hold; compiled for sm_90, 128 take 190 to 255 registers and 256 spill."""
+"""32-bit sums that a thread can hold; compiled for sm_90, 128 take 190 to 255 registers and 256 spill."""
+
+MAX_SPLITS = 16
+"""Most parts of a tile's entries; every part writes its float32 sums once and has them read once."""
 
 
 def next_power_of_two(value: int) -> int:
@@ -33,9 +36,13 @@ class LaunchShape:
         tile_width: filters that a tile has room for.
         tiles: number of filter tiles.
         kernel: (kh, kw).
-        dtype: "float16", "bfloat16" or "float32".
+        dtype: "float16", "bfloat16", "float32" or "int8".
         processors: streaming multiprocessors of the device (default: H100 SXM).
         shared_bytes: shared memory that one program may use (default: H100).
+        entries: entries of all tiles together; None counts every block as live.
+        stride: (vertical, horizontal).
+        out_size: (OH, OW); (0, 0) where it is not known, which rules the variant "box" out.
+        capability: CUDA compute capability times ten, 0 for other makes (default: H100).
     """
 
     pixels: int
@@ -47,11 +54,22 @@ class LaunchShape:
     dtype: str
     processors: int = 132
     shared_bytes: int = 232448
+    entries: int | None = None
+    stride: tuple[int, int] = (1, 1)
+    out_size: tuple[int, int] = (0, 0)
+    capability: int = 90
+
+    @property
+    def total_entries(self) -> int:
+        """Entries of all tiles, every block of theirs where ``entries`` is not known."""
+        if self.entries is not None:
+            return self.entries
+        return self.tiles * self.kernel[0] * self.kernel[1] * -(-self.in_channels // self.in_block)
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """How one launch of ``grouped_conv2d_fwd_kernel`` is cut up.
+    """How one launch of the grouped convolution is cut up, and by which kernel.
 
     Attributes:
         block_m: output pixels of one program.
@@ -60,7 +78,11 @@ class KernelConfig:
         num_warps: warps of one program.
         num_stages: depth of the software pipeline.
         entries: entries that one step takes, 1 or 2; with 2, block_k is the whole in_block.
-        precision: of float32 products: "ieee" (FMA), "tf32" or "tf32x3" (tensor cores); half types ignore it.
+        precision: of float32 products: "ieee" (FMA), "tf32" or "tf32x3" (tensor cores); others ignore it.
+        variant: "grid" (a program per block of pixels and filters), "persistent" (as many programs as run at
+            once, each looping over such blocks), "split" (a tile's entries over several programs, summed in
+            fixed order by a second kernel) or "box" (activations come as boxes of a tensor descriptor).
+        splits: parts of a tile's entries, more than 1 exactly with "split".
     """
 
     block_m: int = 128
@@ -70,22 +92,25 @@ class KernelConfig:
     num_stages: int = 4
     entries: int = 1
     precision: str = "ieee"
+    variant: str = "grid"
+    splits: int = 1
 
     def to_list(self) -> list[int]:
         """Return the config as the integers that the op's ``config`` argument carries."""
         numbers = [self.block_m, self.block_n, self.block_k, self.num_warps, self.num_stages, self.entries]
-        return [*numbers, PRECISIONS.index(self.precision)]
+        return [*numbers, PRECISIONS.index(self.precision), VARIANTS.index(self.variant), self.splits]
 
     @classmethod
     def from_list(cls, values: Sequence[int]) -> KernelConfig:
-        """Read what ``to_list`` wrote; ValueError for another length or precision code."""
-        if len(values) != 7 or not 0 <= values[6] < len(PRECISIONS):
+        """Read what ``to_list`` wrote; ValueError for another length or an unknown code."""
+        codes = (len(PRECISIONS), len(VARIANTS))
+        if len(values) != 9 or any(not 0 <= v < n for v, n in zip(values[6:8], codes, strict=True)):
             raise ValueError(
                 f"config is {list(values)}: expected nothing, or block_m, block_n, block_k, num_warps, "
-                f"num_stages, entries and a precision code from 0 to {len(PRECISIONS) - 1}"
+                f"num_stages, entries, a precision code below {codes[0]}, a variant code below {codes[1]} "
+                "and splits"
             )
-        block_m, block_n, block_k, num_warps, num_stages, entries, code = values
-        return cls(block_m, block_n, block_k, num_warps, num_stages, entries, PRECISIONS[code])
+        return cls(*values[:6], PRECISIONS[values[6]], VARIANTS[values[7]], values[8])
 
     @property
     def depth(self) -> int:
@@ -101,6 +126,12 @@ def shared_bytes(config: KernelConfig, dtype: str) -> int:
 
 def config_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
     """Return why ``config`` cannot serve ``shape``, or None where it can: the one validity predicate."""
+    return (
+        _block_problem(config, shape) or _variant_problem(config, shape) or _resource_problem(config, shape)
+    )
+
+
+def _block_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
     for name in ("block_m", "block_n", "block_k"):
         value = getattr(config, name)
         if not 16 <= value <= 256 or value != next_power_of_two(value):
@@ -120,6 +151,61 @@ def config_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
         return f"dtype is {shape.dtype}: supported are {', '.join(ITEM_BYTES)}"
     if sum(shape.kernel) > MAX_KERNEL_REACH:
         return f"kernel_size is {list(shape.kernel)}: supported are kh + kw up to {MAX_KERNEL_REACH}"
+    return None
+
+
+def _variant_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
+    if config.variant not in VARIANTS:
+        return f"variant is {config.variant!r}: supported are {', '.join(VARIANTS)}"
+    least = 2 if config.variant == "split" else 1
+    most = MAX_SPLITS if config.variant == "split" else 1
+    if not least <= config.splits <= most:
+        return f"splits is {config.splits} with variant {config.variant}: supported are {least} to {most}"
+    return _box_problem(config, shape) if config.variant == "box" else None
+
+
+def _box_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
+    """Return what rules tensor descriptors out: the device, the geometry, or alignment to 16 bytes."""
+    if shape.capability < 90:
+        return f"compute capability is {shape.capability / 10}: variant box needs 9.0 or more"
+    if shape.stride != (1, 1):
+        return f"stride is {list(shape.stride)}: variant box supports [1, 1]"
+    if shape.dtype not in ("float16", "bfloat16"):
+        return f"dtype is {shape.dtype}: variant box supports float16 and bfloat16"
+    if shape.in_channels % 8 or shape.tile_width % 8:
+        return (
+            f"in_channels is {shape.in_channels} and tile_width {shape.tile_width}: "
+            "variant box supports multiples of 8"
+        )
+    if shape.in_block % config.block_k or config.entries != 1:
+        return (
+            f"block_k is {config.block_k} with {config.entries} entries a step: variant box supports one "
+            f"and divisors of the in_block, here {shape.in_block}"
+        )
+    if 0 in shape.out_size or shape.total_entries == 0:
+        return "variant box needs a known output size and at least one entry"
+    return None
+
+
+def best_box(block_m: int, shape: LaunchShape) -> tuple[int, int, int]:
+    """Return the box (images, rows, columns) of ``block_m`` outputs that covers the output in fewest boxes.
+
+    Sides are powers of two; among equals the widest box wins, because its rows are the longest copies.
+    """
+    sides = [1 << i for i in range(block_m.bit_length())]
+    boxes = [(block_m // (h * w), h, w) for w in sides for h in sides if h * w <= block_m]
+    return min(boxes, key=lambda box: (box_count(box, shape), -box[2], -box[1]))
+
+
+def box_count(box: tuple[int, int, int], shape: LaunchShape) -> int:
+    """Return how many boxes (images, rows, columns) cover the output of a known ``out_size``."""
+    height, width = shape.out_size
+    images = -(-shape.pixels // (height * width))
+    sizes = zip((images, height, width), box, strict=True)
+    return math.prod(-(-size // side) for size, side in sizes)
+
+
+def _resource_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
     accumulators = config.block_m * config.block_n // (32 * config.num_warps)
     if accumulators > MAX_ACCUMULATORS:
         return (
@@ -133,63 +219,12 @@ def config_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
 
 
 def store_run(out_channels: int, tile_width: int, dtype: str) -> int:
-    """Return how many adjacent filters one 16-byte store takes, or 1 where rows are not aligned for that."""
-    run = 16 // ITEM_BYTES[dtype]
-    return run if out_channels % 16 == 0 and tile_width % run == 0 else 1
-
-
-def choose_config(shape: LaunchShape, precision: str = "ieee") -> tuple[KernelConfig, str]:
-    """Return the config that plain rules pick for ``shape``, and the rules' names.
-
-    The rules follow from code compiled for sm_90 with Triton 3.7.1, not from times.
+    """Return how many adjacent filters one 16-byte store takes, or 1 where rows are not aligned for that.
 
     Args:
-        shape: the sizes of the launch.
-        precision: of float32 products; taken over into the config.
+        out_channels: O.
+        tile_width: filters of a tile.
+        dtype: of the output.
     """
-    half = shape.dtype != "float32"
-    reasons = ["half: tensor cores" if half else "float32: FMA, small blocks"]
-
-    widest = 128 if half else 64
-    block_n = min(widest, max(16, next_power_of_two(shape.tile_width)))
-    if shape.tile_width > widest:
-        reasons.append(f"tile split into {widest} filters")
-
-    # A step of 64 channels halves the barriers and waits of two steps of 32. Compiled: two entries of 32
-    # picked by k go through shared memory like one of 64 (70 registers at 128 x 16, against 90 for a gather
-    # [M, 2, 32] that is reshaped, which also reads the activations back into registers for wgmma).
-    most = 64 if half else 32
-    block_k = min((64, 32, 16) if half else (32, 16), key=lambda k: (-(-shape.in_block // k) * k, -k))
-    entries = 2 if block_k == shape.in_block and 2 * block_k <= most else 1
-    if entries == 2:
-        reasons.append("two entries a step")
-
-    block_m = 128 if half else 64
-    num_stages = 4
-    if math.gcd(shape.in_channels, shape.in_block) * ITEM_BYTES[shape.dtype] % 4:
-        # An asynchronous copy moves at least 4 bytes. Compiled: with 37 channels of 2 bytes every element
-        # is a load of its own, and 128 x 64 of them a step spill 1296 bytes; 64 x 16 do not spill.
-        block_m, block_k, entries, num_stages = 64, 16, 1, 2
-        reasons.append("odd channels: scalar loads, small steps")
-
-    # wgmma needs 64 rows; shorter blocks of pixels only serve to give every multiprocessor two programs.
-    programs = shape.tiles * -(-shape.tile_width // block_n)
-    if block_m > 64 and -(-shape.pixels // block_m) * programs < 2 * shape.processors:
-        block_m = 64
-        reasons.append("few pixels: shorter blocks")
-    # Compiled: 128 x 64 takes 78 registers over 8 warps (90 with a residual) and 121 (164) over 4, and shared
-    # memory admits two programs either way; 128 x 128 over 8 warps takes 125 (148).
-    num_warps = 8 if block_m * block_n >= 128 * 64 else 4
-
-    # Two programs share a multiprocessor, so that one computes while the other waits.
-    config = KernelConfig(block_m, block_n, block_k, num_warps, num_stages, entries, precision)
-    while config.num_stages > 2 and 2 * (shared_bytes(config, shape.dtype) + 1024) > shape.shared_bytes:
-        config = replace(config, num_stages=config.num_stages - 1)
-    if config.num_stages < num_stages:
-        reasons.append("fewer stages: two programs share the memory")
-    return config, "; ".join(reasons)
-
-
-def heuristic_config(shape: LaunchShape, precision: str = "ieee") -> KernelConfig:
-    """Return the config of ``choose_config`` without its reasons."""
-    return choose_config(shape, precision)[0]
+    run = 16 // ITEM_BYTES[dtype]
+    return run if out_channels % 16 == 0 and tile_width % run == 0 else 1

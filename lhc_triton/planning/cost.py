@@ -103,14 +103,24 @@ class CostModel:
             raise ValueError("cost model rates must not be empty, and each one above 0")
 
     @classmethod
-    def for_device(cls, device: str) -> CostModel:
-        """Return the model of a device kind ("cpu", "cuda"); ValueError for another one."""
-        if device not in COST_MODELS:
-            known = ", ".join(sorted(COST_MODELS))
+    def for_device(cls, device: str, backend: str = "auto") -> CostModel:
+        """Return the model that prices a backend on a device kind.
+
+        Args:
+            device: "cpu" or "cuda".
+            backend: one that a model of this device prices; any other name, "auto" among them, stands for
+                the device's fastest sparse backend.
+
+        Raises:
+            ValueError: for another device kind.
+        """
+        models = [model for model in COST_MODELS.values() if model.device == device]
+        if not models:
+            known = ", ".join(sorted({model.device for model in COST_MODELS.values()}))
             raise ValueError(
                 f"no cost model for device {device!r}; supported: {known}; else give cost=CostModel(...)"
             )
-        return COST_MODELS[device]
+        return next((model for model in models if model.sparse_backend == backend), models[0])
 
     def dense_us(self, geometry: ConvGeometry, itemsize: int = 4) -> float:
         """Predict the time in us of the dense convolution, for values of ``itemsize`` bytes."""
@@ -200,7 +210,7 @@ def _nearest(table: Sequence[tuple[int, _T]], itemsize: int) -> tuple[int, _T]:
 # them. The arithmetic rate did not depend on the tile's width: what hurts narrow tiles is what they read,
 # and their number. The dense convolution, in its faster layout, did 142 to 216 GMAC/s. In bfloat16 it did
 # 620 to 1320 GMAC/s (AMX), while the torch backend computes half types in float32; so dense wins there.
-CPU = CostModel(
+TORCH = CostModel(
     device="cpu",
     sparse_backend="torch",
     source="measured on 2 cores of a Xeon with AVX-512 and AMX, torch 2.13",
@@ -223,7 +233,7 @@ CPU = CostModel(
 # H100 on paper, modelled and not measured. Every tile reads its activations from L2 (~7 TB/s), which bounds
 # 16-wide fp16 tiles near 112 TFLOP/s of useful work and 64-wide ones near 450; arithmetic reaches 70 % of the
 # 800 TFLOP/s peak, as the dense convolution does, and memory moves 3 TB/s. Sums stay in registers.
-CUDA = CostModel(
+TRITON = CostModel(
     device="cuda",
     sparse_backend="triton",
     source="an H100 on paper: modelled, not measured",
@@ -243,4 +253,5 @@ CUDA = CostModel(
     margin=0.9,
 )
 
-COST_MODELS = {"cpu": CPU, "cuda": CUDA}
+COST_MODELS = {model.sparse_backend: model for model in (TORCH, TRITON)}
+"""By the backend they price; on each device kind the fastest backend first."""

@@ -39,7 +39,9 @@ class Reading:
     dtype: str
 
 
-def read_model(model: nn.Module, example_input: Any, cost: CostModel | None = None) -> Reading:
+def read_model(
+    model: nn.Module, example_input: Any, cost: CostModel | None = None, backend: str = "auto"
+) -> Reading:
     """Run a network once and read the topology of every convolution.
 
     A convolution that is called several times is planned for its first call.
@@ -47,7 +49,8 @@ def read_model(model: nn.Module, example_input: Any, cost: CostModel | None = No
     Args:
         model: LHCConv2d layers bring their masks, nn.Conv2d layers their structured zeros.
         example_input: a tensor, or a tuple of the positional arguments.
-        cost: prices the choices; by default the model of the example's device kind.
+        cost: prices the choices; by default the model of ``backend`` on the example's device kind.
+        backend: who will run the plan.
 
     Raises:
         ValueError: if the model has no convolution, does not run on the example, or has NaN in the weight of
@@ -65,7 +68,7 @@ def read_model(model: nn.Module, example_input: Any, cost: CostModel | None = No
     convs = {name: m for name, m in model.named_modules() if isinstance(m, _ConvNd)}
     if not any(isinstance(conv, nn.Conv2d) for conv in convs.values()):
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to plan")
-    cost = cost or CostModel.for_device(tensors[0].device.type)
+    cost = cost or CostModel.for_device(tensors[0].device.type, backend)
     seen = _input_shapes(model, convs, inputs)
     dtypes = {name: str(conv.weight.dtype).removeprefix("torch.") for name, conv in convs.items()}
     dtype = next(dtypes[name] for name, conv in convs.items() if isinstance(conv, nn.Conv2d))

@@ -93,7 +93,8 @@ def plan(model: nn.Module, example_input: Any, backend: str = "auto", cost: Cost
             It is run once on ``example_input`` in eval mode without gradients, and left as it was.
         example_input: a tensor [N, C, H, W], or a tuple of the positional arguments of ``model``.
         backend: "auto", or the one backend that every layer shall use.
-        cost: prices the choices; by default the model of the example input's device kind.
+        cost: prices the choices; by default the model of ``backend`` on the example input's device
+            kind.
 
     Raises:
         ValueError: for an unknown backend, dtype or device kind, a model without a convolution or with NaN in
@@ -103,7 +104,7 @@ def plan(model: nn.Module, example_input: Any, backend: str = "auto", cost: Cost
     from .extract import read_model  # torch is needed here, and only here
 
     check_backend(backend)
-    reading = read_model(model, example_input, cost)
+    reading = read_model(model, example_input, cost, backend)
     return plan_topologies(
         reading.topologies, reading.cost, backend=backend, dtype=reading.dtype, skipped=reading.skipped
     )

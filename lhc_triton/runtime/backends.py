@@ -7,28 +7,35 @@ import os
 
 import torch
 
-BACKENDS = ("reference", "torch", "triton")
+BACKENDS = ("reference", "torch", "native", "triton")
 """The backends that this version has."""
 
-DEVICES = ("cpu", "cuda")
+DEVICES = {"reference": ("cpu", "cuda"), "torch": ("cpu", "cuda"), "native": ("cpu",), "triton": ("cpu", "cuda")}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = {
+    "reference": (*FLOATS, torch.float64, torch.int8),
+    "torch": (*FLOATS, torch.float64),
+    "native": (torch.float32,),
+    "triton": (*FLOATS, torch.int8),
+}
 
 
 def unavailable(backend: str, dtype: torch.dtype, device: torch.device | str) -> str | None:
-    """Say in one line why a backend cannot run tensors of this type on this device; None if it can."""
+    """Say in one line why a backend cannot run tensors of this type on this device; None if it can.
+
+    Asking for "native" builds and loads it (some seconds, once on each machine).
+    """
     device = torch.device(device)
-    if backend == "native":
-        return f'backend "native" is not available in this version; use one of {_names()}'
     if backend not in BACKENDS:
         return f'backend "{backend}" is unknown; use one of {_names()}'
-    if device.type not in DEVICES:
-        return (
-            f'backend "{backend}" does not serve device type "{device.type}"; use one of {", ".join(DEVICES)}'
-        )
-    allowed = FLOATS if backend == "triton" else (*FLOATS, torch.float64)
-    if dtype not in allowed:
-        names = ", ".join(_short(d) for d in allowed)
+    if device.type not in DEVICES[backend]:
+        names = ", ".join(DEVICES[backend])
+        return f'backend "{backend}" does not serve device type "{device.type}"; use one of {names}'
+    if dtype not in DTYPES[backend]:
+        names = ", ".join(_short(d) for d in DTYPES[backend])
         return f'backend "{backend}" does not serve {_short(dtype)}; use one of {names}'
+    if backend == "native":
+        return _native_problem()
     if backend != "triton":
         return None
     if importlib.util.find_spec("triton") is None:
@@ -39,6 +46,14 @@ def unavailable(backend: str, dtype: torch.dtype, device: torch.device | str) ->
             "before the process starts to run it in Triton's slow interpreter"
         )
     return None
+
+
+def _native_problem() -> str | None:
+    # Only a build tells whether a compiler works; it is kept for good, so that later processes merely load it.
+    from lhc_kernels.cpu import problem
+
+    reason = problem()
+    return None if reason is None else f'backend "native" is not available: {reason}; or use "torch"'
 
 
 def _names() -> str:

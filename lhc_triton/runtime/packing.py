@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lhc_triton.planning.plan import LayerPlan, LayerTopology
 
-# These backends loop over the tiles in Python, so their tables stay in the host's memory: reading them from
-# a GPU would stall it on every call.
-HOST_TABLE_BACKENDS = frozenset({"reference", "torch"})
+# These backends loop over the tiles on the host, so their tables stay in its memory: reading them from a GPU
+# would stall it on every call.
+HOST_TABLE_BACKENDS = frozenset({"reference", "torch", "native"})
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def pack_blocks(
         blocks: [pairs, out_block, in_block] in canonical order.
         dtype: of the packed weight; default that of ``blocks``.
         device: of the packed weight; default that of ``blocks``.
-        backend: who will read it: "reference" and "torch" want their tables in host memory, the others on
+        backend: who will read it: "triton" wants its tables on ``device``, the others in host memory
             ``device``.
 
     Raises:
@@ -153,7 +153,9 @@ def pack_blocks(
     weight = blocks.new_zeros((len(entries), layer.tile_width, topology.in_block))
     source = blocks[torch.from_numpy(exists).to(here)]
     weight[torch.from_numpy(rows).to(here), torch.from_numpy(columns).to(here)] = source
-    weight = weight.transpose(1, 2).to(device=device or here, dtype=dtype or blocks.dtype).contiguous()
+    weight = weight.to(device=device or here, dtype=dtype or blocks.dtype).transpose(1, 2)
+    if weight.dtype != torch.int8:  # whose kernel reads adjacent input channels, as they lie already
+        weight = weight.contiguous()
 
     host = torch.device("cpu")
     where = host if backend in HOST_TABLE_BACKENDS else weight.device

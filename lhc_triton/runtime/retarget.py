@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from lhc_triton.planning import COST_MODELS, plan_layer
+from lhc_triton.planning import CostModel, plan_layer
 from lhc_triton.planning.plan import LayerPlan, Plan
 from lhc_triton.runtime.accelerated import LayerRow, Record
 from lhc_triton.runtime.dispatch import choose_backend, supports
@@ -86,9 +86,8 @@ def _choose(
     if requested != "auto" and problem is None:
         return dataclasses.replace(layer, backend=requested, reason="forced"), requested, "forced"
     problem = problem or _unavailable(module, layer, device)
-    cost = COST_MODELS.get(device.type)
-    if cost is not None:
-        layer = plan_layer(layer.topology, cost, dtype=str(dtype).removeprefix("torch."))
+    cost = CostModel.for_device(device.type, requested)
+    layer = plan_layer(layer.topology, cost, dtype=str(dtype).removeprefix("torch."))
     decision = choose_backend(layer, dtype, device)
     why = "loaded on another kind of device" if moved and problem is None else problem
     reason = f"{decision.reason} (chosen again: {why})"

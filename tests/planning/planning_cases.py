@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lhc_triton.planning import ConvGeometry, CostModel, LayerTopology
 
 QUICK = settings(max_examples=40, deadline=None)
-CPU = CostModel.for_device("cpu")
+CPU = CostModel.for_device("cpu", "torch")
 CUDA = CostModel.for_device("cuda")
 
 

@@ -20,8 +20,8 @@ OVERHEAD = dataclasses.replace(ARITHMETIC, tile_us=1e9)
 
 @QUICK
 @given(topologies(), st.sampled_from(sorted(COST_MODELS)), st.data())
-def test_tiles_partition_the_groups_and_hold_the_union_of_their_patterns(topology, device, data):
-    cost = COST_MODELS[device]
+def test_tiles_partition_the_groups_and_hold_the_union_of_their_patterns(topology, backend, data):
+    cost = COST_MODELS[backend]
     width = data.draw(st.sampled_from(candidate_widths(topology.out_block, topology.geometry.out_channels)))
     tiles = form_tiles(topology, cost, width)
     assert sorted(g for tile in tiles for g in tile.groups) == list(range(topology.groups))
@@ -70,9 +70,9 @@ def test_ties_go_to_the_lowest_groups():
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("device", sorted(COST_MODELS))
-def test_merging_never_makes_a_layer_dearer(seed, device):
-    cost, topology = COST_MODELS[device], random_layer(seed, density=0.3)
+@pytest.mark.parametrize("backend", sorted(COST_MODELS))
+def test_merging_never_makes_a_layer_dearer(seed, backend):
+    cost, topology = COST_MODELS[backend], random_layer(seed, density=0.3)
     exact = [Tile((g,), topology.pattern_of(g)) for g in range(topology.groups)]
     merged = form_tiles(topology, cost, 64)
     assert cost.sparse_us(topology, merged, 64) <= cost.sparse_us(topology, exact, 64)

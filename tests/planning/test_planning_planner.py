@@ -22,8 +22,8 @@ from lhc_triton.planning.planner import BACKENDS, choose_tile_width
 
 @QUICK
 @given(topologies(), st.sampled_from(sorted(COST_MODELS)))
-def test_a_plan_computes_every_filter_once_and_no_less_than_lives(topology, device):
-    planned = plan_layer(topology, COST_MODELS[device])
+def test_a_plan_computes_every_filter_once_and_no_less_than_lives(topology, backend):
+    planned = plan_layer(topology, COST_MODELS[backend])
     assert sorted(planned.filter_order) == list(range(topology.geometry.out_channels))
     assert planned.planned_macs >= topology.live_macs
     exact = all({topology.pattern_of(g) for g in tile.groups} == {tile.entries} for tile in planned.tiles)
@@ -32,11 +32,11 @@ def test_a_plan_computes_every_filter_once_and_no_less_than_lives(topology, devi
 
 @QUICK
 @given(topologies(), st.sampled_from(sorted(COST_MODELS)), st.sampled_from(["float32", "float16"]))
-def test_planning_twice_gives_the_same_plan(topology, device, dtype):
+def test_planning_twice_gives_the_same_plan(topology, backend, dtype):
     again = LayerTopology.from_mask(
         topology.name, topology.geometry, topology.in_block, topology.out_block, topology.block_mask()
     )
-    cost = COST_MODELS[device]
+    cost = COST_MODELS[backend]
     assert plan_layer(topology, cost, dtype=dtype) == plan_layer(again, cost, dtype=dtype)
 
 

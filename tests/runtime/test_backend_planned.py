@@ -9,17 +9,17 @@ from lhc_triton.planning import COST_MODELS, ConvGeometry, plan_layer
 from lhc_triton.runtime.packing import pack
 
 
-def planned(problem: Problem, device: str) -> Problem:
-    problem.layer = plan_layer(problem.layer.topology, COST_MODELS[device])
+def planned(problem: Problem, priced: str) -> Problem:
+    problem.layer = plan_layer(problem.layer.topology, COST_MODELS[priced])
     return problem
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("priced", COST_MODELS)
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @settings(max_examples=40, deadline=None)
 @given(problem=problems((torch.float32, torch.float64, torch.bfloat16)))
-def test_a_planned_layer_equals_the_dense_convolution(backend, device, problem):
-    y = planned(problem, device).run(backend)
+def test_a_planned_layer_equals_the_dense_convolution(backend, priced, problem):
+    y = planned(problem, priced).run(backend)
     assert relative_error(y, problem.oracle()) <= TOLERANCE[problem.dtype]
 
 
@@ -42,7 +42,7 @@ def test_a_gpu_gives_the_dense_convolution(backend, dtype, channels_last, geomet
         geometry, in_block=32, out_block=16, density=0.3, dtype=dtype, has_residual=True, activation="relu",
         pool="max2x2", channels_last=channels_last, layout="channels_last",
     )  # fmt: skip
-    problem = planned(problem, "cuda")
+    problem = planned(problem, "triton")
     packed = pack(problem.layer, problem.weight, device="cuda", backend=backend)
     there = {
         name: value.cuda() if isinstance(value, torch.Tensor) else value
@@ -62,7 +62,7 @@ def test_the_operator_runs_triton_in_the_interpreter(layout, pool):
         ConvGeometry(1, 20, 12, 6, 5), in_block=16, out_block=8, has_residual=True, has_scale=True,
         activation="relu", pool=pool, layout=layout,
     )  # fmt: skip
-    problem = planned(problem, "cuda")
+    problem = planned(problem, "triton")
     y = problem.run("triton")
     assert y.stride() == problem.run("reference").stride()
     assert relative_error(y, problem.oracle()) <= 1e-5

@@ -26,7 +26,7 @@ def measured(monkeypatch):
     """Stand in for the measurement; the list holds what it was asked."""
     calls = []
 
-    def fake(layer, dtype, device, backends):
+    def fake(layer, dtype, device, backends, configs):
         calls.append(tuple(backends))
         return {**dict.fromkeys(backends, 10.0), "dense": 30.0}
 

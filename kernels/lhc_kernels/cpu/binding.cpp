@@ -1,0 +1,176 @@
+// The CPU implementation of torch.ops.lhc.grouped_conv2d: runs backend "native" itself, and hands every other
+// call to the Python implementation, which also words the complaint about a call that does not fit.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/max_pool2d.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <vector>
+
+#include "conv.h"
+
+namespace {
+
+using Stack = torch::jit::Stack;
+
+// The arguments in the schema's order.
+enum Argument {
+  kX, kWeight, kTables, kBias, kResidual, kScale, kOutChannels, kKernelSize, kStride, kPadding, kDilation,
+  kActivation, kPool, kLayout, kBackend, kConfig, kArguments
+};
+
+void run_python(Stack* stack) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("lhc::grouped_conv2d_python", "");
+  op.callBoxed(stack);
+}
+
+void run_threads(int workers, const std::function<void()>& work) {
+  // The stable function reaches torch's own pool; at::parallel_for is inlined here and, compiled without
+  // OpenMP, would run serially.
+  torch_parallel_for(
+      0, workers, 1,
+      [](int64_t, int64_t, void* context) { (*static_cast<const std::function<void()>*>(context))(); },
+      const_cast<std::function<void()>*>(&work));
+}
+
+bool is_host(const at::Tensor& t, at::ScalarType type) {
+  return t.device().is_cpu() && t.layout() == at::kStrided && t.scalar_type() == type;
+}
+
+// Whether the values of the tables fit the layer: no index may reach foreign memory, and every filter must be
+// computed once.
+bool tables_fit(const lhc::Conv& conv, int64_t entry_count) {
+  const int64_t possible =
+      conv.kernel[0] * conv.kernel[1] * ((conv.channels + conv.in_block - 1) / conv.in_block);
+  if (conv.tile_ptr[0] != 0 || conv.tile_ptr[conv.tiles] != entry_count) return false;
+  for (int64_t t = 0; t < conv.tiles; ++t)
+    if (conv.tile_ptr[t] > conv.tile_ptr[t + 1]) return false;
+  for (int64_t e = 0; e < entry_count; ++e)
+    if (conv.entries[e] < 0 || conv.entries[e] >= possible) return false;
+  std::vector<bool> seen(conv.out_channels, false);
+  int64_t found = 0;
+  for (int64_t i = 0; i < conv.tiles * conv.tile_width; ++i) {
+    const int32_t f = conv.filters[i];
+    if (f < 0) continue;
+    if (f >= conv.out_channels || seen[f]) return false;
+    seen[f] = true;
+    ++found;
+  }
+  return found == conv.out_channels;
+}
+
+// What a call keeps alive while it runs.
+struct Call {
+  lhc::Conv conv{};
+  at::Tensor x, weight, tables[3], bias, scale, residual;
+  bool pooled = false, channels_last = false;
+
+  const at::Tensor& keep(const at::Tensor& given, at::Tensor& kept) {
+    kept = given.contiguous();
+    return kept;
+  }
+};
+
+bool read_pair(const c10::IValue& value, int64_t least, int64_t (&out)[2]) {
+  const auto list = value.toIntList();
+  if (list.size() != 2) return false;
+  for (int i = 0; i < 2; ++i)
+    if ((out[i] = list.get(i)) < least) return false;
+  return true;
+}
+
+bool read_optional(const c10::IValue& value, c10::IntArrayRef shape, at::Tensor& kept, const float*& out) {
+  if (value.isNone()) return true;
+  const at::Tensor& given = value.toTensor();
+  if (!is_host(given, at::kFloat) || given.sizes() != shape) return false;
+  kept = given.contiguous();
+  out = kept.const_data_ptr<float>();
+  return true;
+}
+
+// Reads the arguments of a native call; false where they do not fit.
+bool read(const Stack& stack, Call& call) {
+  const auto argument = [&](Argument i) -> const c10::IValue& { return torch::jit::peek(stack, i, kArguments); };
+  lhc::Conv& conv = call.conv;
+  const at::Tensor &x = argument(kX).toTensor(), &weight = argument(kWeight).toTensor();
+  if (!is_host(x, at::kFloat) || x.dim() != 4 || !is_host(weight, at::kFloat) || weight.dim() != 3) return false;
+  conv.batch = x.size(0), conv.channels = x.size(1), conv.height = x.size(2), conv.width = x.size(3);
+  conv.in_block = weight.size(1), conv.tile_width = weight.size(2);
+  conv.out_channels = argument(kOutChannels).toInt();
+  if (conv.channels < 1 || conv.in_block < 1 || conv.tile_width < 1 || conv.out_channels < 1) return false;
+
+  if (!read_pair(argument(kKernelSize), 1, conv.kernel) || !read_pair(argument(kStride), 1, conv.stride) ||
+      !read_pair(argument(kDilation), 1, conv.dilation))
+    return false;
+  const auto padding = argument(kPadding).toIntVector();
+  if (padding.size() != 4) return false;
+  for (const int64_t p : padding)
+    if (p < 0) return false;
+  conv.top = padding[0], conv.left = padding[2];
+  const int64_t rows = conv.height + padding[0] + padding[1] - conv.dilation[0] * (conv.kernel[0] - 1) - 1;
+  const int64_t columns = conv.width + padding[2] + padding[3] - conv.dilation[1] * (conv.kernel[1] - 1) - 1;
+  if (rows < 0 || columns < 0) return false;
+  conv.out_height = rows / conv.stride[0] + 1, conv.out_width = columns / conv.stride[1] + 1;
+
+  const auto tables = argument(kTables).toTensorVector();
+  if (tables.size() != 3) return false;
+  for (int i = 0; i < 3; ++i) {
+    if (!is_host(tables[i], at::kInt)) return false;
+    call.tables[i] = tables[i].contiguous();
+  }
+  const int64_t entries = weight.size(0), tiles = tables[0].numel() - 1;
+  if (tables[0].dim() != 1 || tiles < 0 || tables[1].sizes() != c10::IntArrayRef({entries + 1}) ||
+      tables[2].sizes() != c10::IntArrayRef({tiles, conv.tile_width}))
+    return false;
+  conv.tiles = tiles;
+  conv.tile_ptr = call.tables[0].const_data_ptr<int32_t>();
+  conv.entries = call.tables[1].const_data_ptr<int32_t>();
+  conv.filters = call.tables[2].const_data_ptr<int32_t>();
+  if (!tables_fit(conv, entries)) return false;
+
+  const auto &activation = argument(kActivation).toStringRef(), &pool = argument(kPool).toStringRef();
+  const auto& layout = argument(kLayout).toStringRef();
+  conv.relu = activation == "relu";
+  call.pooled = pool == "max2x2";
+  call.channels_last = layout == "channels_last";
+  if ((!conv.relu && activation != "none") || (!call.pooled && pool != "none") ||
+      (!call.channels_last && layout != "contiguous") ||
+      (call.pooled && (conv.out_height < 2 || conv.out_width < 2)))
+    return false;
+  if (!read_optional(argument(kBias), {conv.out_channels}, call.bias, conv.bias) ||
+      !read_optional(argument(kScale), {conv.out_channels}, call.scale, conv.scale) ||
+      !read_optional(argument(kResidual), {conv.batch, conv.out_channels, conv.out_height, conv.out_width},
+                     call.residual, conv.residual))
+    return false;
+  call.x = x.contiguous(), call.weight = weight.contiguous();
+  conv.x = call.x.const_data_ptr<float>(), conv.weight = call.weight.const_data_ptr<float>();
+  return true;
+}
+
+void grouped_conv2d(const c10::OperatorHandle&, c10::DispatchKeySet, Stack* stack) {
+  Call call;
+  if (torch::jit::peek(*stack, kBackend, kArguments).toStringRef() != "native" || !read(*stack, call))
+    return run_python(stack);
+  lhc::Conv& conv = call.conv;
+  at::Tensor y = at::empty({conv.batch, conv.out_channels, conv.out_height, conv.out_width}, call.x.options());
+  conv.y = y.mutable_data_ptr<float>();
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  lhc::grouped_conv2d(conv, {static_cast<int>(threads), run_threads});
+  if (call.pooled) y = at::max_pool2d(y, {2, 2});
+  if (call.channels_last) {
+    at::Tensor out = at::empty(y.sizes(), y.options().memory_format(at::MemoryFormat::ChannelsLast));
+    y = out.copy_(y);
+  }
+  torch::jit::drop(*stack, kArguments);
+  torch::jit::push(*stack, std::move(y));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lhc, CPU, library) {
+  library.impl("grouped_conv2d", torch::CppFunction::makeFromBoxedFunction<&grouped_conv2d>());
+}

@@ -1,0 +1,350 @@
+// Grouped, structured-sparse convolution on the CPU: pixels are the lanes of vectors, filters are scalars.
+//
+// A tile of filters shares one list of entries (tap, input block). For a *strip* of up to kVectors vectors of
+// pixels and kFilters filters the sums stay in registers over the whole list; one input channel of an entry
+// costs kVectors loads, kFilters broadcasts and their product of fused multiply-adds. There is neither a
+// gather nor an im2col: a tap is an offset into planes of pixels (planes.h).
+
+#include "conv.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+
+#include "planes.h"
+#include "vectors.h"
+
+namespace lhc {
+namespace {
+
+// Planes are filled group by group, each small enough to stay in the cores' second-level caches.
+constexpr int64_t kPlanesFloats = 1 << 20;
+// Weights that stay in a core's second-level cache while strips pass by.
+constexpr int64_t kWeightFloats = 1 << 18;
+constexpr int64_t kItemsPerThread = 8;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A run of output pixels of one group, as vectors.
+struct Strip {
+  int vectors;
+  int64_t x[kVectors];     // where each vector's pixels lie in the planes, before a step's offset
+  int64_t y[kVectors];     // and in filter 0's output plane, where they are contiguous
+  Mask lanes[kVectors];    // lanes that are output pixels
+  int64_t count;           // output pixels in all
+  bool scattered;
+  int64_t places[kVectors * kLanes];  // scattered: of each pixel, in filter 0's output plane
+};
+
+// The masks of a strip in the direct variant: a lane reads a tap if both its row and its column exist.
+struct Borders {
+  std::vector<Mask> rows, columns;  // [kernel row or column][kVectors]
+};
+
+struct Job {
+  const Conv& conv;
+  Planes planes;
+  Group group;
+  const float* data;
+  int64_t strips, vectors;
+  std::vector<int64_t> chunks;   // first tile of each chunk of filter tiles, and the end
+  std::vector<int64_t> cost;     // of the tiles before each tile, for one strip
+};
+
+template <int F, int V, bool kMasked>
+inline void accumulate(const Job& job, const Strip& strip, const Borders& borders, int64_t tile,
+                       int64_t column, Vec (&out)[kFilters][kVectors]) {
+  const Conv& conv = job.conv;
+  const int64_t width = conv.tile_width, channel_step = job.planes.channel_step;
+  Vec sums[F * V];
+  unrolled<F * V>([&](auto i) { sums[i] = Vec{}; });
+  for (int32_t e = conv.tile_ptr[tile]; e < conv.tile_ptr[tile + 1]; ++e) {
+    const Step& step = job.planes.steps[conv.entries[e]];
+    const float* w = conv.weight + e * conv.in_block * width + column;
+    const float* x[V];
+    Mask mask[V];
+    for (int v = 0; v < V; ++v) {
+      x[v] = job.data + strip.x[v] + step.offset;
+      if (kMasked)
+        mask[v] = borders.rows[step.row * kVectors + v] & borders.columns[step.column * kVectors + v];
+    }
+    int64_t at = 0;
+    for (int32_t c = 0; c < step.channels; ++c, at += channel_step, w += width) {
+      Vec pixels[V];
+      unrolled<V>([&](auto v) { pixels[v] = kMasked ? load(x[v] + at, mask[v]) : load(x[v] + at); });
+      unrolled<F>([&](auto f) {
+        const Vec factor = broadcast(w[f]);
+        unrolled<V>([&](auto v) { sums[f * V + v] += pixels[v] * factor; });
+      });
+    }
+  }
+  unrolled<F * V>([&](auto i) { out[i / V][i % V] = sums[i]; });
+}
+
+// scale * sums + bias + residual, the activation, and the store, for one filter.
+void finish(const Conv& conv, const Strip& strip, int64_t filter, const Vec* sums) {
+  const int64_t base = filter * conv.out_height * conv.out_width;
+  float* y = conv.y + base;
+  const float* residual = conv.residual ? conv.residual + base : nullptr;
+  const Vec scale = broadcast(conv.scale ? conv.scale[filter] : 1.0f);
+  const Vec bias = broadcast(conv.bias ? conv.bias[filter] : 0.0f);
+  for (int v = 0; v < strip.vectors; ++v) {
+    const int64_t* places = strip.places + v * kLanes;
+    const int count = static_cast<int>(std::min<int64_t>(strip.count - v * kLanes, kLanes));
+    Vec out = conv.scale ? sums[v] * scale + bias : sums[v] + bias;
+    if (residual && strip.scattered)
+      for (int i = 0; i < count; ++i) out[i] += residual[places[i]];
+    else if (residual)
+      out += load(residual + strip.y[v], strip.lanes[v]);
+    // A comparison, not a maximum: NaN must stay.
+    if (conv.relu) out = out < Vec{} ? Vec{} : out;
+    if (strip.scattered) {
+      alignas(64) float values[kLanes];
+      store(values, out);
+      for (int i = 0; i < count; ++i) y[places[i]] = values[i];
+    } else if (strip.lanes[v] == kAllLanes) {
+      store(y + strip.y[v], out);
+    } else {
+      store(y + strip.y[v], out, strip.lanes[v]);
+    }
+  }
+}
+
+template <int F, int V>
+void run_block(const Job& job, const Strip& strip, const Borders& borders, int64_t tile, int64_t column) {
+  const Conv& conv = job.conv;
+  const int32_t* filters = conv.filters + tile * conv.tile_width + column;
+  bool used = false;
+  for (int f = 0; f < F; ++f) used = used || filters[f] >= 0;
+  if (!used) return;
+  Vec sums[kFilters][kVectors];
+  if (kFreeMasks && job.planes.direct)
+    accumulate<F, V, true>(job, strip, borders, tile, column, sums);
+  else
+    accumulate<F, V, false>(job, strip, borders, tile, column, sums);
+  for (int f = 0; f < F; ++f)
+    if (filters[f] >= 0) finish(conv, strip, filters[f], sums[f]);
+}
+
+template <int V>
+void run_tile(const Job& job, const Strip& strip, const Borders& borders, int64_t tile) {
+  const int64_t width = job.conv.tile_width;
+  int64_t column = 0;
+  for (; column + kFilters <= width; column += kFilters)
+    run_block<kFilters, V>(job, strip, borders, tile, column);
+  if constexpr (kFilters > 4)
+    for (; column + 4 <= width; column += 4) run_block<4, V>(job, strip, borders, tile, column);
+  for (; column + 2 <= width; column += 2) run_block<2, V>(job, strip, borders, tile, column);
+  for (; column < width; ++column) run_block<1, V>(job, strip, borders, tile, column);
+}
+
+void run_tile(const Job& job, const Strip& strip, const Borders& borders, int64_t tile) {
+  static_assert(kVectors == 3);
+  if (strip.vectors == 3)
+    run_tile<3>(job, strip, borders, tile);
+  else if (strip.vectors == 2)
+    run_tile<2>(job, strip, borders, tile);
+  else
+    run_tile<1>(job, strip, borders, tile);
+}
+
+// The lanes of the strip's vectors, and which of them each kernel row and column may read.
+void place_direct(const Job& job, int64_t first, Strip& strip, Borders& borders) {
+  const Conv& conv = job.conv;
+  const int64_t pixels = conv.out_height * conv.out_width, per_image = ceil_div(pixels, kLanes);
+  borders.rows.assign(conv.kernel[0] * kVectors, 0);
+  borders.columns.assign(conv.kernel[1] * kVectors, 0);
+  strip.scattered = false;
+  strip.count = 0;
+  for (int v = 0; v < strip.vectors; ++v) {
+    const int64_t image = (first + v) / per_image, begin = (first + v) % per_image * kLanes;
+    strip.x[v] = image * conv.channels * conv.height * conv.width + begin;
+    strip.y[v] = image * conv.out_channels * pixels + begin;
+    strip.lanes[v] = first_lanes(pixels - begin);
+    strip.count = (v + 1) * kLanes;
+    if (!kFreeMasks) continue;
+    int32_t row[kLanes], column[kLanes];
+    int64_t h = begin / conv.out_width, w = begin % conv.out_width;
+    for (int i = 0; i < kLanes; ++i) {
+      row[i] = static_cast<int32_t>(h);
+      column[i] = static_cast<int32_t>(w);
+      if (++w == conv.out_width) w = 0, ++h;
+    }
+    for (int64_t r = 0; r < conv.kernel[0]; ++r) {
+      const int32_t shift = static_cast<int32_t>(r * conv.dilation[0] - conv.top);
+      Mask mask = 0;
+      for (int i = 0; i < kLanes; ++i)
+        mask |= static_cast<Mask>(static_cast<uint32_t>(row[i] + shift) < conv.height) << i;
+      borders.rows[r * kVectors + v] = mask & strip.lanes[v];
+    }
+    for (int64_t s = 0; s < conv.kernel[1]; ++s) {
+      const int32_t shift = static_cast<int32_t>(s * conv.dilation[1] - conv.left);
+      Mask mask = 0;
+      for (int i = 0; i < kLanes; ++i)
+        mask |= static_cast<Mask>(static_cast<uint32_t>(column[i] + shift) < conv.width) << i;
+      borders.columns[s * kVectors + v] = mask;
+    }
+  }
+}
+
+void place_copied(const Job& job, int64_t first, Strip& strip) {
+  const Conv& conv = job.conv;
+  const Group& group = job.group;
+  const int64_t pixels = conv.out_height * conv.out_width, image_size = conv.out_channels * pixels;
+  const int64_t origin = group.image * image_size + group.row * conv.out_width;
+  strip.scattered = group.images > 1;
+  strip.count = std::min<int64_t>(strip.vectors * kLanes, job.planes.lanes - first * kLanes);
+  for (int v = 0; v < strip.vectors; ++v) {
+    strip.x[v] = (first + v) * kLanes;
+    strip.y[v] = origin + strip.x[v];
+    strip.lanes[v] = first_lanes(job.planes.lanes - strip.x[v]);
+  }
+  if (!strip.scattered) return;
+  int64_t row = first * kLanes / job.planes.pitch, rest = first * kLanes % job.planes.pitch;
+  int64_t image = rest / conv.out_width, column = rest % conv.out_width;
+  for (int64_t i = 0; i < strip.count; ++i) {
+    strip.places[i] = origin + image * image_size + row * conv.out_width + column;
+    if (++column < conv.out_width) continue;
+    column = 0;
+    if (++image < group.images) continue;
+    image = 0;
+    ++row;
+  }
+}
+
+// A place in the order of work: chunk of filter tiles by chunk, strip by strip, tile by tile.
+struct Cell {
+  int64_t chunk, strip, tile;
+  bool operator<(const Cell& o) const {
+    if (chunk != o.chunk) return chunk < o.chunk;
+    return strip != o.strip ? strip < o.strip : tile < o.tile;
+  }
+};
+
+Cell cell_at(const Job& job, int64_t cost) {
+  const auto& before = job.cost;
+  const int64_t chunks = static_cast<int64_t>(job.chunks.size()) - 1;
+  int64_t chunk = 0;
+  while (chunk < chunks && before[job.chunks[chunk + 1]] * job.strips <= cost) ++chunk;
+  if (chunk == chunks) return {chunks, 0, job.conv.tiles};
+  const int64_t start = before[job.chunks[chunk]], size = before[job.chunks[chunk + 1]] - start;
+  const int64_t rest = cost - start * job.strips, target = start + rest % size;
+  const auto tile = std::upper_bound(before.begin(), before.end(), target) - before.begin() - 1;
+  return {chunk, rest / size, tile};
+}
+
+void run_cells(const Job& job, int64_t begin_cost, int64_t end_cost) {
+  Cell cell = cell_at(job, begin_cost);
+  const Cell end = cell_at(job, end_cost);
+  Strip strip;
+  Borders borders;
+  bool placed = false;
+  while (cell < end) {
+    if (!placed) {
+      const int64_t first = cell.strip * job.vectors / job.strips;
+      strip.vectors = static_cast<int>((cell.strip + 1) * job.vectors / job.strips - first);
+      if (job.planes.direct)
+        place_direct(job, first, strip, borders);
+      else
+        place_copied(job, first, strip);
+      placed = true;
+    }
+    run_tile(job, strip, borders, cell.tile);
+    if (++cell.tile < job.chunks[cell.chunk + 1]) continue;
+    placed = false;
+    if (++cell.strip == job.strips) ++cell.chunk, cell.strip = 0;
+    cell.tile = cell.chunk + 1 < static_cast<int64_t>(job.chunks.size()) ? job.chunks[cell.chunk]
+                                                                        : job.conv.tiles;
+  }
+}
+
+// Calls body(0) ... body(items - 1), each once, on as many threads as there are; items are handed out one by
+// one, so that a thread that is held up takes fewer.
+void for_each(const Threads& threads, int64_t items, const std::function<void(int64_t)>& body) {
+  const int workers = static_cast<int>(std::min<int64_t>(threads.count, items));
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(i);
+  };
+  if (workers <= 1)
+    work();
+  else
+    threads.run(workers, work);
+}
+
+// Memory for planes. It stays with the calling thread: giving it back after every call would cost a page
+// fault for each 4 KiB on the next one.
+float* scratch(int64_t floats) {
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local int64_t size = 0;
+  if (floats > size) {
+    memory.reset();
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, ceil_div(floats, 16) * 64)));
+    size = memory ? floats : 0;
+    if (!memory) throw std::bad_alloc();
+  }
+  return memory.get();
+}
+
+void run_group(const Conv& conv, const Group& group, const Threads& threads) {
+  Job job{conv, plan_planes(conv, group), group, conv.x, 0, 0, {}, {}};
+  if (!job.planes.direct) {
+    float* data = scratch(planes_size(conv, group));
+    const int64_t step = ceil_div(conv.channels, kItemsPerThread * threads.count);
+    for_each(threads, ceil_div(conv.channels, step), [&](int64_t item) {
+      for (int64_t c = item * step; c < std::min(conv.channels, (item + 1) * step); ++c)
+        fill_channel(conv, job.planes, group, c, data);
+    });
+    job.data = data;
+  }
+  const int64_t per_image = ceil_div(job.planes.lanes, kLanes);
+  job.vectors = job.planes.direct ? conv.batch * per_image : per_image;
+  job.strips = ceil_div(job.vectors, kVectors);
+
+  // Where the pixels of all channels fit into the second-level cache, every weight is read once, tile by
+  // tile; otherwise a chunk of weights stays there while the pixels stream by.
+  const int64_t pixels = conv.channels * (job.planes.direct ? conv.batch * conv.height * conv.width
+                                                            : job.planes.rows * job.planes.pitch);
+  const int64_t budget = pixels <= kPlanesFloats / 4 ? 0 : kWeightFloats;
+  job.cost.push_back(0);
+  for (int64_t t = 0; t < conv.tiles; ++t) {
+    const int64_t entries = conv.tile_ptr[t + 1] - conv.tile_ptr[t];
+    // An entry's channels, and about as much as two of them for the epilogue of each filter.
+    job.cost.push_back(job.cost.back() + entries * conv.in_block + 16);
+  }
+  for (int64_t t = 0, first = 0; t < conv.tiles; ++t) {
+    const int64_t floats = (conv.tile_ptr[t + 1] - first) * conv.in_block * conv.tile_width;
+    if (!job.chunks.empty() && floats <= budget) continue;
+    job.chunks.push_back(t);
+    first = conv.tile_ptr[t];
+  }
+  job.chunks.push_back(conv.tiles);
+
+  const int64_t cost = job.cost.back() * job.strips;
+  const int64_t items = std::min(job.strips * conv.tiles, kItemsPerThread * threads.count);
+  for_each(threads, items, [&](int64_t item) {
+    run_cells(job, cost * item / items, cost * (item + 1) / items);
+  });
+}
+
+}  // namespace
+
+void grouped_conv2d(const Conv& conv, const Threads& threads) {
+  if (conv.batch == 0) return;
+  if (reads_directly(conv)) return run_group(conv, {0, conv.batch, 0, conv.out_height}, threads);
+  // Groups of whole images if they fit, else of rows of one image.
+  int64_t images = 1, rows = conv.out_height;
+  while (images < conv.batch && planes_size(conv, {0, images + 1, 0, rows}) <= kPlanesFloats) ++images;
+  while (rows > 1 && planes_size(conv, {0, images, 0, rows}) > kPlanesFloats) rows = ceil_div(rows, 2);
+  images = ceil_div(conv.batch, ceil_div(conv.batch, images));
+  rows = ceil_div(conv.out_height, ceil_div(conv.out_height, rows));
+  for (int64_t n = 0; n < conv.batch; n += images)
+    for (int64_t r = 0; r < conv.out_height; r += rows)
+      run_group(conv, {n, std::min(images, conv.batch - n), r, std::min(rows, conv.out_height - r)}, threads);
+}
+
+}  // namespace lhc

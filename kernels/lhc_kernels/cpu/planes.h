@@ -1,0 +1,47 @@
+// Where the kernel reads its pixels: the input itself, or planes with a zero border made from it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "conv.h"
+#include "vectors.h"
+
+namespace lhc {
+
+// One (tap, input block) as the kernel wants it.
+struct Step {
+  int64_t offset;     // from a pixel's place in the planes to the entry's first channel
+  int32_t channels;   // fewer than in_block in a cropped last block
+  int16_t row, column;  // of the tap, for the masks
+};
+
+// Pixels are lanes. A *group* is the part of the output that is computed from one filling of the planes:
+// rows [row, row + rows) of images [image, image + images).
+struct Group {
+  int64_t image, images, row, rows;
+};
+
+// Planes are [copy][channel][plane], and a tap is an offset in them. Two variants:
+//
+// direct: the planes are the input itself, for stride 1 and outputs as wide as the input. Lanes run over the
+//   pixels of one image; where a tap leaves the image, its lanes are masked. Nothing is copied.
+// copied: one copy for each kernel column and row phase (row modulo the vertical stride), in which exactly
+//   the pixels that this column's taps read lie side by side: [row][image][output column]. Vectors run on
+//   over rows and images without a gap, whatever the width, stride and dilation.
+struct Planes {
+  bool direct;
+  int64_t copies, phases, rows, pitch, plane;  // copied only; pitch is images * out_width
+  int64_t lanes;                               // output pixels of a group, in lanes
+  int64_t channel_step;                        // floats from one channel to the next
+  std::vector<Step> steps;                     // for each possible entry
+};
+
+bool reads_directly(const Conv& conv);
+Planes plan_planes(const Conv& conv, const Group& group);
+// Floats that the planes of a group take; 0 for direct ones.
+int64_t planes_size(const Conv& conv, const Group& group);
+// Write one channel of a group's planes.
+void fill_channel(const Conv& conv, const Planes& planes, const Group& group, int64_t channel, float* data);
+
+}  // namespace lhc

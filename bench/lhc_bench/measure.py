@@ -29,13 +29,12 @@ class Setting:
     Attributes:
         device: "cpu" or "cuda".
         dtype: compute type.
-        backends: who runs the sparse layers; each gives a row. "auto" is what dispatch takes, by its own
-            measurement.
+        backends: who runs the sparse layers; each gives a row. "auto" is what dispatch takes.
         rounds: interleaved rounds of each timing.
         seed: of masks, weights and inputs.
         compiled: whether the dense peers include torch.compile.
         timer: called as `time_paired`; another one in tests.
-        store: where dispatch keeps the times by which "auto" chooses.
+        store: the times by which "auto" chooses, and the launch configs of GPU kernels.
         rivals: other ways to save the same work, each with a row: "narrow", "bsr", "2:4".
         budget_s: seconds after which a timing begins no further round; None: no limit.
     """
@@ -55,6 +54,14 @@ class Setting:
     def dtype_name(self) -> str:
         """The compute type as rows and plans name it."""
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def tune(self) -> str:
+        """How dispatch chooses: by its own measurement on a CPU, by what `lhc-triton tune` stored on a GPU.
+
+        There, each layer has a dozen launch configs to compile, which would take longer than all the rest.
+        """
+        return "full" if self.device == "cpu" else "cached"
 
     def time(self, calls: Mapping[str, Call]) -> dict[str, Timing]:
         """Time functions interleaved on the device."""

@@ -153,9 +153,11 @@ def run_suite(
     write_beside(out / ".writable", "").unlink()
 
     with tempfile.TemporaryDirectory() as cache:
+        # A GPU's launch configs come from the user's tuning; on a CPU, earlier runs have no say.
+        store = TimingStore(None if suite.device == "cuda" else Path(cache) / "timings.json")
         setting = Setting(
-            suite.device, suite.dtype, suite.backends, rounds, seed, compiled, timer,
-            TimingStore(Path(cache) / "timings.json"), suite.rivals, suite.budget_s,
+            suite.device, suite.dtype, suite.backends, rounds, seed, compiled, timer, store,
+            suite.rivals, suite.budget_s,
         )  # fmt: skip
         run = _Run(suite, setting, wanted, progress)
         # cuDNN's own search is part of the best dense a GPU has.

@@ -69,10 +69,10 @@ def test_threads_are_set_for_a_case_and_put_back(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("small")
 def test_a_backend_that_cannot_serve_a_network_gives_its_reason(monkeypatch, tmp_path):
-    def refuse(model, x, tune, backend):
+    def refuse(model, x, backend, **options):
         if backend == "torch":
             raise ValueError("layer 'features.3' cannot run")
-        return accelerate(model, x, tune=tune, backend=backend)
+        return accelerate(model, x, backend=backend, **options)
 
     accelerate = networks.accelerate
     monkeypatch.setattr(networks, "accelerate", refuse)

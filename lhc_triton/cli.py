@@ -168,7 +168,9 @@ def tune(
     ] = None,
     suite: Annotated[str | None, typer.Option(help="Instead of a network: standard.")] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds; what is left is resumed next time.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images per call; default: 64, or the suite's.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Images per call; default: 64, the suite's, the artefact's.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
     store: Annotated[
         Path | None, typer.Option(help="File of measurements; default: the user's, which `accelerate` reads.")
@@ -340,6 +342,12 @@ def _tuning_jobs(network: str | None, suite: str | None, batch: int | None, dtyp
     if suite is not None:
         return suite_jobs(suite, types[dtype], batch)
     plan = _plan_of(network or "", 64 if batch is None else batch, "auto", device, types[dtype])
+    if not plan.layers:
+        raise ValueError(
+            f"no layer of {network!r} has a learned or sparse topology; there is nothing to tune"
+        )
+    if plan.dtype not in types:
+        raise ValueError(f"{network!r} computes in {plan.dtype}; Triton's kernels serve {', '.join(types)}")
     return [Job(layer, types[plan.dtype], choose=True) for layer in plan.layers]
 
 

@@ -20,18 +20,18 @@ __all__ = [
     "config_problem",
     "cost_sheet",
     "grouped_conv2d",
-    "grouped_conv2d_fwd_kernel",
     "heuristic_config",
+    "launch_shape",
     "source_digest",
     "store_run",
 ]
 
-_OF_TRITON = ("INTERPRETED", "grouped_conv2d", "grouped_conv2d_fwd_kernel")
+_OF_TRITON = ("INTERPRETED", "grouped_conv2d", "launch_shape")
 
 
 def __getattr__(name: str) -> Any:
     if name not in _OF_TRITON:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import grouped_conv
+    from . import launch
 
-    return getattr(grouped_conv, name)
+    return getattr(launch, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -160,7 +161,48 @@ def _variant_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
     most = MAX_SPLITS if config.variant == "split" else 1
     if not least <= config.splits <= most:
         return f"splits is {config.splits} with variant {config.variant}: supported are {least} to {most}"
+    return _box_problem(config, shape) if config.variant == "box" else None
+
+
+def _box_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
+    """Return what rules tensor descriptors out: the device, the geometry, or alignment to 16 bytes."""
+    if shape.capability < 90:
+        return f"compute capability is {shape.capability / 10}: variant box needs 9.0 or more"
+    if shape.stride != (1, 1):
+        return f"stride is {list(shape.stride)}: variant box supports [1, 1]"
+    if shape.dtype not in ("float16", "bfloat16"):
+        return f"dtype is {shape.dtype}: variant box supports float16 and bfloat16"
+    if shape.in_channels % 8 or shape.tile_width % 8:
+        return (
+            f"in_channels is {shape.in_channels} and tile_width {shape.tile_width}: "
+            "variant box supports multiples of 8"
+        )
+    if shape.in_block % config.block_k or config.entries != 1:
+        return (
+            f"block_k is {config.block_k} with {config.entries} entries a step: variant box supports one "
+            f"and divisors of the in_block, here {shape.in_block}"
+        )
+    if 0 in shape.out_size or shape.total_entries == 0:
+        return "variant box needs a known output size and at least one entry"
     return None
+
+
+def best_box(block_m: int, shape: LaunchShape) -> tuple[int, int, int]:
+    """Return the box (images, rows, columns) of ``block_m`` outputs that covers the output in fewest boxes.
+
+    Sides are powers of two; among equals the widest box wins, because its rows are the longest copies.
+    """
+    sides = [1 << i for i in range(block_m.bit_length())]
+    boxes = [(block_m // (h * w), h, w) for w in sides for h in sides if h * w <= block_m]
+    return min(boxes, key=lambda box: (box_count(box, shape), -box[2], -box[1]))
+
+
+def box_count(box: tuple[int, int, int], shape: LaunchShape) -> int:
+    """Return how many boxes (images, rows, columns) cover the output of a known ``out_size``."""
+    height, width = shape.out_size
+    images = -(-shape.pixels // (height * width))
+    sizes = zip((images, height, width), box, strict=True)
+    return math.prod(-(-size // side) for size, side in sizes)
 
 
 def _resource_problem(config: KernelConfig, shape: LaunchShape) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .configs import ITEM_BYTES, KernelConfig, LaunchShape, shared_bytes
+from .configs import ITEM_BYTES, KernelConfig, LaunchShape, best_box, box_count, shared_bytes
 
 MEMORY_BYTES_PER_US = 3.0e6
 """From memory, for the whole device."""
@@ -34,6 +34,9 @@ STEP_LATENCY_US = 0.7
 
 STEP_US = 0.1
 """A step's barrier, waits and address arithmetic, which no depth of the pipeline hides."""
+
+MAX_REGISTERS = 255
+"""Of a thread; a kernel that wants more spills."""
 
 REGISTERS_PER_PROCESSOR = 65536
 WARPS_PER_PROCESSOR = 64
@@ -67,11 +70,17 @@ class CostSheet:
 
 
 def register_estimate(config: KernelConfig, dtype: str) -> int:
-    """Return about how many registers a thread takes; fitted to code compiled for sm_90."""
+    """Return about how many registers a thread takes; fitted to sm_90, mostly within 20 %."""
     threads = 32 * config.num_warps
     accumulators = config.block_m * config.block_n // threads
-    loads = config.depth * (config.block_m + config.block_n) * ITEM_BYTES[dtype] // (16 * threads)
-    return min(255, 40 + accumulators + 4 * loads)
+    registers = 22 + 1.3 * accumulators
+    if config.variant != "box":  # which has no address for each pixel
+        registers += 4 * (config.block_m * config.depth * ITEM_BYTES[dtype] / (16 * threads))
+    if config.variant == "persistent":
+        registers += 20 + accumulators / 2
+    if dtype == "float32" and config.precision == "ieee":
+        registers += 35  # operands of the multiply-adds
+    return min(MAX_REGISTERS, round(registers))
 
 
 def cost_sheet(config: KernelConfig, shape: LaunchShape) -> CostSheet:
@@ -84,6 +93,8 @@ def cost_sheet(config: KernelConfig, shape: LaunchShape) -> CostSheet:
     item = ITEM_BYTES[shape.dtype]
     filters = shape.tiles * shape.tile_width
     blocks_m = max(1, -(-shape.pixels // config.block_m))
+    if config.variant == "box":
+        blocks_m = box_count(best_box(config.block_m, shape), shape)
     blocks_n = shape.tiles * -(-shape.tile_width // config.block_n)
     programs = blocks_m * blocks_n * config.splits
 
@@ -140,9 +151,10 @@ def _roofline(
     rate = MACS_PER_US[unit] * (1.0 if unit == "ieee" else min(1.0, config.block_n / 64))
     launches = LAUNCH_US * (2 if config.splits > 1 else 1)
     serial_steps = math.ceil(waves) * steps
+    step_us = STEP_US / 2 if config.variant == "box" else STEP_US  # one thread asks for a whole box
     return (
         launches
-        + serial_steps * STEP_US
+        + serial_steps * step_us
         + max(
             memory_bytes / MEMORY_BYTES_PER_US,
             l2_bytes / (L2_BYTES_PER_US * busy),

@@ -6,11 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = ("none", "relu")
+ACTIVATIONS = ("none", "relu", "silu")
 POOLS = ("none", "max2x2")
 LAYOUTS = ("channels_last", "contiguous")
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of a convolution's result: that of its activations, float32 for int8."""
+    return torch.float32 if dtype == torch.int8 else dtype
 
 
 def finish(
@@ -32,7 +37,7 @@ def finish(
         bias: [O] or None.
         residual: [N, O, OH, OW] or None, added before the activation.
         scale: [O] or None, a factor for each filter's sum.
-        activation: "none" or "relu".
+        activation: "none", "relu" or "silu".
         pool: "none" or "max2x2" (2x2 windows, stride 2, an odd last row or column dropped).
         layout: "channels_last" or "contiguous".
         dtype: type of the result.
@@ -50,6 +55,8 @@ def finish(
         total = torch.add(total, residual, out=out)
     if activation == "relu":
         total = torch.clamp_min(total, 0, out=out)
+    elif activation == "silu":
+        total = F.silu(total, inplace=True)
     if total is not out:
         out.copy_(total)
     if pool == "max2x2":

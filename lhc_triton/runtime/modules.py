@@ -25,7 +25,7 @@ class FusedConv2d(nn.Module):
     Attributes:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in nn.Conv2d, except
             that padding is (top, bottom, left, right).
-        activation: "none" or "relu"; pool: "none" or "max2x2"; layout: memory format of the output.
+        activation: "none", "relu" or "silu"; pool: "none" or "max2x2"; layout: memory format of the output.
         bias: [O] or None, a persistent buffer; batch norm is already folded into it.
     """
 
@@ -103,6 +103,8 @@ class FusedConv2d(nn.Module):
             y = y.add_(residual)
         if activation == "relu":
             y = y.relu_()
+        elif activation == "silu":
+            y = F.silu(y, inplace=True)
         return F.max_pool2d(y, 2) if pool == "max2x2" else y
 
     def _sum_shape(self, x: Tensor) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ from grouped_problems import (
 )
 from hypothesis import given, settings
 
-from lhc_kernels import grouped_conv, grouped_conv2d
+from lhc_kernels import grouped_conv2d, launch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,7 +48,7 @@ def test_random_convolutions_match_the_dense_answer(conv: Conv) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tile_width", [16, 64, 128, 256])
 def test_layers_of_a_real_size_match_the_dense_answer(tile_width: int, dtype: torch.dtype) -> None:
-    conv = Conv(4, 256, 256, 28, 28, tile_width=tile_width, density=0.1, dtype=dtype, relu=True)
+    conv = Conv(4, 256, 256, 28, 28, tile_width=tile_width, density=0.1, dtype=dtype, activation="relu")
     check(conv, "cuda")
 
 
@@ -60,7 +60,7 @@ def test_nan_and_infinity_spread_through_live_entries_only(name: str, dtype: tor
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_relu_keeps_nan(dtype: torch.dtype) -> None:
-    problem = make_problem(Conv(dtype=dtype, relu=True))
+    problem = make_problem(Conv(dtype=dtype, activation="relu"))
     assert problem.bias is not None
     problem.bias[3] = float("nan")
     y = run(problem.to("cuda"))
@@ -77,7 +77,7 @@ def test_reduced_precision_of_float32_stays_in_its_bound(precision: str, bound: 
 def test_int64_offsets_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(Conv(stride=(2, 1), residual=True)).to("cuda")
     expected = run(problem)
-    monkeypatch.setattr(grouped_conv, "INT32_ELEMENTS", 0)
+    monkeypatch.setattr(launch, "INT32_ELEMENTS", 0)
     assert torch.equal(run(problem), expected)
 
 

@@ -102,7 +102,7 @@ IMAGE = "expected float32 of shape \\(2, 32, 6, 7\\)"
         ({"padding": (1, 1)}, r"padding is \[1, 1\]: expected four integers >= 0"),
         ({"padding": (1, 1, -1, 1)}, "top, bottom, left, right"),
         ({"kernel_size": (9, 3)}, "x of 6 x 7 pixels is smaller than the kernel"),
-        ({"activation": "gelu"}, "activation is 'gelu': supported are 'none' and 'relu'"),
+        ({"activation": "gelu"}, "activation is 'gelu': supported are 'none', 'relu', 'silu'"),
         ({"bias": torch.zeros(31)}, f"bias is float32 of shape \\(31,\\): {VECTOR}"),
         ({"scale": torch.zeros(32, dtype=torch.int32)}, f"scale is int32 of shape \\(32,\\): {VECTOR}"),
         ({"residual": torch.zeros(2, 32, 6, 6)}, f"residual is float32 .*: {IMAGE}"),

@@ -128,7 +128,7 @@ def test_supports_names_the_reason_or_nothing(monkeypatch):
     assert supports("triton", LAYER, torch.float16, "cuda") is None
     assert "does not serve float64" in supports("triton", LAYER, torch.float64, "cuda")
     assert "needs a CUDA device" in supports("triton", LAYER, torch.float16, "cpu")
-    assert "is not available in this version" in supports("native", LAYER, torch.float32, "cpu")
+    assert "does not serve device type" in supports("native", LAYER, torch.float32, "cuda")
     assert "is unknown" in supports("cudnn", LAYER, torch.float32, "cuda")
     assert 'device type "mps"' in supports("torch", LAYER, torch.float32, "mps")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -138,5 +138,5 @@ def test_supports_names_the_reason_or_nothing(monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
 def test_the_status_has_a_line_for_every_backend(device):
     rows = backend_status(device)
-    assert [row["backend"] for row in rows] == ["dense", "reference", "torch", "triton", "native"]
+    assert [row["backend"] for row in rows] == ["dense", "reference", "torch", "native", "triton"]
     assert all(row["state"] for row in rows)

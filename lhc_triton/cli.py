@@ -169,7 +169,7 @@ def tune(
     suite: Annotated[str | None, typer.Option(help="Instead of a network: standard.")] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds; what is left is resumed next time.")] = None,
     batch: Annotated[
-        int | None, typer.Option(help="Images per call; default: 64, the suite's, the artefact's.")
+        int | None, typer.Option(help="Images per call; default: 64, the suite's, or the artefact's.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
     store: Annotated[
@@ -191,10 +191,7 @@ def tune(
         report = run_jobs(
             jobs, device, TimingStore(store), budget_s=budget, rank=rank, ranks=ranks, progress=progress
         )
-    if as_json:
-        _print_json(report.to_dict())
-    else:
-        _show_tuning(report)
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.explain())
     if report.problem:
         typer.echo(f"lhc-triton: {report.problem}", err=True)
         raise typer.Exit(1)
@@ -329,26 +326,14 @@ def _root(
 
 
 def _tuning_jobs(network: str | None, suite: str | None, batch: int | None, dtype: str, device: Any) -> Any:
-    import torch
-
-    from lhc_bench.tuning_suite import suite_jobs
-    from lhc_triton.runtime.tuner_jobs import Job
+    from lhc_bench.tuning_suite import compute_type, network_jobs, suite_jobs
 
     if (network is None) == (suite is None):
         raise ValueError("give either a network or --suite")
-    types = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-    if dtype not in types:
-        raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(types)}")
-    if suite is not None:
-        return suite_jobs(suite, types[dtype], batch)
-    plan = _plan_of(network or "", 64 if batch is None else batch, "auto", device, types[dtype])
-    if not plan.layers:
-        raise ValueError(
-            f"no layer of {network!r} has a learned or sparse topology; there is nothing to tune"
-        )
-    if plan.dtype not in types:
-        raise ValueError(f"{network!r} computes in {plan.dtype}; Triton's kernels serve {', '.join(types)}")
-    return [Job(layer, types[plan.dtype], choose=True) for layer in plan.layers]
+    compute = compute_type(dtype)
+    if network is None:
+        return suite_jobs(suite or "", compute, batch)
+    return network_jobs(_plan_of(network, 64 if batch is None else batch, "auto", device, compute))
 
 
 def _plan_of(network: str, batch: int, backend: str, device: Any = "cpu", dtype: Any = None) -> Any:
@@ -441,30 +426,6 @@ def _show_summary(summary: dict[str, Any]) -> None:
     )
     _print_table(head, rows)
     typer.echo("Speed-up over the best dense form in the same run, geometric mean over the cases.")
-
-
-def _show_tuning(report: Any) -> None:
-    def us(value: float | None) -> str:
-        return "-" if value is None else f"{value:.1f}"
-
-    _print_table(
-        ("layer", "timed", "failed", "best us", "heuristic us", "best config", "backend"),
-        [
-            (
-                row.layer,
-                str(row.timed),
-                str(row.failed),
-                us(row.time_us),
-                us(row.heuristic_us),
-                (row.problem or "-") if row.config is None else " ".join(map(str, row.config)),
-                row.backend or "-",
-            )
-            for row in report.rows
-        ],
-    )
-    left = f"; {report.jobs_left} are left, run it again" if report.jobs_left else ""
-    typer.echo(f"{report.jobs - report.jobs_left} of {report.jobs} layers on {report.device}{left}")
-    typer.echo(f"Written: {report.store}")
 
 
 def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

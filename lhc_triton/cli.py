@@ -17,7 +17,6 @@ from .console import (
     print_table,
     show_kernels,
     show_summary,
-    show_tuning,
     stages,
     times,
 )
@@ -176,7 +175,9 @@ def tune(
     ] = None,
     suite: Annotated[str | None, typer.Option(help="Instead of a network: standard.")] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds; what is left is resumed next time.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images per call; default: 64, or the suite's.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Images per call; default: 64, the suite's, or the artefact's.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
     store: Annotated[
         Path | None, typer.Option(help="File of measurements; default: the user's, which `accelerate` reads.")
@@ -200,7 +201,7 @@ def tune(
     if as_json:
         print_json(report.to_dict())
     else:
-        show_tuning(report)
+        typer.echo(report.explain())
     if report.problem:
         typer.echo(f"lhc-triton: {report.problem}", err=True)
         raise typer.Exit(1)
@@ -370,20 +371,14 @@ def _root(
 
 
 def _tuning_jobs(network: str | None, suite: str | None, batch: int | None, dtype: str, device: Any) -> Any:
-    import torch
-
-    from lhc_bench.tuning_suite import suite_jobs
-    from lhc_triton.runtime.tuner_jobs import Job
+    from lhc_bench.tuning_suite import compute_type, network_jobs, suite_jobs
 
     if (network is None) == (suite is None):
         raise ValueError("give either a network or --suite")
-    types = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-    if dtype not in types:
-        raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(types)}")
-    if suite is not None:
-        return suite_jobs(suite, types[dtype], batch)
-    plan = _plan_of(network or "", 64 if batch is None else batch, "auto", device, types[dtype])
-    return [Job(layer, types[plan.dtype], choose=True) for layer in plan.layers]
+    compute = compute_type(dtype)
+    if network is None:
+        return suite_jobs(suite or "", compute, batch)
+    return network_jobs(_plan_of(network, 64 if batch is None else batch, "auto", device, compute))
 
 
 def _plan_of(network: str, batch: int, backend: str, device: Any = "cpu", dtype: Any = None) -> Any:

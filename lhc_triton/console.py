@@ -70,32 +70,6 @@ def show_summary(summary: dict[str, Any]) -> None:
     typer.echo("Speed-up over the best dense form in the same run, geometric mean over the cases.")
 
 
-def show_tuning(report: Any) -> None:
-    """Print what tuning found for each layer."""
-
-    def us(value: float | None) -> str:
-        return "-" if value is None else f"{value:.1f}"
-
-    print_table(
-        ("layer", "timed", "failed", "best us", "heuristic us", "best config", "backend"),
-        [
-            (
-                row.layer,
-                str(row.timed),
-                str(row.failed),
-                us(row.time_us),
-                us(row.heuristic_us),
-                (row.problem or "-") if row.config is None else " ".join(map(str, row.config)),
-                row.backend or "-",
-            )
-            for row in report.rows
-        ],
-    )
-    left = f"; {report.jobs_left} are left, run it again" if report.jobs_left else ""
-    typer.echo(f"{report.jobs - report.jobs_left} of {report.jobs} layers on {report.device}{left}")
-    typer.echo(f"Written: {report.store}")
-
-
 def show_kernels(rows: Sequence[dict[str, Any]]) -> None:
     """Print what the compiler made of each kernel."""
     head = ("target", "kernel", "layer", "dtype", "config", "registers", "stack", "shared", "wgmma", "async")

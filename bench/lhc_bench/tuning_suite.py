@@ -1,4 +1,4 @@
-"""The layers that ``lhc-triton tune --suite standard`` tunes: those of the benchmarks, under random masks."""
+"""The layers that ``lhc-triton tune`` tunes: a network's, or those of the benchmarks under random masks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lhc_triton.planning.cost import CostModel
-from lhc_triton.planning.plan import ConvGeometry, LayerPlan, LayerTopology, Tile
+from lhc_triton.planning.plan import ConvGeometry, LayerPlan, LayerTopology, Plan, Tile
 from lhc_triton.planning.planner import plan_layer
 from lhc_triton.runtime.tuner_jobs import Job
 
@@ -15,9 +15,25 @@ from .cases import batch_of, eligible_cases
 from .masks import random_mask
 
 TUNING_SUITES = ("standard",)
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DENSITIES = (0.1, 0.2, 0.5)
 TILE_WIDTHS = (128, 64, 16)
 IN_BLOCK, OUT_BLOCK = 32, 16
+
+
+def compute_type(name: str) -> torch.dtype:
+    """Return the dtype of a name; ValueError for one that Triton's kernels are not tuned for."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not known to the tuner; choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def network_jobs(plan: Plan) -> tuple[Job, ...]:
+    """Return the jobs of a planned network, with the choice against dense; ValueError where there is none."""
+    if not plan.layers:
+        raise ValueError("no layer of the network has a learned or sparse topology: there is nothing to tune")
+    dtype = compute_type(plan.dtype)
+    return tuple(Job(layer, dtype, choose=True) for layer in plan.layers)
 
 
 def suite_jobs(name: str, dtype: torch.dtype, batch: int | None = None) -> tuple[Job, ...]:

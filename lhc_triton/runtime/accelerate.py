@@ -23,7 +23,7 @@ from lhc_triton.runtime.checks import (
     strip_hooks,
     working_copy,
 )
-from lhc_triton.runtime.dispatch import choose_backend, launch_config, supports
+from lhc_triton.runtime.dispatch import choose_backend, cost_model, launch_config, supports
 from lhc_triton.runtime.epilogue import LAYOUTS
 from lhc_triton.runtime.fusion import fuse, swapped
 from lhc_triton.runtime.graph import Site, find_sites, is_fusible, rewrite
@@ -105,7 +105,9 @@ def accelerate(
         notes.append("the model's forward hooks are not carried over")
 
     if plan is None:
-        plan = make_plan(work, inputs, backend=backend)
+        weight = next(iter(convs.values())).weight
+        cost = cost_model(backend, weight.dtype, weight.device)
+        plan = make_plan(work, inputs, backend=backend, cost=cost)
     else:
         plan = fitting_plan(plan, convs)
     choices = _choose_all(plan, convs, tune, backend)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lhc_triton.planning.cost import CostModel, itemsize_of
 from lhc_triton.planning.plan import LayerPlan
+from lhc_triton.planning.planner import price_tiles
 from lhc_triton.runtime.backends import BACKENDS, FLOATS, unavailable
 from lhc_triton.runtime.cold import time_cold
 from lhc_triton.runtime.epilogue import LAYOUTS
@@ -18,8 +20,8 @@ from lhc_triton.runtime.tuner import tune_layer
 from lhc_triton.runtime.tuning import deterministic, launch_key, look_up
 from lhc_triton.runtime.workload import Workload
 
-AUTO_BACKENDS = {"cpu": ("torch",), "cuda": ("triton",)}
-"""The sparse backends that "auto" considers on each device kind."""
+AUTO_BACKENDS = {"cpu": ("native", "torch"), "cuda": ("triton",)}
+"""The sparse backends of "auto" on each device kind, the fastest first: it takes the first that can serve."""
 
 ROUNDS = 9
 BUDGET_S = 0.3
@@ -41,6 +43,19 @@ class Decision:
     measured_us: dict[str, float]
 
 
+def auto_backend(dtype: torch.dtype, device: torch.device | str) -> str | None:
+    """Return the sparse backend that "auto" sets against dense on this device; None if there is none."""
+    names = AUTO_BACKENDS.get(torch.device(device).type, ())
+    return next((name for name in names if unavailable(name, dtype, device) is None), None)
+
+
+def cost_model(backend: str, dtype: torch.dtype, device: torch.device) -> CostModel:
+    """Return the cost model for a backend on a device; for "auto", that of the backend it would take."""
+    if backend == "auto":
+        backend = auto_backend(dtype, device) or backend
+    return CostModel.for_device(device.type, backend)
+
+
 def supports(backend: str, layer: LayerPlan, dtype: torch.dtype, device: torch.device | str) -> str | None:
     """Say why a backend cannot run a layer in this type on this device; None if it can ("dense" always)."""
     return None if backend == "dense" else unavailable(backend, dtype, device)
@@ -53,14 +68,13 @@ def backend_status(device: torch.device | str) -> list[dict[str, str]]:
         One {"backend", "state"} per backend, "dense" first.
     """
     device = torch.device(device)
-    auto = AUTO_BACKENDS.get(device.type, ())
     rows = [{"backend": "dense", "state": 'available; "auto" takes it where no sparse backend is faster'}]
-    for name in (*BACKENDS, "native"):
+    for name in BACKENDS:
         reasons = {dtype: unavailable(name, dtype, device) for dtype in FLOATS}
         able = [str(dtype).removeprefix("torch.") for dtype, reason in reasons.items() if reason is None]
         if not able:
             state = next(iter(reasons.values())) or ""
-        elif name in auto:
+        elif name in {auto_backend(dtype, device) for dtype in FLOATS}:
             state = f'available for {", ".join(able)}; "auto" takes it where it is faster than dense'
         else:
             state = f"available for {', '.join(able)}; only on request"
@@ -86,7 +100,7 @@ def choose_backend(
             measures what is not stored, on random data of the planned shapes, and stores it; the launch
             configs of Triton's kernels are tuned before. LHC_TRITON_DETERMINISTIC=1 makes it "off".
         store: measured times; default the user's.
-        candidates: backends to choose from, "dense" always among them; default those of "auto" on the device.
+        candidates: backends to choose from, "dense" always among them; by default that of ``auto_backend``.
 
     Raises:
         ValueError: for an unknown ``tune``.
@@ -97,7 +111,8 @@ def choose_backend(
     if deterministic():
         tune = "off"
     if candidates is None:
-        candidates = AUTO_BACKENDS.get(device.type, ())
+        taken = auto_backend(dtype, device)
+        candidates = AUTO_BACKENDS.get(device.type, ()) if taken is None else (taken,)
     reasons = {name: supports(name, layer, dtype, device) for name in candidates if name != "dense"}
     able = [name for name, reason in reasons.items() if reason is None]
     if not able:
@@ -109,9 +124,13 @@ def choose_backend(
         # Equal times go to dense: it has the simpler code behind it.
         best = fastest if ratio > 1 else "dense"
         return Decision(best, f"measured: {fastest} has {ratio:.2f}x the speed of dense", times)
-    if supports(layer.backend, layer, dtype, device) is None:
-        return Decision(layer.backend, layer.reason, {})
-    return Decision("dense", supports(layer.backend, layer, dtype, device) or "", {})
+    if supports(layer.backend, layer, dtype, device) is not None:
+        # Planned for a backend that is not to be had here: the same tiles, priced for the one that is.
+        itemsize = itemsize_of(str(dtype).removeprefix("torch."))
+        layer = price_tiles(
+            layer.topology, layer.tiles, layer.tile_width, cost_model(able[0], dtype, device), itemsize
+        )
+    return Decision(layer.backend, layer.reason, {})
 
 
 def _times(

@@ -7,10 +7,10 @@ import dataclasses
 import torch
 from torch import nn
 
-from lhc_triton.planning import CostModel, plan_layer
+from lhc_triton.planning import plan_layer
 from lhc_triton.planning.plan import LayerPlan, Plan
 from lhc_triton.runtime.accelerated import LayerRow, Record
-from lhc_triton.runtime.dispatch import choose_backend, supports
+from lhc_triton.runtime.dispatch import choose_backend, cost_model, supports
 from lhc_triton.runtime.modules import DenseConv2d, FusedConv2d, GroupedConv2d
 
 
@@ -86,8 +86,9 @@ def _choose(
     if requested != "auto" and problem is None:
         return dataclasses.replace(layer, backend=requested, reason="forced"), requested, "forced"
     problem = problem or _unavailable(module, layer, device)
-    cost = CostModel.for_device(device.type, requested)
-    layer = plan_layer(layer.topology, cost, dtype=str(dtype).removeprefix("torch."))
+    layer = plan_layer(
+        layer.topology, cost_model(requested, dtype, device), dtype=str(dtype).removeprefix("torch.")
+    )
     decision = choose_backend(layer, dtype, device)
     why = "loaded on another kind of device" if moved and problem is None else problem
     reason = f"{decision.reason} (chosen again: {why})"

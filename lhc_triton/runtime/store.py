@@ -35,12 +35,16 @@ def device_name(device: torch.device) -> str:
     """Name the hardware behind a device, threads included on the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name() -> str:
+    """Return the processor's model name, or its architecture where the system does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        model = platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads"
+        return platform.machine()
 
 
 def layer_key(layer: LayerPlan, dtype: torch.dtype, device: torch.device) -> str:
@@ -56,13 +60,13 @@ def layer_key(layer: LayerPlan, dtype: torch.dtype, device: torch.device) -> str
     return f"{device_name(device)} | {versions} | {name} | {digest}"
 
 
-def package_version(package: str) -> str:
-    """Return an installed package's version; "none" without one."""
+def package_version(package: str) -> str | None:
+    """Return an installed package's version; None without one."""
     # Not `package.__version__`: importing Triton for its version would take long.
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "none"
+        return None
 
 
 Record = float | str

@@ -27,6 +27,7 @@ from lhc_triton.runtime.tuning import (
 )
 
 Progress = Callable[[int, int, str], None]
+_HEADER = ("layer", "timed", "failed", "left", "best us", "heuristic us", "best config", "backend")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,13 @@ class Row:
     backend: str = ""
     problem: str = ""
 
+    def cells(self) -> tuple[str, ...]:
+        """Return the row as texts, for a table."""
+        times = ("-" if time is None else f"{time:.1f}" for time in (self.time_us, self.heuristic_us))
+        config = "-" if self.config is None else " ".join(map(str, self.config))
+        counts = (str(self.timed), str(self.failed), str(self.left))
+        return (self.layer, *counts, *times, config, self.problem or self.backend or "-")
+
 
 @dataclass(frozen=True)
 class Report:
@@ -99,6 +107,18 @@ class Report:
         """Return plain data ready for JSON, with sums over the rows."""
         timed, failed = sum(row.timed for row in self.rows), sum(row.failed for row in self.rows)
         return {**asdict(self), "configs_timed": timed, "configs_failed": failed}
+
+    def explain(self) -> str:
+        """Return the rows as a plain table for people."""
+        cells = [_HEADER, *(row.cells() for row in self.rows)]
+        widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADER))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in cells
+        ]
+        left = f"; {self.jobs_left} are left, run it again" if self.jobs_left else ""
+        lines += ["", f"{self.jobs - self.jobs_left} of {self.jobs} layers on {self.device}{left}"]
+        return "\n".join([*lines, f"records: {self.store}"])
 
 
 def tuning_device(environment: Mapping[str, str] = os.environ) -> tuple[torch.device, int, int]:

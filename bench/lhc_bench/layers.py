@@ -91,9 +91,8 @@ class LayerSubject:
         found: dict[str, Contender] = {}
         unavailable: dict[str, str] = {}
         for backend in setting.backends:
-            plan = plan_layer(
-                topology, CostModel.for_device(setting.device), backend=backend, dtype=setting.dtype_name
-            )
+            cost = CostModel.for_device(setting.device, backend)
+            plan = plan_layer(topology, cost, backend=backend, dtype=setting.dtype_name)
             taken = backend
             if backend == "auto":
                 taken = choose_backend(

@@ -36,12 +36,21 @@ def test_medians_and_spread_come_from_the_rounds():
     assert found.p80_us == pytest.approx(4200)
 
 
-def test_every_round_calls_each_function_and_begins_with_another():
-    clock = Clock()
-    functions = {name: clock.work(name, 0.001) for name in "abc"}
-    found = time_paired(functions, rounds=3, warmup=2, clock=clock)
-    assert list(found) == ["a", "b", "c"]
-    assert "".join(clock.calls) == "aabbcc" + "abc" + "bca" + "cab"
+def test_every_round_calls_each_function_in_an_order_of_its_own():
+    def calls_of(rounds):
+        clock = Clock()
+        functions = {name: clock.work(name, 0.001) for name in "abcd"}
+        found = time_paired(functions, rounds=rounds, warmup=2, clock=clock)
+        assert list(found) == ["a", "b", "c", "d"]
+        return "".join(clock.calls)
+
+    calls = calls_of(20)
+    assert calls.startswith("aabbccdd")
+    rounds = [calls[start : start + 4] for start in range(8, 8 + 4 * 20, 4)]
+    assert all(sorted(order) == ["a", "b", "c", "d"] for order in rounds)
+    before_a = [order[order.index("a") - 1] for order in rounds if order[0] != "a"]
+    assert set(before_a) == {"b", "c", "d"}
+    assert calls_of(20) == calls
 
 
 def test_short_functions_are_repeated_within_a_sample():

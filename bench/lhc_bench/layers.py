@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
 from lhc_triton.planning.cost import CostModel
 from lhc_triton.planning.plan import ConvGeometry, LayerPlan, LayerTopology
 from lhc_triton.planning.planner import plan_layer
-from lhc_triton.runtime.dispatch import choose_backend, supports
+from lhc_triton.runtime.dispatch import choose_backend, launch_config, supports
 from lhc_triton.runtime.packing import pack
 
 from .cases import LayerCase
@@ -78,8 +78,8 @@ class LayerSubject:
     def under(self, block: tuple[int, int], density: float, setting: Setting) -> Sparse:
         """Draw a mask, plan and pack the layer for each backend, and check each against float64.
 
-        "auto" is what dispatch takes for its plan, by its own measurement: a sparse backend, or the dense
-        convolution as an accelerated network runs it. The rivals keep about as much work: "narrow" at any
+        "auto" is what dispatch takes for its plan: a sparse backend, or the dense convolution as an
+        accelerated network runs it. The rivals keep about as much work: "narrow" at any
         density below 1, "bsr" with the same mask, "2:4" at density 0.5.
         """
         geometry, (in_block, out_block) = self.geometry, block
@@ -96,12 +96,14 @@ class LayerSubject:
             )
             taken = backend
             if backend == "auto":
-                taken = choose_backend(plan, setting.dtype, setting.device, "full", setting.store).backend
+                taken = choose_backend(
+                    plan, setting.dtype, setting.device, setting.tune, setting.store
+                ).backend
             reason = supports(taken, plan, setting.dtype, setting.device)
             if reason is not None:
                 unavailable[backend] = reason
                 continue
-            forms = self._forms(taken, plan, live)
+            forms = self._forms(taken, plan, live, setting)
             error = max(self._error(call, expected) for call in forms.values())
             found[backend] = Contender(forms, error, topology.live_macs)
         for rival in setting.rivals:
@@ -114,12 +116,15 @@ class LayerSubject:
         parts = ((topology.live_macs, moved * self.x.element_size()),)
         return Sparse(found, topology.density, parts, unavailable)
 
-    def _forms(self, backend: str, plan: LayerPlan, live: Tensor) -> dict[str, Call]:
+    def _forms(self, backend: str, plan: LayerPlan, live: Tensor, setting: Setting) -> dict[str, Call]:
         if backend == "dense":
             return dense_peers(self.geometry, self.x, self.weight * live, self.bias)[0]
         packed = pack(plan, self.weight, self.x.dtype, self.x.device, backend)
+        config: Sequence[int] = ()
+        if backend == "triton":
+            config = launch_config(plan, setting.dtype, self.x.device, store=setting.store)
         return {
-            name: self._call(backend, name, packed.weight, packed.tables)
+            name: self._call(backend, name, packed.weight, packed.tables, config)
             for name in layouts(self.x.device.type)
         }
 
@@ -147,14 +152,16 @@ class LayerSubject:
             lines = str(error).strip().splitlines()
             return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
-    def _call(self, backend: str, layout: str, weight: Tensor, tables: list[Tensor]) -> Callable[[], Tensor]:
-        geometry, bias = self.geometry, self.bias
+    def _call(
+        self, backend: str, layout: str, weight: Tensor, tables: list[Tensor], config: Sequence[int]
+    ) -> Callable[[], Tensor]:
+        geometry, bias, codes = self.geometry, self.bias, list(config)
         x = self.x.contiguous(memory_format=LAYOUTS[layout])
 
         def call() -> Tensor:
             y: Tensor = torch.ops.lhc.grouped_conv2d(
                 x, weight, tables, bias, None, None, geometry.out_channels, geometry.kernel,
-                geometry.stride, geometry.padding, geometry.dilation, "relu", "none", layout, backend, [],
+                geometry.stride, geometry.padding, geometry.dilation, "relu", "none", layout, backend, codes,
             )  # fmt: skip
             return y
 

@@ -253,5 +253,25 @@ TRITON = CostModel(
     margin=0.9,
 )
 
-COST_MODELS = {model.sparse_backend: model for model in (TORCH, TRITON)}
+NATIVE = CostModel(
+    device="cpu",
+    sparse_backend="native",
+    source="measured on 2 cores of a Xeon with AVX-512 and AMX, torch 2.13",
+    dense_gmacs=((2, 1000.0), (4, 160.0)),
+    sparse_gmacs=((4, ((8, 130.0),)),),
+    memory_gbs=15.0,
+    entry_gbs=1e9,
+    sum_gbs=1e9,
+    launch_us=10.0,
+    dense_launch_us=20.0,
+    tile_us=0.5,
+    entry_us=0.0,
+    spread_pixels=0,
+    overlap=False,
+    pads_tiles=False,
+    copies_input=False,
+    margin=0.9,
+)
+
+COST_MODELS = {model.sparse_backend: model for model in (NATIVE, TORCH, TRITON)}
 """By the backend they price; on each device kind the fastest backend first."""

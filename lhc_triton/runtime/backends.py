@@ -10,7 +10,12 @@ import torch
 BACKENDS = ("reference", "torch", "native", "triton")
 """The backends that this version has."""
 
-DEVICES = {"reference": ("cpu", "cuda"), "torch": ("cpu", "cuda"), "native": ("cpu",), "triton": ("cpu", "cuda")}
+DEVICES = {
+    "reference": ("cpu", "cuda"),
+    "torch": ("cpu", "cuda"),
+    "native": ("cpu",),
+    "triton": ("cpu", "cuda"),
+}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {
     "reference": (*FLOATS, torch.float64, torch.int8),

@@ -14,6 +14,7 @@ from lhc_triton.planning.plan import LayerPlan
 from lhc_triton.runtime.backends import unavailable
 from lhc_triton.runtime.epilogue import ACTIVATIONS, LAYOUTS, MEMORY_FORMATS, POOLS
 from lhc_triton.runtime.packing import blocks_from_weight, pack_blocks, weight_from_blocks
+from lhc_triton.runtime.tuning import look_up, pixel_bucket
 
 _PACKED = ("packed", "tile_ptr", "entries", "filters")
 
@@ -186,7 +187,8 @@ class GroupedConv2d(FusedConv2d):
 
     Kept in the state_dict are ``blocks`` [pairs, out_block, in_block], the live weights independent of any
     tiling, and ``bias``. What the backend reads is packed from them and not stored; it is packed again when
-    the device or the type changes and after ``load_state_dict``.
+    the device or the type changes and after ``load_state_dict``. The launch config is looked up once for each
+    bucket of output pixels and image size, and kept; nothing is measured.
 
     Args:
         layer: the plan; its tiles decide the packing.
@@ -195,6 +197,7 @@ class GroupedConv2d(FusedConv2d):
         backend: "reference", "torch" or "triton".
         activation, pool: the epilogue, see FusedConv2d.
         layout: memory format of the output.
+        tune: "off" takes the kernels' heuristic config, "cached" and "full" a measured one where known.
 
     Raises:
         ValueError: the backend cannot serve the blocks' type and device, or sizes do not fit the plan.
@@ -216,6 +219,7 @@ class GroupedConv2d(FusedConv2d):
         activation: str = "none",
         pool: str = "none",
         layout: str = "channels_last",
+        tune: str = "cached",
     ) -> None:
         geometry = layer.topology.geometry
         super().__init__(
@@ -233,6 +237,8 @@ class GroupedConv2d(FusedConv2d):
         )
         self.layer = layer
         self.backend = backend
+        self.tune = tune
+        self._configs: dict[tuple[int, int, int], list[int]] = {}
         self.register_buffer("blocks", blocks.detach().clone())
         for name in _PACKED:
             self.register_buffer(name, None, persistent=False)
@@ -262,6 +268,10 @@ class GroupedConv2d(FusedConv2d):
             )
 
     def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, pool: str) -> Tensor:
+        config: list[int] = []
+        if self.backend == "triton":
+            images, _, height, width = self._sum_shape(x)
+            config = self._config(pixel_bucket(images * height * width), height, width)
         y: Tensor = torch.ops.lhc.grouped_conv2d(
             x,
             self.packed,
@@ -278,13 +288,27 @@ class GroupedConv2d(FusedConv2d):
             pool,
             self.layout,
             self.backend,
-            [],
+            config,
         )
         return y
+
+    def _config(self, bucket: int, height: int, width: int) -> list[int]:
+        """Return the launch config for so many output pixels, of images of OH x OW."""
+        place = (bucket, height, width)
+        if place not in self._configs:
+            home = self.packed
+            found = look_up(self.layer, home.dtype, home.device, bucket, (height, width), tune=self.tune)
+            self._configs[place] = list(found.config)
+        return self._configs[place]
+
+    # torch.compile calls it once and takes its answer for a constant. torch.compiler.assume_constant_result
+    # sets the same mark, but would import Triton together with this module.
+    _config._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _pack(self) -> None:
         if self.blocks.device.type == "meta":
             return  # no values to pack yet: load_state_dict(assign=True) brings them
+        self._configs.clear()
         packed = pack_blocks(self.layer, self.blocks, backend=self.backend)
         for name, tensor in zip(_PACKED, (packed.weight, *packed.tables), strict=True):
             setattr(self, name, tensor)

@@ -285,9 +285,13 @@ def _run_for_native(*arguments: Any) -> Tensor:
     _checked_size(*arguments[:-2])
     for name, tensor in zip(("bias", "residual", "scale"), vectors, strict=True):
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
-            raise TypeError(f"grouped_conv2d: {name} is {tensor.dtype} on {tensor.device}, x {x.dtype} on {x.device}")
+            raise TypeError(
+                f"grouped_conv2d: {name} is {tensor.dtype} on {tensor.device}, x {x.dtype} on {x.device}"
+            )
     if any(t.device.type != "cpu" for t in tables):
-        raise ValueError("grouped_conv2d: the tables are not in host memory, where the native kernel reads them")
+        raise ValueError(
+            "grouped_conv2d: the tables are not in host memory, where the native kernel reads them"
+        )
     in_blocks = -(-x.shape[1] // weight.shape[1])
     check_tables(*(t.tolist() for t in tables), math.prod(arguments[7]) * in_blocks, arguments[6])
     raise ValueError('grouped_conv2d: backend "native" takes plain tensors in host memory only')

@@ -103,6 +103,44 @@ def time_paired(
     return {name: Timing(tuple(samples[name]), repeats[name]) for name in names}
 
 
+def race(
+    samplers: Mapping[str, Callable[[], float]], rounds: int = 20, margin: float = math.inf, trial: int = 3
+) -> dict[str, float | str]:
+    """Sample alternatives interleaved, and drop those that are clearly slower than the fastest.
+
+    Args:
+        samplers: by name; each takes one sample and returns microseconds.
+        rounds: samples of each that stays to the end.
+        margin: after `trial` rounds, an alternative whose median exceeds the least median by this factor
+            leaves.
+        trial: rounds that all of them take part in.
+
+    Returns:
+        For each name its median in microseconds, or, where its sampler raised, the reason.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    failed: dict[str, float | str] = {}
+    running = list(samplers)
+    for turn in range(rounds):
+        first = turn % max(1, len(running))
+        for name in running[first:] + running[:first]:
+            try:
+                samples[name].append(samplers[name]())
+            except Exception as error:  # a kernel may fail in any way; the others go on
+                failed[name] = one_line(error)
+        running = [name for name in running if name not in failed]
+        if turn + 1 >= trial and running:
+            medians = {name: statistics.median(samples[name]) for name in running}
+            running = [name for name in running if medians[name] <= margin * min(medians.values())]
+    return {name: failed.get(name) or statistics.median(samples[name]) for name in samplers}
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error as one line: its type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def _host_sample(function: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
     start = clock()
     for _ in range(repeats):

@@ -1,0 +1,73 @@
+"""One planned layer on random data of its planned shapes: what is timed when a layer is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
+from lhc_triton.planning.plan import LayerPlan
+from lhc_triton.runtime.epilogue import MEMORY_FORMATS
+from lhc_triton.runtime.packing import blocks_from_weight, pack, weight_from_blocks
+
+Call = Callable[[], Tensor]
+
+
+class Workload:
+    """A layer with bias and ReLU, ready to run dense or sparse on the same data.
+
+    Args:
+        layer: the plan.
+        dtype: of activations and weights.
+        device: where they lie.
+    """
+
+    def __init__(self, layer: LayerPlan, dtype: torch.dtype, device: torch.device) -> None:
+        geometry = layer.topology.geometry
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        self.layer = layer
+        self.weight = random(geometry.out_channels, geometry.in_channels, *geometry.kernel)
+        self.x = random(geometry.batch, geometry.in_channels, geometry.height, geometry.width)
+        self.bias = random(geometry.out_channels)
+
+    def dense(self, layout: str) -> Call:
+        """Return the dense convolution in a memory format, with all its weights."""
+        geometry = self.layer.topology.geometry
+        memory_format = MEMORY_FORMATS[layout]
+        x, border = _bordered(self.x, self.layer)
+        x, weight = (tensor.contiguous(memory_format=memory_format) for tensor in (x, self.weight))
+        return lambda: F.conv2d(x, weight, self.bias, geometry.stride, border, geometry.dilation).relu_()
+
+    def sparse(self, backend: str, layout: str, config: Sequence[int] = ()) -> Call:
+        """Return the planned convolution by a backend in a memory format, with a launch config or its own."""
+        geometry = self.layer.topology.geometry
+        packed = pack(self.layer, self.weight, self.x.dtype, self.x.device, backend)
+        x, numbers = self.x.contiguous(memory_format=MEMORY_FORMATS[layout]), list(config)
+        return lambda: torch.ops.lhc.grouped_conv2d(
+            x, packed.weight, packed.tables, self.bias, None, None, geometry.out_channels, geometry.kernel,
+            geometry.stride, geometry.padding, geometry.dilation, "relu", "none", layout, backend, numbers,
+        )  # fmt: skip
+
+    def expected(self) -> Tensor:
+        """Return what the planned convolution of the first image should give, in float64: [1, O, OH, OW]."""
+        topology = self.layer.topology
+        geometry = topology.geometry
+        weight = weight_from_blocks(topology, blocks_from_weight(topology, self.weight))
+        x, border = _bordered(self.x[:1].double(), self.layer)
+        bias = self.bias.double()
+        return F.conv2d(x, weight.double(), bias, geometry.stride, border, geometry.dilation).relu_()
+
+
+def _bordered(x: Tensor, layer: LayerPlan) -> tuple[Tensor, tuple[int, int]]:
+    """Return the input and the border that torch's convolution can add; an uneven one is added here."""
+    top, bottom, left, right = layer.topology.geometry.padding
+    if (top, left) == (bottom, right):
+        return x, (top, left)
+    return F.pad(x, (left, right, top, bottom)), (0, 0)

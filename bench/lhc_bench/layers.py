@@ -101,12 +101,7 @@ class LayerSubject:
             if reason is not None:
                 unavailable[backend] = reason
                 continue
-            config = (
-                launch_config(plan, setting.dtype, self.x.device, store=setting.store)
-                if taken == "triton"
-                else ()
-            )
-            forms = self._forms(taken, plan, live, config)
+            forms = self._forms(taken, plan, live, setting)
             error = max(self._error(call, expected) for call in forms.values())
             found[backend] = Contender(forms, error, topology.live_macs)
         for rival in setting.rivals:

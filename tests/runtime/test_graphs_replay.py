@@ -259,7 +259,7 @@ def test_a_replay_that_computes_something_else_ends_graphs_with_a_note(on_paper,
 
 @pytest.mark.parametrize("change", ["move", "load"])
 def test_new_weights_or_another_type_drop_the_graphs(on_paper, change):
-    fast, x = accelerate(vgg(), image(), tune="off"), image()
+    fast, x = accelerate(vgg(), image(), tune="off", backend="torch"), image()
     if change == "move":
         fast.double()
         x = x.double()

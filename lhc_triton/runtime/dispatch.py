@@ -15,7 +15,7 @@ from lhc_triton.runtime.backends import BACKENDS, FLOATS, unavailable
 from lhc_triton.runtime.cold import time_cold
 from lhc_triton.runtime.epilogue import LAYOUTS
 from lhc_triton.runtime.store import TimingStore, layer_key
-from lhc_triton.runtime.timing import time_paired
+from lhc_triton.runtime.timing import one_line, time_paired
 from lhc_triton.runtime.tuner import tune_layer
 from lhc_triton.runtime.tuning import deterministic, launch_key, look_up
 from lhc_triton.runtime.workload import Workload
@@ -100,7 +100,7 @@ def choose_backend(
             measures what is not stored, on random data of the planned shapes, and stores it; the launch
             configs of Triton's kernels are tuned before. LHC_TRITON_DETERMINISTIC=1 makes it "off".
         store: measured times; default the user's.
-        candidates: backends to choose from, "dense" always among them; by default the one of ``auto_backend``.
+        candidates: backends to choose from, "dense" always among them; default: the one of ``auto_backend``.
 
     Raises:
         ValueError: for an unknown ``tune``.
@@ -153,9 +153,13 @@ def _times(
     if len(times) == len(wanted) or tune != "full":
         return times if len(times) == len(wanted) else {}
     # All of them anew, and not only what is missing: only times of one run compare fairly.
-    times = measure(layer, dtype, device, backends, configs)
     try:
+        times = measure(layer, dtype, device, backends, configs)
         store.put(key, times)
+    except RuntimeError as error:
+        # The plan's choice stands; accelerate runs the layer, and puts back what does not work.
+        warnings.warn(f"layer {layer.name!r} is not timed: {one_line(error)}", stacklevel=3)
+        return {}
     except OSError as error:
         warnings.warn(f"measured times are not kept: {error}", stacklevel=3)
     return times

@@ -75,8 +75,8 @@ def launch_shape(
         bucket: output pixels over the batch, rounded up by `pixel_bucket`.
         out_size: (OH, OW), before pooling.
     """
-    # Imported here and below because it imports Triton, which a CPU-only user never needs.
-    from lhc_kernels import LaunchShape
+    # Imported here and below, so that importing lhc_triton loads no kernels.
+    from lhc_kernels import LaunchShape, device_limits
 
     geometry = layer.topology.geometry
     return LaunchShape(
@@ -90,20 +90,8 @@ def launch_shape(
         entries=sum(len(tile.entries) for tile in layer.tiles),
         stride=geometry.stride,
         out_size=out_size,
-        **_limits(device),
+        **device_limits(device),
     )
-
-
-def _limits(device: torch.device) -> dict[str, int]:
-    """Return the fields of a LaunchShape that the device sets; its defaults where there is no GPU."""
-    if device.type != "cuda":
-        return {}
-    found = torch.cuda.get_device_properties(device)
-    return {
-        "processors": found.multi_processor_count,
-        "shared_bytes": getattr(found, "shared_memory_per_block_optin", 0) or found.shared_memory_per_block,
-        "capability": 0 if torch.version.hip else 10 * found.major + found.minor,
-    }
 
 
 class KeyParts(NamedTuple):

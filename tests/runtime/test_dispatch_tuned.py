@@ -85,7 +85,7 @@ def pretended_gpu(monkeypatch):
     """Let the names and limits of a GPU be told without one, and its tuning run on recorded times."""
     for module in ("tuning", "store"):
         monkeypatch.setattr(f"lhc_triton.runtime.{module}.device_name", lambda device: "A GPU")
-    monkeypatch.setattr(tuning, "_limits", lambda device: {})
+    monkeypatch.setattr("lhc_kernels.device_limits", lambda device: {})
     bench = Recorded({NAMES[6]: 20.0})
 
     def tuned(layer, dtype, device, store):

@@ -42,8 +42,7 @@ def test_a_layer_is_tuned_once_and_its_config_found_again(store):
     assert tuning.look_up(layer, HALF, CUDA, 1024, (128, 8)).source == "store"
 
 
-def test_full_compares_the_tuned_kernel_with_dense(store, monkeypatch):
-    monkeypatch.setattr("lhc_triton.runtime.tuner.LIMIT", 2)
+def test_full_compares_the_tuned_kernel_with_dense(store):
     found = choose_backend(layer_of(1024), HALF, CUDA, "full", store)
     assert set(found.measured_us) == {"triton", "dense"}
     assert choose_backend(layer_of(1024), HALF, CUDA, "cached", store) == found

@@ -144,6 +144,14 @@ def config_key(layer: LayerPlan, dtype: torch.dtype, device: torch.device, bucke
     return " | ".join(parts)
 
 
+def planned(layer: LayerPlan, dtype: torch.dtype, device: torch.device) -> tuple[str, LaunchShape]:
+    """Return the key of a layer's records at its planned sizes, and what its configs are chosen for."""
+    geometry = layer.topology.geometry
+    bucket = pixel_bucket(geometry.out_pixels)
+    size = (geometry.out_height, geometry.out_width)
+    return config_key(layer, dtype, device, bucket), launch_shape(layer, dtype, device, bucket, size)
+
+
 def launch_key(config: Sequence[int]) -> str:
     """Name what else a time of the Triton backend depends on: its kernels and the config."""
     from lhc_kernels import source_digest

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from lhc_triton.planning.plan import Plan
 from lhc_triton.runtime.accelerated import AcceleratedModel, LayerRow, Record
 from lhc_triton.runtime.checks import working_copy
+from lhc_triton.runtime.epilogue import NETWORK_LAYOUTS
 from lhc_triton.runtime.fusion import swapped
 from lhc_triton.runtime.graph import Site, find_sites, rewrite
 from lhc_triton.runtime.modules import FusedConv2d
@@ -303,7 +304,7 @@ def _into_model(model: nn.Module, record: Record, modules: Mapping[str, nn.Modul
 def _record(data: Any) -> Record:
     """Read a record; ArtifactError where a field is missing or of another type."""
     values = _fields(data, Record)
-    text = isinstance(values["model"], str) and values["layout"] in ("contiguous", "channels_last")
+    text = isinstance(values["model"], str) and values["layout"] in NETWORK_LAYOUTS
     if not text or not isinstance(values["requested"], str) or not isinstance(values["traced"], bool):
         raise ArtifactError("its record is not valid")
     if not all(isinstance(values[key], list) for key in ("sites", "rows", "inputs", "notes")):

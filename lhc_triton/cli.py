@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from . import __version__
+from .console import (
+    counting,
+    glyph,
+    print_json,
+    print_table,
+    show_kernels,
+    show_summary,
+    stages,
+    times,
+)
 
 app = typer.Typer(
     name="lhc-triton",
@@ -45,10 +52,10 @@ def demo(
     """Show the whole promise on the shipped network: accuracy, weights, MACs and time beside a dense twin."""
     from lhc_bench.demo import run_demo
 
-    with _stages() as progress:
+    with stages() as progress:
         report = run_demo(out, batch=batch, rounds=rounds, progress=progress)
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
     rows = [
         (
@@ -61,23 +68,23 @@ def demo(
             "weights",
             f"{report['weights']:,}",
             f"{report['live_weights']:,}",
-            _times(report["weight_reduction"]),
+            times(report["weight_reduction"]),
         ),
         (
             "MACs per image",
             f"{report['macs']:,}",
             f"{report['live_macs']:,}",
-            _times(report["mac_reduction"]),
+            times(report["mac_reduction"]),
         ),
         (
             f"time of {report['batch']} images",
             f"{report['dense_us'] / 1000:.2f} ms",
             f"{report['lhc_us'] / 1000:.2f} ms",
-            _times(report["speedup"]),
+            times(report["speedup"]),
         ),
     ]
-    _print_table(("", f"dense ({report['baseline']})", "LHC", "less by"), rows)
-    _print_table(
+    print_table(("", f"dense ({report['baseline']})", "LHC", "less by"), rows)
+    print_table(
         ("layer", "backend", "density", "patterns", "tiles", "why"),
         [
             (
@@ -128,14 +135,14 @@ def train(
     config = replace(PRESETS[preset], **{name: value for name, value in given.items() if value is not None})
     result = run_training(config, out)
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
         return
-    _print_table(
+    print_table(
         ("", "dense", "LHC"),
         [
             ("test accuracy", f"{100 * result.dense_accuracy:.2f} %", f"{100 * result.lhc_accuracy:.2f} %"),
-            ("weights", "", f"{_times(result.weight_reduction)} fewer"),
-            ("MACs", "", f"{_times(result.mac_reduction)} fewer"),
+            ("weights", "", f"{times(result.weight_reduction)} fewer"),
+            ("MACs", "", f"{times(result.mac_reduction)} fewer"),
         ],
     )
     typer.echo(f"Written: {out}")
@@ -187,11 +194,14 @@ def tune(
 
     device, rank, ranks = tuning_device()
     jobs = _tuning_jobs(network, suite, batch, dtype, device)
-    with _counting("tune" if ranks == 1 else f"tune, {rank} of {ranks}") as progress:
+    with counting("tune" if ranks == 1 else f"tune, {rank} of {ranks}") as progress:
         report = run_jobs(
             jobs, device, TimingStore(store), budget_s=budget, rank=rank, ranks=ranks, progress=progress
         )
-    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.explain())
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(report.explain())
     if report.problem:
         typer.echo(f"lhc-triton: {report.problem}", err=True)
         raise typer.Exit(1)
@@ -212,17 +222,17 @@ def bench(
     from lhc_bench.plots import draw
     from lhc_bench.suites import run_suite
 
-    with _counting(f"suite {suite}") as progress:
+    with counting(f"suite {suite}") as progress:
         results = run_suite(suite, out, progress=progress, seed=seed)
     pictures = draw(out / "results.json", out)
     if as_json:
-        _print_json(results)
+        print_json(results)
         return
     paths = [out / "results.json", out / "results.csv", *pictures]
     typer.echo(f"Written: {', '.join(map(str, paths))}")
     if notes := results["env"]["notes"]:
         typer.echo(f"Not measured: {len(notes)}, the first one being {notes[0]}")
-    _show_summary(results["summary"])
+    show_summary(results["summary"])
 
 
 @app.command(epilog="Example: `lhc-triton plot out/bench/results.json --out out/bench`")
@@ -237,7 +247,7 @@ def plot(
 
     pictures = [str(path) for path in (draw_landscapes if is_store(results) else draw)(results, out)]
     if as_json:
-        _print_json({"pictures": pictures})
+        print_json({"pictures": pictures})
     else:
         typer.echo("\n".join(pictures))
 
@@ -260,9 +270,9 @@ def inspect(
     if out is not None:
         draw_topology(topologies, out, f"Topology of {Path(network).name}")
     if as_json:
-        _print_json({"layers": statistics, "picture": None if out is None else str(out)})
+        print_json({"layers": statistics, "picture": None if out is None else str(out)})
         return
-    _print_table(
+    print_table(
         ("layer", "shape", "density", "weights", "live", "patterns", "kernel shapes (share)"),
         [
             (
@@ -272,7 +282,7 @@ def inspect(
                 f"{row['weights']:,}",
                 f"{row['live_weights']:,}",
                 f"{row['patterns']} of {row['groups']}",
-                "  ".join(f"{_glyph(s['taps'])} {100 * s['share']:.0f}%" for s in row["shapes"][:3]),
+                "  ".join(f"{glyph(s['taps'])} {100 * s['share']:.0f}%" for s in row["shapes"][:3]),
             )
             for row in statistics
         ],
@@ -281,18 +291,40 @@ def inspect(
         typer.echo(f"Written: {out}")
 
 
-@app.command(epilog="Example: `lhc-triton doctor --json`")
-def doctor(as_json: Json = False) -> None:
-    """Tell what this machine can run: versions, devices, compilers, which backend will be used, and why."""
+@app.command(epilog="Examples: `lhc-triton doctor --json`, `lhc-triton doctor --kernels --target sm_90`")
+def doctor(
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Compile the GPU kernels that ship instead, without a GPU.")
+    ] = False,
+    target: Annotated[
+        list[str] | None, typer.Option(help="With --kernels: sm_90, gfx942, ...; default: all of them.")
+    ] = None,
+    configs: Annotated[
+        int, typer.Option(help="With --kernels: launch configs of each layer; 1: the heuristic's, 12: all.")
+    ] = 1,
+    as_json: Json = False,
+) -> None:
+    """Tell what this machine can run: versions, devices, compilers, which backend will be used, and why.
+
+    With --kernels, tell what the compiler makes of the kernels: registers and stack of a thread, shared
+    memory, warp-group products, asynchronous copies. A kernel takes about a second.
+    """
+    if kernels:
+        rows = _compiled(target, configs)
+        if as_json:
+            print_json({"kernels": rows})
+        else:
+            show_kernels(rows)
+        return
     from lhc_triton.runtime.doctor import diagnose
 
     found = diagnose()
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     versions = [(name, version or "not installed") for name, version in found["packages"].items()]
-    _print_table(("package", "version"), [("python", found["python"]), *versions])
-    _print_table(
+    print_table(("package", "version"), [("python", found["python"]), *versions])
+    print_table(
         ("device", "name", "details"),
         [
             (
@@ -303,11 +335,24 @@ def doctor(as_json: Json = False) -> None:
             for d in found["devices"]
         ],
     )
-    _print_table(
+    print_table(
         ("compiler", "version"), [(name, line or "not found") for name, line in found["compilers"].items()]
     )
     for kind, rows in found["backends"].items():
-        _print_table((f"backend on {kind}", "state"), [(row["backend"], row["state"]) for row in rows])
+        print_table((f"backend on {kind}", "state"), [(row["backend"], row["state"]) for row in rows])
+
+
+def _compiled(targets: list[str] | None, configs: int) -> list[dict[str, Any]]:
+    from lhc_kernels import INTERPRETED
+    from lhc_kernels.aot import TARGETS
+    from lhc_kernels.table import kernel_table
+
+    if configs < 1:
+        raise ValueError(f"configs is {configs}; it must be at least 1")
+    if INTERPRETED:
+        raise ValueError("TRITON_INTERPRET is set: kernels are interpreted; unset it to compile them")
+    with counting("compiling") as progress:
+        return kernel_table(targets or tuple(TARGETS), configs, progress)
 
 
 def _version(shown: bool) -> None:
@@ -359,96 +404,6 @@ def _plan_of(network: str, batch: int, backend: str, device: Any = "cpu", dtype:
     channels = next(m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d))
     image = torch.zeros(batch, channels, 28, 28, device=device, dtype=dtype)
     return lhc.plan(model.to(device, dtype), image, backend=backend)
-
-
-@contextmanager
-def _stages() -> Iterator[Any]:
-    """A spinner on stderr that names the stage at work."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with console.status("starting") as status:
-
-        def progress(stage: str) -> None:
-            if console.is_terminal:
-                status.update(stage)
-            else:
-                console.print(f"- {stage}", highlight=False, soft_wrap=True)
-
-        yield progress
-
-
-@contextmanager
-def _counting(title: str) -> Iterator[Any]:
-    """A progress bar on stderr: called with (done, total, label)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[label]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None, label="")
-
-        def progress(done: int, total: int, label: str = "") -> None:
-            bar.update(task, completed=done, total=total, label=label)
-
-        yield progress
-
-
-def _show_summary(summary: dict[str, Any]) -> None:
-    rows = [
-        (
-            group["backend"],
-            f"{group['in_block']}x{group['out_block']}",
-            f"{group['density']:g}",
-            str(group["cases"]),
-            f"{group['speedup']:.2f}x",
-            f"{group['worst_speedup']:.2f}x  {group['worst_case']}",
-            f"{100 * group['floor_share']:.0f} %",
-            "" if group["peak_share"] is None else f"{100 * group['peak_share']:.0f} %",
-        )
-        for group in summary["groups"]
-    ]
-    head = (
-        "backend",
-        "blocks",
-        "density",
-        "cases",
-        "speed-up",
-        "least",
-        "of the roof",
-        "of a matrix product",
-    )
-    _print_table(head, rows)
-    typer.echo("Speed-up over the best dense form in the same run, geometric mean over the cases.")
-
-
-def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f}x"
-
-
-def _glyph(taps: list[list[int]]) -> str:
-    return "/".join("".join("■" if tap else "·" for tap in row) for row in taps)
 
 
 def main() -> None:

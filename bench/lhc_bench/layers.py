@@ -78,8 +78,8 @@ class LayerSubject:
     def under(self, block: tuple[int, int], density: float, setting: Setting) -> Sparse:
         """Draw a mask, plan and pack the layer for each backend, and check each against float64.
 
-        "auto" is what dispatch takes for its plan, by its own measurement: a sparse backend, or the dense
-        convolution as an accelerated network runs it. The rivals keep about as much work: "narrow" at any
+        "auto" is what dispatch takes for its plan: a sparse backend, or the dense convolution as an
+        accelerated network runs it. The rivals keep about as much work: "narrow" at any
         density below 1, "bsr" with the same mask, "2:4" at density 0.5.
         """
         geometry, (in_block, out_block) = self.geometry, block
@@ -96,7 +96,9 @@ class LayerSubject:
             )
             taken = backend
             if backend == "auto":
-                taken = choose_backend(plan, setting.dtype, setting.device, "full", setting.store).backend
+                taken = choose_backend(
+                    plan, setting.dtype, setting.device, setting.tune, setting.store
+                ).backend
             reason = supports(taken, plan, setting.dtype, setting.device)
             if reason is not None:
                 unavailable[backend] = reason

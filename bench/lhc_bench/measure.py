@@ -29,13 +29,12 @@ class Setting:
     Attributes:
         device: "cpu" or "cuda".
         dtype: compute type.
-        backends: who runs the sparse layers; each gives a row. "auto" is what dispatch takes, by its own
-            measurement.
+        backends: who runs the sparse layers; each gives a row. "auto" is what dispatch takes.
         rounds: interleaved rounds of each timing.
         seed: of masks, weights and inputs.
         compiled: whether the dense peers include torch.compile.
         timer: called as `time_paired`; another one in tests.
-        store: where dispatch keeps the times by which "auto" chooses.
+        store: the times by which "auto" chooses, and the launch configs of GPU kernels.
         rivals: other ways to save the same work, each with a row: "narrow", "bsr", "2:4".
         budget_s: seconds after which a timing begins no further round; None: no limit.
     """
@@ -56,6 +55,14 @@ class Setting:
         """The compute type as rows and plans name it."""
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def tune(self) -> str:
+        """How dispatch chooses: by its own measurement on a CPU, by what `lhc-triton tune` stored on a GPU.
+
+        There, each layer has a dozen launch configs to compile, which would take longer than all the rest.
+        """
+        return "full" if self.device == "cpu" else "cached"
+
     def time(self, calls: Mapping[str, Call]) -> dict[str, Timing]:
         """Time functions interleaved on the device."""
         return self.timer(calls, rounds=self.rounds, warmup=2, device=self.device, budget_s=self.budget_s)
@@ -68,17 +75,20 @@ class Machine:
     Attributes:
         gmacs: 1e9 multiply-accumulates per second of a large matrix product.
         copy_gbs: 1e9 bytes per second of a large copy, bytes read and bytes written both counted.
+        read_gbs: 1e9 bytes per second of a large sum, which only reads.
     """
 
     gmacs: float
     copy_gbs: float
+    read_gbs: float
 
     def floor_us(self, parts: Sequence[tuple[float, float]]) -> float:
         """Return the least time of (MACs, bytes moved) done one after the other.
 
         Each part takes its arithmetic or its memory traffic, whichever is longer.
         """
-        return sum(max(macs / (self.gmacs * 1e3), size / (self.copy_gbs * 1e3)) for macs, size in parts)
+        gbs = max(self.copy_gbs, self.read_gbs)
+        return sum(max(macs / (self.gmacs * 1e3), size / (gbs * 1e3)) for macs, size in parts)
 
 
 def measure_machine(setting: Setting) -> Machine:
@@ -87,13 +97,18 @@ def measure_machine(setting: Setting) -> Machine:
     a = torch.randn(side, side).to(setting.device, setting.dtype)
     product = torch.empty_like(a)
     size = COPY_BYTES[setting.device]
-    source = torch.zeros(size, dtype=torch.uint8, device=setting.device)
+    source = torch.zeros(size // 4, dtype=torch.float32, device=setting.device)
     target = torch.zeros_like(source)
     times = setting.time(
-        {"matrix": lambda: torch.mm(a, a, out=product), "copy": lambda: target.copy_(source)}
+        {
+            "matrix": lambda: torch.mm(a, a, out=product),
+            "copy": lambda: target.copy_(source),
+            "read": lambda: source.sum(),
+        }
     )
     fastest = {name: min(timing.samples_us) for name, timing in times.items()}
-    return Machine(side**3 / fastest["matrix"] / 1e3, 2 * size / fastest["copy"] / 1e3)
+    gmacs = side**3 / fastest["matrix"] / 1e3
+    return Machine(gmacs, 2 * size / fastest["copy"] / 1e3, size / fastest["read"] / 1e3)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -40,6 +41,8 @@ def transient_mb(call: Callable[[], object], device: str) -> float | None:
             call()
             torch.cuda.synchronize()
             return (torch.cuda.max_memory_allocated() - before) / 1e6
+        # The profiler greets on stderr, in the middle of our progress bar, unless told not to.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             call()
     results = getattr(seen.profiler, "kineto_results", None)

@@ -112,12 +112,13 @@ class NetworkSubject:
         """Draw weights and images, and build the dense peers.
 
         They are the network with its batch norm folded, in the memory format that is faster here, and
-        compiled with frozen weights in each format. On CUDA every one is replayed from a graph.
+        compiled with frozen weights in each format. On CUDA every one is replayed from a graph recorded
+        here, as the sparse ones are, and not from their own: so nobody copies inputs or outputs.
         """
         dense = _drawn(case, setting)
         x = case.image(case.batch, setting)
         model = copy.deepcopy(dense).to(setting.device, setting.dtype)
-        folded = accelerate(model, x, tune="full", backend="dense")
+        folded = accelerate(model, x, tune=setting.tune, backend="dense", graphs=False)
         memory = _memory_mb(folded, x, setting.device)
         peers: dict[str, Call] = {}
         skipped: dict[str, str] = {}
@@ -169,7 +170,7 @@ class NetworkSubject:
                 unavailable_here[backend] = reason
                 continue
             try:
-                fast = accelerate(sparse, self.x, tune="full", backend=backend)
+                fast = accelerate(sparse, self.x, tune=setting.tune, backend=backend, graphs=False)
             except ValueError as error:  # a forced backend may not serve every layer
                 unavailable_here[backend] = str(error)
                 continue
@@ -212,7 +213,7 @@ class NetworkSubject:
         macs = lhc.summary(model, tuple(self.x.shape[1:])).total.macs * self.x.shape[0]
         with torch.inference_mode():
             expected = copy.deepcopy(model).double()(self.x.double())
-        fast = accelerate(model, self.x, tune="full", backend="dense")
+        fast = accelerate(model, self.x, tune=setting.tune, backend="dense", graphs=False)
         return self._contender("narrow", fast, expected, macs, notes)
 
 

@@ -19,6 +19,8 @@ from .peers import layouts, norm_error
 
 CHANNEL_STEP = 8  # narrower layers keep channel counts that vector units and tensor cores like
 SEMI_STRUCTURED_DENSITY = 0.5
+MASK_FREE = frozenset({"narrow", "2:4"})
+"""Rivals that do not see the mask: a run measures them under its first block size only."""
 
 
 def narrow_channels(channels: tuple[int, int], density: float) -> tuple[int, int]:

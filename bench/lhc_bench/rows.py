@@ -309,7 +309,8 @@ def describe(env: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
         parts.append(f"{env['threads']} {'thread' if env['threads'] == 1 else 'threads'}")
     parts.append(", ".join(sorted({row.dtype for row in rows})))
     batches = sorted({row.batch for row in rows})
-    parts.append(f"batch {' or '.join(map(str, batches))}")
+    several = " or ".join(map(str, batches)) if len(batches) < 3 else f"{batches[0]} to {batches[-1]}"
+    parts.append(f"batch {several}")
     if env.get("rounds"):
         parts.append(f"medians of up to {env['rounds']} interleaved rounds")
     origin = [str(env["command"])] if env.get("command") else []

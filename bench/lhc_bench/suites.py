@@ -21,6 +21,7 @@ from .files import write_beside
 from .layers import LayerSubject
 from .measure import Machine, Setting, Subject, Timer, measure, measure_machine
 from .networks import NetworkCase, NetworkSubject
+from .rivals import MASK_FREE
 from .rows import Results, Row, environment, summarise, write_results
 
 Progress = Callable[[int, int, str], None]
@@ -152,9 +153,11 @@ def run_suite(
     write_beside(out / ".writable", "").unlink()
 
     with tempfile.TemporaryDirectory() as cache:
+        # A GPU's launch configs come from the user's tuning; on a CPU, earlier runs have no say.
+        store = TimingStore(None if suite.device == "cuda" else Path(cache) / "timings.json")
         setting = Setting(
-            suite.device, suite.dtype, suite.backends, rounds, seed, compiled, timer,
-            TimingStore(Path(cache) / "timings.json"), suite.rivals, suite.budget_s,
+            suite.device, suite.dtype, suite.backends, rounds, seed, compiled, timer, store,
+            suite.rivals, suite.budget_s,
         )  # fmt: skip
         run = _Run(suite, setting, wanted, progress)
         # cuDNN's own search is part of the best dense a GPU has.
@@ -220,7 +223,10 @@ class _Run:
                 subject = self._prepare(case)
                 self.skipped |= {f"{case.name}: {peer}": why for peer, why in subject.skipped.items()}
             self.progress(done + step, self.total, f"{case.name} at density {density:g}")
-            found = measure(subject, block, density, self.setting, self.machine())
+            setting = self.setting
+            if block != self.masks[0][0]:
+                setting = replace(setting, rivals=tuple(r for r in setting.rivals if r not in MASK_FREE))
+            found = measure(subject, block, density, setting, self.machine())
             self.rows += found.rows
             for place, reason in found.notes:
                 self._note(place, reason)

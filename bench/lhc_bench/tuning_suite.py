@@ -45,7 +45,7 @@ def suite_jobs(name: str, dtype: torch.dtype, batch: int | None = None) -> tuple
         batch: images; by default those of the GPU benchmarks, 64 (ImageNet) and 256 (CIFAR).
 
     Returns:
-        For each density, the 3x3 layers of VGG16 and ResNet34 as the planner tiles them in whole networks
+        For each density, the 3x3 layers of VGG16 and the ResNets as the planner tiles them in whole networks
         (blocks of 32x16), and with patterns shared by exactly 128, 64 and 16 filters.
 
     Raises:

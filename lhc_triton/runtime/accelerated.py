@@ -58,7 +58,7 @@ class Record:
         model: class name of the model.
         requested: the backend that was asked for.
         traced: whether torch.fx could trace the model, so that epilogues were fused.
-        layout: memory format between the layers.
+        layout: memory format between the layers, one of ``epilogue.NETWORK_LAYOUTS``.
         sites: the calls that were replaced.
         rows: one per replaced convolution.
         inputs: (shape, dtype name) of each example input.

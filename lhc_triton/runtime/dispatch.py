@@ -100,7 +100,7 @@ def choose_backend(
             measures what is not stored, on random data of the planned shapes, and stores it; the launch
             configs of Triton's kernels are tuned before. LHC_TRITON_DETERMINISTIC=1 makes it "off".
         store: measured times; default the user's.
-        candidates: backends to choose from, "dense" always among them; default: the one of ``auto_backend``.
+        candidates: backends to choose from, "dense" always among them; by default that of ``auto_backend``.
 
     Raises:
         ValueError: for an unknown ``tune``.

@@ -11,6 +11,7 @@ from lhc_triton.planning import plan_layer
 from lhc_triton.planning.plan import LayerPlan, Plan
 from lhc_triton.runtime.accelerated import LayerRow, Record
 from lhc_triton.runtime.dispatch import choose_backend, cost_model, supports
+from lhc_triton.runtime.epilogue import layer_layout
 from lhc_triton.runtime.modules import DenseConv2d, FusedConv2d, GroupedConv2d
 
 
@@ -58,7 +59,7 @@ def retarget(
             continue
         layer, backend, reason = _choose(layer, module, record.requested, device, moved)
         layers[site.layer] = layer
-        replacements[id(module)] = _rebuilt(module, layer, backend, layout, device)
+        replacements[id(module)] = _rebuilt(module, layer, backend, layer_layout(layout, backend), device)
         if site.module in rows:
             rows[site.module] = _updated(rows[site.module], layer, backend, reason)
     for parent in list(network.modules()):

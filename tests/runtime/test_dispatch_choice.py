@@ -8,7 +8,14 @@ from op_problems import Problem
 
 from lhc_triton.planning.plan import ConvGeometry
 from lhc_triton.runtime import dispatch
-from lhc_triton.runtime.dispatch import backend_status, choose_backend, measure, supports
+from lhc_triton.runtime.dispatch import (
+    auto_backend,
+    backend_status,
+    choose_backend,
+    cost_model,
+    measure,
+    supports,
+)
 from lhc_triton.runtime.store import TimingStore, layer_key
 
 CPU = torch.device("cpu")
@@ -22,7 +29,13 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def measured(monkeypatch):
+def without_native(monkeypatch):
+    """A machine on which the native kernel cannot be built."""
+    monkeypatch.setattr("lhc_kernels.cpu.problem", lambda: "no C++ compiler")
+
+
+@pytest.fixture
+def measured(monkeypatch, without_native):
     """Stand in for the measurement; the list holds what it was asked."""
     calls = []
 
@@ -77,6 +90,25 @@ def test_full_measures_once_and_stores(store, measured):
     assert measured == [("torch",)]
 
 
+def test_auto_takes_the_native_kernel_where_it_can_serve(monkeypatch):
+    monkeypatch.setattr("lhc_kernels.cpu.problem", lambda: None)
+    assert auto_backend(torch.float32, CPU) == "native"
+    assert cost_model("auto", torch.float32, CPU).sparse_backend == "native"
+    assert cost_model("torch", torch.float32, CPU).sparse_backend == "torch"
+    assert auto_backend(torch.float64, CPU) == "torch"
+
+
+@pytest.mark.usefixtures("without_native")
+def test_without_a_compiler_torch_takes_the_native_kernel_s_place():
+    assert auto_backend(torch.float32, CPU) == "torch"
+    assert cost_model("auto", torch.float32, CPU).sparse_backend == "torch"
+    wide = Problem(ConvGeometry(1, 256, 256, 28, 28, (3, 3)), in_block=64, out_block=64, density=0.1).layer
+    planned = dataclasses.replace(wide, backend="native", reason="elsewhere")
+    found = choose("off", None, planned)
+    assert found.backend == "torch"
+    assert "faster than dense" in found.reason
+
+
 def test_candidates_are_all_measured(store, measured):
     choose("full", store, candidates=("dense", "reference", "torch", "triton", "native"))
     assert measured == [("reference", "torch")]
@@ -100,6 +132,7 @@ def test_a_store_that_cannot_be_written_is_a_warning(tmp_path, measured):
         assert choose("full", TimingStore(tmp_path / "file" / "t.json")).backend == "torch"
 
 
+@pytest.mark.usefixtures("without_native")
 def test_the_user_s_store_is_the_default(tmp_path, monkeypatch):
     monkeypatch.setenv("LHC_TRITON_CACHE", str(tmp_path))
     TimingStore(tmp_path / "timings.json").put(KEY, {"torch": 1.0, "dense": 2.0})

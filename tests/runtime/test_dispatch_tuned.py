@@ -74,9 +74,7 @@ def test_a_layer_that_cannot_be_timed_keeps_the_plan_s_choice_with_a_warning(sto
         raise RuntimeError("triton channels_last cannot be timed: OutOfResources\nmore")
 
     monkeypatch.setattr(dispatch, "measure", fails)
-    with pytest.warns(
-        UserWarning, match="layer 'layer' is not timed: RuntimeError: triton channels_last"
-    ):
+    with pytest.warns(UserWarning, match="layer 'layer' is not timed: RuntimeError: triton channels_last"):
         assert decide("full", store).reason == "said the model"
 
 

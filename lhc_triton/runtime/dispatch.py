@@ -15,7 +15,7 @@ from lhc_triton.runtime.backends import BACKENDS, FLOATS, unavailable
 from lhc_triton.runtime.cold import time_cold
 from lhc_triton.runtime.epilogue import LAYOUTS
 from lhc_triton.runtime.store import TimingStore, layer_key
-from lhc_triton.runtime.timing import time_paired
+from lhc_triton.runtime.timing import one_line, time_paired
 from lhc_triton.runtime.tuner import tune_layer
 from lhc_triton.runtime.tuning import deterministic, launch_key, look_up
 from lhc_triton.runtime.workload import Workload
@@ -145,9 +145,13 @@ def _times(
     if len(times) == len(wanted) or tune != "full":
         return times if len(times) == len(wanted) else {}
     # All of them anew, and not only what is missing: only times of one run compare fairly.
-    times = measure(layer, dtype, device, backends, configs)
     try:
+        times = measure(layer, dtype, device, backends, configs)
         store.put(key, times)
+    except RuntimeError as error:
+        # The plan's choice stands; accelerate runs the layer, and puts back what does not work.
+        warnings.warn(f"layer {layer.name!r} is not timed: {one_line(error)}", stacklevel=3)
+        return {}
     except OSError as error:
         warnings.warn(f"measured times are not kept: {error}", stacklevel=3)
     return times

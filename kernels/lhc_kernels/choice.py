@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ CROWDING = 0.5
 """What a candidate's predicted time is raised by for each trait that an earlier candidate has too."""
 
 
+@functools.lru_cache(maxsize=1024)
 def choose_config(shape: LaunchShape, precision: str = "ieee") -> tuple[KernelConfig, str]:
     """Return the config that plain rules pick for ``shape``, and the rules' names.
 
@@ -75,7 +77,7 @@ def choose_config(shape: LaunchShape, precision: str = "ieee") -> tuple[KernelCo
 
     # Two programs share a multiprocessor, so that one computes while the other waits.
     config = KernelConfig(block_m, block_n, block_k, num_warps, num_stages, entries, precision)
-    while config.num_stages > 2 and 2 * (shared_bytes(config, shape.dtype) + 1024) > shape.shared_bytes:
+    while config.num_stages > 2 and 2 * (shared_bytes(config, shape) + 1024) > shape.shared_bytes:
         config = replace(config, num_stages=config.num_stages - 1)
     if config.num_stages < num_stages:
         reasons.append("fewer stages: two programs share the memory")
@@ -119,11 +121,13 @@ def candidate_configs(
     if limit < 1:
         raise ValueError(f"limit is {limit}: expected at least 1")
     chosen = [heuristic_config(shape, precision)]
+    # Compiled: ptxas spills some float32 multiply-adds from 128 registers on.
+    most = 128 if shape.dtype == "float32" and precision == "ieee" else MAX_REGISTERS
     sheets: dict[KernelConfig, CostSheet] = {}
     for config in _landscape(shape, precision):
         if config != chosen[0] and config_problem(config, shape) is None:
             sheet = cost_sheet(config, shape)
-            if sheet.occupancy > 0 and sheet.registers < MAX_REGISTERS:
+            if sheet.occupancy > 0 and sheet.registers <= most:
                 sheets[config] = sheet
     fastest = min((sheet.predicted_us for sheet in sheets.values()), default=0.0)
     left = [config for config in sheets if sheets[config].predicted_us <= HOPELESS * fastest]

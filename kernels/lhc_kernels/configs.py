@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ MAX_KERNEL_REACH = 31
 """Largest kh + kw: the validity of a pixel's rows and columns is kept in the bits of one int32."""
 
 MAX_ACCUMULATORS = 128
-"""32-bit sums that a thread can hold; compiled for sm_90, 128 take 190 to 255 registers and 256 spill."""
+"""32-bit sums that a thread can hold. Compiled for sm_90, 128 take 182 to 252 registers with Triton 3.7.1,
+while 3.6 and 3.9 spill some such kernels; 256 always spill."""
 
 MAX_SPLITS = 16
 """Most parts of a tile's entries; every part writes its float32 sums once and has them read once."""
@@ -43,6 +45,7 @@ class LaunchShape:
         stride: (vertical, horizontal).
         out_size: (OH, OW); (0, 0) where it is not known, which rules the variant "box" out.
         capability: CUDA compute capability times ten, 0 for other makes (default: H100).
+        residual: whether the epilogue adds one, which takes registers.
     """
 
     pixels: int
@@ -58,6 +61,7 @@ class LaunchShape:
     stride: tuple[int, int] = (1, 1)
     out_size: tuple[int, int] = (0, 0)
     capability: int = 90
+    residual: bool = False
 
     @property
     def total_entries(self) -> int:
@@ -110,7 +114,9 @@ class KernelConfig:
                 f"num_stages, entries, a precision code below {codes[0]}, a variant code below {codes[1]} "
                 "and splits"
             )
-        return cls(*values[:6], PRECISIONS[values[6]], VARIANTS[values[7]], values[8])
+        block_m, block_n, block_k, num_warps, num_stages, entries, precision, variant, splits = values
+        names = (PRECISIONS[precision], VARIANTS[variant])
+        return cls(block_m, block_n, block_k, num_warps, num_stages, entries, *names, splits)
 
     @property
     def depth(self) -> int:
@@ -118,10 +124,17 @@ class KernelConfig:
         return self.block_k * self.entries
 
 
-def shared_bytes(config: KernelConfig, dtype: str) -> int:
-    """Return the shared memory of the software pipeline in bytes: every stage of both operands."""
-    stage = config.depth * (config.block_m + config.block_n) * ITEM_BYTES[dtype]
-    return stage * config.num_stages
+def shared_bytes(config: KernelConfig, shape: LaunchShape) -> int:
+    """Return the shared memory of one program in bytes: the pipeline's stages, then the outputs on their way.
+
+    Compiled: wgmma (Hopper) and tcgen05 (Blackwell) read every stage from shared memory; mma.sync, multiply-
+    adds and AMD's matrix units have the stage at work in registers, so theirs keep one stage less.
+    """
+    from_memory = shape.capability >= 90 and (shape.dtype != "float32" or config.precision != "ieee")
+    stages = config.num_stages if from_memory else max(1, config.num_stages - 1)
+    item = ITEM_BYTES[shape.dtype]
+    pipeline = stages * config.depth * (config.block_m + config.block_n) * item
+    return max(pipeline, config.block_m * config.block_n * (4 if shape.dtype == "int8" else item))
 
 
 def config_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
@@ -187,6 +200,7 @@ def _box_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=1024)
 def best_box(block_m: int, shape: LaunchShape) -> tuple[int, int, int]:
     """Return the box (images, rows, columns) of ``block_m`` outputs that covers the output in fewest boxes.
 
@@ -212,9 +226,9 @@ def _resource_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
             f"{config.block_m} x {config.block_n} outputs over {config.num_warps} warps need {accumulators} "
             f"accumulators a thread: supported are up to {MAX_ACCUMULATORS}, more would spill"
         )
-    needed = shared_bytes(config, shape.dtype)
+    needed = shared_bytes(config, shape)
     if needed > shape.shared_bytes:
-        return f"the pipeline needs {needed} bytes of shared memory: the device has {shape.shared_bytes}"
+        return f"a program needs {needed} bytes of shared memory: the device has {shape.shared_bytes}"
     return None
 
 

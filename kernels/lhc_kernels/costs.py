@@ -6,6 +6,7 @@ good for ranking the configs of one launch, not for promising its time.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ class CostSheet:
         useful_macs: multiply-accumulates of the packed weights, padding of blocks left out.
         computed_macs: those that the programs carry out, with what their blocks waste.
         programs: work items (blocks of pixels and filters, times splits).
-        registers: estimate per thread.
+        registers: estimate per thread; more than MAX_REGISTERS would spill.
         occupancy: programs that run on one multiprocessor at once; 0 where not even one fits.
         waves: programs / (multiprocessors * occupancy).
         predicted_us: by the roofline of these numbers.
@@ -69,20 +70,23 @@ class CostSheet:
     predicted_us: float
 
 
-def register_estimate(config: KernelConfig, dtype: str) -> int:
-    """Return about how many registers a thread takes; fitted to sm_90, mostly within 20 %."""
+def register_estimate(config: KernelConfig, shape: LaunchShape) -> int:
+    """Return about how many registers a thread wants, not capped; fitted to sm_90, mostly within 20 %."""
     threads = 32 * config.num_warps
     accumulators = config.block_m * config.block_n // threads
     registers = 22 + 1.3 * accumulators
     if config.variant != "box":  # which has no address for each pixel
-        registers += 4 * (config.block_m * config.depth * ITEM_BYTES[dtype] / (16 * threads))
+        registers += 4 * (config.block_m * config.depth * ITEM_BYTES[shape.dtype] / (16 * threads))
     if config.variant == "persistent":
         registers += 20 + accumulators / 2
-    if dtype == "float32" and config.precision == "ieee":
+    if shape.residual and config.variant != "split":
+        registers += 10 + accumulators / 2
+    if shape.dtype == "float32" and config.precision == "ieee":
         registers += 35  # operands of the multiply-adds
-    return min(MAX_REGISTERS, round(registers))
+    return round(registers)
 
 
+@functools.lru_cache(maxsize=1024)
 def cost_sheet(config: KernelConfig, shape: LaunchShape) -> CostSheet:
     """Return the static costs of ``config`` on ``shape``, which ``config_problem`` finds valid.
 
@@ -112,10 +116,10 @@ def cost_sheet(config: KernelConfig, shape: LaunchShape) -> CostSheet:
     partial = 2 * 4 * shape.pixels * filters * config.splits if config.splits > 1 else 0
     l2 = programs * steps * config.depth * (config.block_m + config.block_n) * item + out_bytes + partial
 
-    registers = register_estimate(config, shape.dtype)
+    registers = register_estimate(config, shape)
     occupancy = min(
-        (shape.shared_bytes + 1024) // (shared_bytes(config, shape.dtype) + 1024),
-        REGISTERS_PER_PROCESSOR // (-(-registers // 8) * 8 * 32 * config.num_warps),
+        (shape.shared_bytes + 1024) // (shared_bytes(config, shape) + 1024),
+        REGISTERS_PER_PROCESSOR // (-(-min(MAX_REGISTERS, registers) // 8) * 8 * 32 * config.num_warps),
         WARPS_PER_PROCESSOR // config.num_warps,
     )
     waves = programs / (shape.processors * max(1, occupancy))

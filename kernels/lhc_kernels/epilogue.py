@@ -68,16 +68,26 @@ def store_outputs(
         acc *= tl.load(scale_ptr + filters, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + filters, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    regular = False
-    if RUN > 1:
-        # Filters that come in aligned runs are stored RUN at a time. The test is the same for the whole
-        # program and lies behind the loop, so it costs neither divergence nor pipelining.
-        lead = tl.load(
-            filters_ptr + tile * TILE_WIDTH + offs_n // RUN * RUN, mask=offs_n < TILE_WIDTH, other=-1
+    if RUN == 1:
+        _finish(
+            acc,
+            offs_m,
+            mask_m,
+            filters,
+            mask_n,
+            residual_ptr,
+            y_ptr,
+            out_channels,
+            HAS_RESIDUAL,
+            ACTIVATION,
         )
-        in_run = tl.where(lead < 0, filters < 0, (filters == lead + offs_n % RUN) & (lead % RUN == 0))
-        regular = tl.min(in_run.to(tl.int32), axis=0) == 1
-    if regular:
+        return
+    # Filters that come in aligned runs are stored RUN at a time. The test is the same for the whole program
+    # and lies behind the loop, so it costs neither divergence nor pipelining.
+    run = tile * TILE_WIDTH + offs_n // RUN * RUN
+    lead = tl.load(filters_ptr + run, mask=offs_n < TILE_WIDTH, other=-1)
+    regular = tl.where(lead < 0, filters < 0, (filters == lead + offs_n % RUN) & (lead % RUN == 0))
+    if tl.min(regular.to(tl.int32), axis=0) == 1:
         aligned = tl.multiple_of(lead, RUN)
         _finish(
             acc,

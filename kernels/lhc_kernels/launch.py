@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ def launch_shape(
     out_size: tuple[int, int],
     kernel: tuple[int, int],
     stride: tuple[int, int] = (1, 1),
+    residual: bool = False,
 ) -> LaunchShape:
     """Return what a config is chosen for; asks the device for its properties, never for data.
 
@@ -42,6 +44,7 @@ def launch_shape(
         out_size: (OH, OW).
         kernel: (kh, kw).
         stride: (vertical, horizontal).
+        residual: whether the epilogue adds one.
     """
     return LaunchShape(
         pixels=x.shape[0] * out_size[0] * out_size[1],
@@ -54,6 +57,7 @@ def launch_shape(
         entries=weight.shape[0],
         stride=stride,
         out_size=out_size,
+        residual=residual,
         **device_limits(x.device),
     )
 
@@ -74,7 +78,7 @@ class _Call:
 
 def _launch(call: _Call, config: KernelConfig) -> None:
     """Run the kernel that ``config`` names, into ``call.out``."""
-    options = {
+    options: dict[str, Any] = {
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,  # for float32; Triton 3.10 switches fused multiply-adds off by default
@@ -97,7 +101,7 @@ def _launch_pointer(
     grid: tuple[int, ...],
     out: Tensor,
     facts: Specialisation,
-    options: dict[str, object],
+    options: dict[str, Any],
 ) -> None:
     x, shape = call.x, call.shape
     grouped_conv2d_fwd_kernel[grid](
@@ -117,7 +121,7 @@ def _launch_pointer(
     )
 
 
-def _launch_split(call: _Call, config: KernelConfig, programs: int, options: dict[str, object]) -> None:
+def _launch_split(call: _Call, config: KernelConfig, programs: int, options: dict[str, Any]) -> None:
     x, shape, facts = call.x, call.shape, call.facts
     size = (config.splits, shape.pixels, shape.tiles, shape.tile_width)
     sums = torch.empty(size, dtype=torch.int32 if shape.dtype == "int8" else torch.float32, device=x.device)
@@ -137,7 +141,7 @@ def _launch_split(call: _Call, config: KernelConfig, programs: int, options: dic
     )
 
 
-def _launch_box(call: _Call, config: KernelConfig, programs: int, options: dict[str, object]) -> None:
+def _launch_box(call: _Call, config: KernelConfig, programs: int, options: dict[str, Any]) -> None:
     x, weight, shape = call.x, call.weight, call.shape
     box = best_box(config.block_m, shape)
     batch, channels, height, width = x.shape
@@ -244,7 +248,7 @@ def grouped_conv2d(
     if out is not None and not out.is_contiguous(memory_format=torch.channels_last):
         raise ValueError("out is not channels_last: allocate it with memory_format=torch.channels_last")
 
-    shape = launch_shape(x, weight, tables[0].numel() - 1, size[2:], kernel, strides)
+    shape = launch_shape(x, weight, tables[0].numel() - 1, size[2:], kernel, strides, residual is not None)
     chosen = KernelConfig.from_list(config) if len(config) else heuristic_config(shape)
     problem = config_problem(chosen, shape)
     if problem is not None:

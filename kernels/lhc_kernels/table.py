@@ -55,6 +55,7 @@ def _layer(
         entries=tiles * max(1, round(density * blocks)),
         stride=(stride, stride),
         out_size=(side, side),
+        residual=residual,
     )
     facts = Specialisation(
         dtype=dtype,

@@ -49,13 +49,6 @@ def auto_backend(dtype: torch.dtype, device: torch.device | str) -> str | None:
     return next((name for name in names if unavailable(name, dtype, device) is None), None)
 
 
-def cost_model(backend: str, dtype: torch.dtype, device: torch.device) -> CostModel:
-    """Return the cost model for a backend on a device; for "auto", that of the backend it would take."""
-    if backend == "auto":
-        backend = auto_backend(dtype, device) or backend
-    return CostModel.for_device(device.type, backend)
-
-
 def supports(backend: str, layer: LayerPlan, dtype: torch.dtype, device: torch.device | str) -> str | None:
     """Say why a backend cannot run a layer in this type on this device; None if it can ("dense" always)."""
     return None if backend == "dense" else unavailable(backend, dtype, device)
@@ -127,9 +120,8 @@ def choose_backend(
     if supports(layer.backend, layer, dtype, device) is not None:
         # Planned for a backend that is not to be had here: the same tiles, priced for the one that is.
         itemsize = itemsize_of(str(dtype).removeprefix("torch."))
-        layer = price_tiles(
-            layer.topology, layer.tiles, layer.tile_width, cost_model(able[0], dtype, device), itemsize
-        )
+        cost = CostModel.for_device(device.type, able[0])
+        layer = price_tiles(layer.topology, layer.tiles, layer.tile_width, cost, itemsize)
     return Decision(layer.backend, layer.reason, {})
 
 

@@ -210,11 +210,17 @@ def tune(
 @app.command(epilog="Example: `lhc-triton bench --suite quick --out out/bench`")
 def bench(
     suite: Annotated[
-        str, typer.Option(help="quick, cpu-layers, cpu-models, cpu-scaling, gpu-layers or gpu-models.")
+        str,
+        typer.Option(
+            help="quick, cpu-layers, cpu-models, cpu-scaling, gpu-layers, gpu-models, gpu-questions."
+        ),
     ] = "quick",
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv and the plots.")] = Path(
         "out/bench"
     ),
+    only: Annotated[
+        str, typer.Option(help="Measure only what has this in its name, for example vgg16-imagenet.")
+    ] = "",
     seed: Annotated[int, typer.Option(help="Of masks, weights and inputs.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -223,7 +229,7 @@ def bench(
     from lhc_bench.suites import run_suite
 
     with counting(f"suite {suite}") as progress:
-        results = run_suite(suite, out, progress=progress, seed=seed)
+        results = run_suite(suite, out, progress=progress, seed=seed, only=only)
     pictures = draw(out / "results.json", out)
     if as_json:
         print_json(results)

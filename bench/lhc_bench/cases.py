@@ -129,6 +129,12 @@ def gpu_cases() -> tuple[LayerCase, ...]:
     return tuple(sorted(cases, key=lambda case: case.in_channels < WIDE))
 
 
+def question_cases() -> tuple[LayerCase, ...]:
+    """Four wide layers from large images to small ones, one of them with few pixels."""
+    wanted = ("conv3_2", "conv4_2", "conv5_1", "layer4.0.conv2")
+    return tuple(case for case in gpu_cases() if case.layer in wanted and case.stride == 1)
+
+
 def quick_cases() -> tuple[LayerCase, ...]:
     """Four layers that span the range: both networks, both image sizes, wide and narrow."""
     wanted = (

@@ -36,11 +36,16 @@ def replayed(call: Call, device: str) -> tuple[Call, str | None]:
                 output = call()
     # Whatever the call does may be forbidden while recording, and each library says so in its own way.
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        return call, f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        return call, reason_of(error)
 
     def replay() -> Any:
         graph.replay()
         return output
 
     return replay, None
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error as one line: its message's first, after its type where it is not meant for users."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return lines[0] if isinstance(error, ValueError) else f"{type(error).__name__}: {lines[0]}"

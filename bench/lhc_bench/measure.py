@@ -12,6 +12,7 @@ from torch import Tensor
 from lhc_triton.runtime.store import TimingStore
 from lhc_triton.runtime.timing import Timing
 
+from .graphs import replayed
 from .rows import Row
 
 Call = Callable[[], Any]
@@ -208,6 +209,8 @@ def measure(
 ) -> Measured:
     """Time a subject under a random mask, all contenders and dense peers interleaved.
 
+    On CUDA each is recorded into a graph, so that nobody waits for the host to launch its kernels.
+
     Args:
         subject: a layer or a network.
         block: (in_block, out_block).
@@ -234,6 +237,10 @@ def measure(
     right = [name for name in sparse.contenders if name in owners.values()]
     if not right:
         return Measured((), tuple(notes))
+    for name, call in calls.items():
+        calls[name], reason = replayed(call, setting.device)
+        if reason is not None:
+            notes.append((place, f"{name}: timed with its launches, not as a CUDA graph: {reason}"))
 
     times = setting.time(calls)
 

@@ -19,7 +19,7 @@ from lhc_triton.runtime.accelerate import accelerate
 from lhc_triton.runtime.backends import unavailable
 
 from .cases import IMAGE_SIZE
-from .graphs import replayed
+from .graphs import reason_of
 from .masks import random_mask
 from .measure import LIMITS, Call, Contender, Setting, Sparse
 from .memory import tensors_mb, transient_mb
@@ -112,17 +112,16 @@ class NetworkSubject:
         """Draw weights and images, and build the dense peers.
 
         They are the network with its batch norm folded, in the memory format that is faster here, and
-        compiled with frozen weights in each format. On CUDA every one is replayed from a graph recorded
-        here, as the sparse ones are, and not from their own: so nobody copies inputs or outputs.
+        compiled with frozen weights in each format. CUDA graphs are not theirs but those of the measurement,
+        as for the sparse ones: so nobody copies inputs or outputs.
         """
         dense = _drawn(case, setting)
         x = case.image(case.batch, setting)
         model = copy.deepcopy(dense).to(setting.device, setting.dtype)
         folded = accelerate(model, x, tune=setting.tune, backend="dense", graphs=False)
         memory = _memory_mb(folded, x, setting.device)
-        peers: dict[str, Call] = {}
+        peers: dict[str, Call] = {"folded eager": _bound(folded, x)}
         skipped: dict[str, str] = {}
-        _add(peers, skipped, "folded eager", folded, x, setting.device)
         if setting.compiled:
             reset_compiler()
         for name, layout in layouts(setting.device).items() if setting.compiled else ():
@@ -132,7 +131,7 @@ class NetworkSubject:
             if compiled is None:
                 skipped[f"compiled {name}"] = reason or ""
             else:
-                _add(peers, skipped, f"compiled {name}", compiled, laid, setting.device)
+                peers[f"compiled {name}"] = _bound(compiled, laid)
         with torch.inference_mode():
             classes = model(x[:1]).shape[1]
         return cls(case, dense, x, peers, skipped, classes, memory)
@@ -163,24 +162,22 @@ class NetworkSubject:
         counts = lhc.summary(sparse, tuple(self.x.shape[1:]))
         images = self.x.shape[0]
         contenders: dict[str, Contender] = {}
-        unavailable_here: dict[str, str] = {}
+        left_out: dict[str, str] = {}
         for backend in setting.backends:
             reason = None if backend == "auto" else unavailable(backend, setting.dtype, setting.device)
             if reason is not None:
-                unavailable_here[backend] = reason
+                left_out[backend] = reason
                 continue
             try:
                 fast = accelerate(sparse, self.x, tune=setting.tune, backend=backend, graphs=False)
-            except ValueError as error:  # a forced backend may not serve every layer
-                unavailable_here[backend] = str(error)
+            except Exception as error:  # a forced backend may not serve every layer, or not compile
+                left_out[backend] = reason_of(error)
                 continue
-            contenders[backend] = self._contender(
-                backend, fast, expected, counts.total.live_macs * images, unavailable_here
-            )
+            contenders[backend] = self._contender(fast, expected, counts.total.live_macs * images)
         if "narrow" in setting.rivals and density < 1:
-            contenders["narrow"] = self._narrow(counts.total, setting, unavailable_here)
+            contenders["narrow"] = self._narrow(counts.total, setting)
         parts = _parts(counts, self.x, expected)
-        return Sparse(contenders, counts.converted.density, parts, unavailable_here, self.memory_mb)
+        return Sparse(contenders, counts.converted.density, parts, left_out, self.memory_mb)
 
     def _masked(self, block: tuple[int, int], density: float, setting: Setting) -> nn.Module:
         in_block, out_block = block
@@ -195,26 +192,20 @@ class NetworkSubject:
             layer.set_topology(torch.from_numpy(mask))
         return _settled(sparse, self.case, setting).to(setting.dtype)
 
-    def _contender(
-        self, name: str, fast: nn.Module, expected: Tensor, macs: int, notes: dict[str, str]
-    ) -> Contender:
+    def _contender(self, fast: nn.Module, expected: Tensor, macs: int) -> Contender:
         with torch.inference_mode():
             error = norm_error(fast(self.x), expected)
         memory = _memory_mb(fast, self.x, self.x.device.type)
-        forms: dict[str, Call] = {}
-        failed: dict[str, str] = {}
-        _add(forms, failed, "network", fast, self.x, self.x.device.type)
-        notes.update({f"{name} {what}": why for what, why in failed.items()})
-        return Contender(forms, error, macs, memory)
+        return Contender({"network": _bound(fast, self.x)}, error, macs, memory)
 
-    def _narrow(self, total: SummaryRow, setting: Setting, notes: dict[str, str]) -> Contender:
+    def _narrow(self, total: SummaryRow, setting: Setting) -> Contender:
         model = _drawn(self.case, setting, math.sqrt(total.live_macs / total.macs))
         model = model.to(setting.device, setting.dtype)
         macs = lhc.summary(model, tuple(self.x.shape[1:])).total.macs * self.x.shape[0]
         with torch.inference_mode():
             expected = copy.deepcopy(model).double()(self.x.double())
         fast = accelerate(model, self.x, tune=setting.tune, backend="dense", graphs=False)
-        return self._contender("narrow", fast, expected, macs, notes)
+        return self._contender(fast, expected, macs)
 
 
 def _drawn(case: NetworkCase, setting: Setting, scale: float = 1.0) -> nn.Module:
@@ -243,14 +234,8 @@ def _settled(model: nn.Module, case: NetworkCase, setting: Setting) -> nn.Module
     return model
 
 
-def _add(
-    calls: dict[str, Call], notes: dict[str, str], name: str, model: nn.Module, x: Tensor, device: str
-) -> None:
-    """Add a network's call under a name: replayed from a CUDA graph where it can be, else plain."""
-    call, reason = replayed(lambda: model(x), device)
-    calls[name] = call
-    if reason is not None:
-        notes[f"{name} as a CUDA graph"] = reason
+def _bound(model: nn.Module, x: Tensor) -> Call:
+    return lambda: model(x)
 
 
 def _memory_mb(model: nn.Module, x: Tensor, device: str) -> float | None:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from lhc_triton.planning.plan import ConvGeometry
 
+from .graphs import reason_of
+
 Call = Callable[[], Tensor]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}  # norm error against eager; other types: 2e-2
@@ -121,8 +123,7 @@ def compiled_or_reason(model: nn.Module, example: Tensor) -> tuple[nn.Module | N
             return _compile(model, example)
     # Everything between here and machine code may fail, each with exceptions of its own.
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        return None, f"torch.compile failed: {type(error).__name__}: {lines[0] if lines else 'no message'}"
+        return None, f"torch.compile failed: {reason_of(error)}"
 
 
 def _compile(model: nn.Module, example: Tensor) -> tuple[nn.Module | None, str | None]:

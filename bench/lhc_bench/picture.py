@@ -28,6 +28,10 @@ LOOKS = {
     "narrow": ("#cc79a7", "^"),
     "bsr": ("#56b4e9", "v"),
     "2:4": ("#000000", "X"),
+    "triton grid": (SPARSE, "o"),
+    "triton persistent": ("#e69f00", "s"),
+    "triton box": ("#009e73", "D"),
+    "triton split": ("#cc79a7", "^"),
 }
 OTHER_LOOK = ("#7f3c8d", "P")
 NAMES = {

@@ -16,7 +16,7 @@ import torch
 from lhc_triton.runtime.store import TimingStore
 from lhc_triton.runtime.timing import Timing, time_paired
 
-from .cases import LayerCase, batch_of, cpu_cases, gpu_cases, quick_cases
+from .cases import LayerCase, batch_of, cpu_cases, gpu_cases, question_cases, quick_cases
 from .files import write_beside
 from .layers import LayerSubject
 from .measure import Machine, Setting, Subject, Timer, measure, measure_machine
@@ -44,6 +44,7 @@ class Suite:
         rounds: interleaved rounds of each timing.
         budget_s: seconds after which a timing begins no further round; None: no limit.
         limit_s: seconds after which the suite begins no further measurement; what is left out is named.
+        compiled: whether torch.compile is among the dense peers.
     """
 
     device: str
@@ -56,6 +57,7 @@ class Suite:
     rounds: int
     budget_s: float | None = None
     limit_s: float = 480.0
+    compiled: bool = True
 
 
 CPU_DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -64,6 +66,7 @@ PAPER: Blocks = ((32, 16),)
 SHARED: Blocks = ((32, 128), (32, 16), (32, 64))
 CPU = ("cpu", torch.float32, ("torch", "native", "auto"))
 GPU = ("cuda", torch.float16, ("triton", "auto"))
+QUESTIONED = ("triton grid", "triton persistent", "triton box", "triton split")
 
 
 def cpu_networks() -> tuple[NetworkCase, ...]:
@@ -103,6 +106,9 @@ SUITES = {
     "cpu-models": Suite(*CPU, ("narrow",), cpu_networks, PAPER, (0.1, 0.25), 20, budget_s=15.0),
     "cpu-scaling": Suite(*CPU[:2], ("native", "auto"), (), scaled_networks, PAPER, (0.1,), 20, budget_s=15.0),
     "gpu-layers": Suite(*GPU, ("narrow", "bsr", "2:4"), gpu_cases, SHARED, GPU_DENSITIES, 30, budget_s=3.0),
+    "gpu-questions": Suite(
+        *GPU[:2], QUESTIONED, (), question_cases, SHARED, (0.1, 0.2, 0.5), 30, budget_s=3.0, compiled=False
+    ),
     "gpu-models": Suite(*GPU, ("narrow",), gpu_networks, SHARED[:2], (0.1, 0.2, 0.5), 30, budget_s=3.0),
 }
 
@@ -121,6 +127,7 @@ def run_suite(
     densities: Sequence[float] | None = None,
     compiled: bool = True,
     timer: Timer = time_paired,
+    only: str = "",
 ) -> dict[str, Any]:
     """Run a suite and write results.json and results.csv.
 
@@ -133,6 +140,7 @@ def run_suite(
         densities: wanted live shares; by default the suite's.
         compiled: also compare with torch.compile, which takes seconds a layer.
         timer: measures as `lhc_triton.runtime.timing.time_paired` does.
+        only: measure the cases whose names contain this.
 
     Returns:
         What results.json holds: {"env", "rows", "summary"}. A backend that could not run, or whose result
@@ -140,14 +148,18 @@ def run_suite(
         limit left out.
 
     Raises:
-        ValueError: an unknown suite, a suite for a GPU where there is none, rounds below 1, a negative seed
-            or a density outside (0, 1]; nothing is written then.
+        ValueError: an unknown suite, a suite for a GPU where there is none, no case with that name, rounds
+            below 1, a negative seed or a density outside (0, 1]; nothing is written then.
         OSError: if the folder cannot be written.
     """
     suite = _checked_suite(name)
     rounds = suite.rounds if rounds is None else rounds
     wanted = tuple(suite.densities if densities is None else densities)
     _check(rounds, seed, wanted)
+    cases = tuple(case for case in suite.cases() if only in case.name)
+    if not cases:
+        known = "; ".join(case.name for case in suite.cases())
+        raise ValueError(f"no case of suite {name!r} has {only!r} in its name; the cases are {known}")
     out = Path(out_dir)
     # Minutes of measuring should not end at a folder that cannot be written.
     write_beside(out / ".writable", "").unlink()
@@ -156,10 +168,10 @@ def run_suite(
         # A GPU's launch configs come from the user's tuning; on a CPU, earlier runs have no say.
         store = TimingStore(None if suite.device == "cuda" else Path(cache) / "timings.json")
         setting = Setting(
-            suite.device, suite.dtype, suite.backends, rounds, seed, compiled, timer, store,
-            suite.rivals, suite.budget_s,
+            suite.device, suite.dtype, suite.backends, rounds, seed, compiled and suite.compiled, timer,
+            store, suite.rivals, suite.budget_s,
         )  # fmt: skip
-        run = _Run(suite, setting, wanted, progress)
+        run = _Run(suite, cases, setting, wanted, progress)
         # cuDNN's own search is part of the best dense a GPU has.
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):
             run.measure_all()
@@ -183,11 +195,16 @@ class _Run:
     """A suite at work: what it has measured so far."""
 
     def __init__(
-        self, suite: Suite, setting: Setting, densities: Sequence[float], progress: Progress
+        self,
+        suite: Suite,
+        cases: Sequence[Case],
+        setting: Setting,
+        densities: Sequence[float],
+        progress: Progress,
     ) -> None:
         self.suite = suite
         self.progress = progress
-        self.cases = suite.cases()
+        self.cases = cases
         # A mask of all ones is the same for any block.
         self.masks = [
             (block, density)

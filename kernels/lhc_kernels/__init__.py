@@ -8,6 +8,7 @@ from typing import Any
 from .choice import candidate_configs, choose_config, heuristic_config
 from .configs import KernelConfig, LaunchShape, config_problem, store_run
 from .costs import CostSheet, cost_sheet
+from .devices import device_limits
 from .sources import source_digest
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "choose_config",
     "config_problem",
     "cost_sheet",
+    "device_limits",
     "grouped_conv2d",
     "heuristic_config",
     "launch_shape",

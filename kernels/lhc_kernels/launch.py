@@ -18,6 +18,7 @@ from .choice import heuristic_config
 from .configs import KernelConfig, LaunchShape, best_box, config_problem
 from .constants import INTERPRETED, Specialisation
 from .costs import cost_sheet
+from .devices import device_limits
 from .epilogue import ACTIVATIONS
 from .grouped_conv import grouped_conv2d_fwd_kernel, reduce_splits_kernel
 
@@ -45,7 +46,7 @@ def launch_shape(
         stride: (vertical, horizontal).
         residual: whether the epilogue adds one.
     """
-    shape = LaunchShape(
+    return LaunchShape(
         pixels=x.shape[0] * out_size[0] * out_size[1],
         in_channels=x.shape[1],
         in_block=weight.shape[1],
@@ -57,13 +58,8 @@ def launch_shape(
         stride=stride,
         out_size=out_size,
         residual=residual,
+        **device_limits(x.device),
     )
-    if x.device.type != "cuda":
-        return shape
-    device = torch.cuda.get_device_properties(x.device)
-    shared = getattr(device, "shared_memory_per_block_optin", 0) or device.shared_memory_per_block
-    capability = 0 if torch.version.hip else 10 * device.major + device.minor
-    return replace(shape, processors=device.multi_processor_count, shared_bytes=shared, capability=capability)
 
 
 @dataclass(frozen=True)

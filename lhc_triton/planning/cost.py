@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -121,6 +121,30 @@ class CostModel:
                 f"no cost model for device {device!r}; supported: {known}; else give cost=CostModel(...)"
             )
         return next((model for model in models if model.sparse_backend == backend), models[0])
+
+    def scaled(self, dense: float, sparse: float, source: str) -> CostModel:
+        """Return the model of a machine that takes so many times as long, dense and sparse.
+
+        Args:
+            dense: factor on the time of dense convolutions, memory traffic apart.
+            sparse: the same for the sparse backend.
+            source: where the factors come from.
+        """
+        return replace(
+            self,
+            source=source,
+            dense_gmacs=tuple((size, rate / dense) for size, rate in self.dense_gmacs),
+            dense_launch_us=self.dense_launch_us * dense,
+            sparse_gmacs=tuple(
+                (size, tuple((width, rate / sparse) for width, rate in table))
+                for size, table in self.sparse_gmacs
+            ),
+            entry_gbs=self.entry_gbs / sparse,
+            sum_gbs=self.sum_gbs / sparse,
+            launch_us=self.launch_us * sparse,
+            tile_us=self.tile_us * sparse,
+            entry_us=self.entry_us * sparse,
+        )
 
     def dense_us(self, geometry: ConvGeometry, itemsize: int = 4) -> float:
         """Predict the time in us of the dense convolution, for values of ``itemsize`` bytes."""

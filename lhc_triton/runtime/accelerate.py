@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from lhc_triton.planning import plan as make_plan
 from lhc_triton.planning.plan import LayerPlan, Plan
 from lhc_triton.runtime.accelerated import AcceleratedModel, LayerRow, Record, make_row
+from lhc_triton.runtime.calibration import cost_model
 from lhc_triton.runtime.checks import (
     check_convs,
     check_inputs,
@@ -23,7 +24,7 @@ from lhc_triton.runtime.checks import (
     strip_hooks,
     working_copy,
 )
-from lhc_triton.runtime.dispatch import choose_backend, cost_model, launch_config, supports
+from lhc_triton.runtime.dispatch import choose_backend, launch_config, supports
 from lhc_triton.runtime.epilogue import LAYOUTS, layer_layout
 from lhc_triton.runtime.fusion import fuse, swapped
 from lhc_triton.runtime.graph import Site, find_sites, is_fusible, rewrite
@@ -106,7 +107,7 @@ def accelerate(
 
     if plan is None:
         weight = next(iter(convs.values())).weight
-        cost = cost_model(backend, weight.dtype, weight.device)
+        cost = cost_model(backend, weight.dtype, weight.device, tune)
         plan = make_plan(work, inputs, backend=backend, cost=cost)
     else:
         plan = fitting_plan(plan, convs)

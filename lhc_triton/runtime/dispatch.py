@@ -15,7 +15,7 @@ from lhc_triton.runtime.backends import BACKENDS, FLOATS, unavailable
 from lhc_triton.runtime.cold import time_cold
 from lhc_triton.runtime.epilogue import LAYOUTS
 from lhc_triton.runtime.store import TimingStore, layer_key
-from lhc_triton.runtime.timing import time_paired
+from lhc_triton.runtime.timing import one_line, time_paired
 from lhc_triton.runtime.tuner import tune_layer
 from lhc_triton.runtime.tuning import deterministic, launch_key, look_up
 from lhc_triton.runtime.workload import Workload
@@ -47,13 +47,6 @@ def auto_backend(dtype: torch.dtype, device: torch.device | str) -> str | None:
     """Return the sparse backend that "auto" sets against dense on this device; None if there is none."""
     names = AUTO_BACKENDS.get(torch.device(device).type, ())
     return next((name for name in names if unavailable(name, dtype, device) is None), None)
-
-
-def cost_model(backend: str, dtype: torch.dtype, device: torch.device) -> CostModel:
-    """Return the cost model for a backend on a device; for "auto", that of the backend it would take."""
-    if backend == "auto":
-        backend = auto_backend(dtype, device) or backend
-    return CostModel.for_device(device.type, backend)
 
 
 def supports(backend: str, layer: LayerPlan, dtype: torch.dtype, device: torch.device | str) -> str | None:
@@ -127,9 +120,8 @@ def choose_backend(
     if supports(layer.backend, layer, dtype, device) is not None:
         # Planned for a backend that is not to be had here: the same tiles, priced for the one that is.
         itemsize = itemsize_of(str(dtype).removeprefix("torch."))
-        layer = price_tiles(
-            layer.topology, layer.tiles, layer.tile_width, cost_model(able[0], dtype, device), itemsize
-        )
+        cost = CostModel.for_device(device.type, able[0])
+        layer = price_tiles(layer.topology, layer.tiles, layer.tile_width, cost, itemsize)
     return Decision(layer.backend, layer.reason, {})
 
 
@@ -153,9 +145,13 @@ def _times(
     if len(times) == len(wanted) or tune != "full":
         return times if len(times) == len(wanted) else {}
     # All of them anew, and not only what is missing: only times of one run compare fairly.
-    times = measure(layer, dtype, device, backends, configs)
     try:
+        times = measure(layer, dtype, device, backends, configs)
         store.put(key, times)
+    except RuntimeError as error:
+        # The plan's choice stands; accelerate runs the layer, and puts back what does not work.
+        warnings.warn(f"layer {layer.name!r} is not timed: {one_line(error)}", stacklevel=3)
+        return {}
     except OSError as error:
         warnings.warn(f"measured times are not kept: {error}", stacklevel=3)
     return times

@@ -10,7 +10,8 @@ from torch import nn
 from lhc_triton.planning import plan_layer
 from lhc_triton.planning.plan import LayerPlan, Plan
 from lhc_triton.runtime.accelerated import LayerRow, Record
-from lhc_triton.runtime.dispatch import choose_backend, cost_model, supports
+from lhc_triton.runtime.calibration import cost_model
+from lhc_triton.runtime.dispatch import choose_backend, supports
 from lhc_triton.runtime.epilogue import layer_layout
 from lhc_triton.runtime.modules import DenseConv2d, FusedConv2d, GroupedConv2d
 

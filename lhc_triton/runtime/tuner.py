@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from lhc_triton.planning.plan import LayerPlan
 from lhc_triton.runtime.cold import ColdTimer
 from lhc_triton.runtime.store import Record, TimingStore
 from lhc_triton.runtime.timing import one_line, race
-from lhc_triton.runtime.tuning import PRECISION, config_key, config_name, launch_shape, pixel_bucket
+from lhc_triton.runtime.tuning import PRECISION, config_name, planned
 from lhc_triton.runtime.verify import layer_tolerance, norm_error
 from lhc_triton.runtime.workload import Workload
 
@@ -101,10 +101,12 @@ def tune_layer(
     benches: Benches = GpuBench,
     clock: Callable[[], float] = time.monotonic,
 ) -> Tuned:
-    """Measure the configs of a layer that have no record yet, at its planned sizes, and store their records.
+    """Measure the configs of a layer that have no record yet, and store their records.
 
-    The candidates are sampled interleaved; one that is clearly slower leaves early, and one that fails or
-    computes something else is recorded with the reason. Neither is tried again.
+    Measured is the largest batch whose output pixels fit into the bucket of the planned batch, so that times
+    from several runs of one bucket compare. The candidates are sampled interleaved; one that is clearly
+    slower leaves early, and one that fails or computes something else is recorded with the reason. Neither is
+    tried again.
 
     Args:
         layer: the plan.
@@ -124,16 +126,13 @@ def tune_layer(
     from lhc_kernels import candidate_configs
 
     refuse_in_capture()
-    geometry = layer.topology.geometry
-    bucket = pixel_bucket(geometry.out_pixels)
-    shape = launch_shape(layer, dtype, device, bucket, (geometry.out_height, geometry.out_width))
-    key = config_key(layer, dtype, device, bucket)
+    key, shape = planned(layer, dtype, device)
     known = store.get(key)
     todo = {config_name(c.to_list()): c.to_list() for c in candidate_configs(shape, limit, PRECISION)}
     todo = {name: config for name, config in todo.items() if name not in known}
     if not todo:
         return Tuned(key, 0, 0, 0)
-    bench, keep = benches(layer, dtype, device), partial(store.put, key)
+    bench, keep = benches(_full_bucket(layer, shape.pixels), dtype, device), partial(store.put, key)
     samplers, records = _prepare(bench, todo, lambda: clock() < deadline, keep)
     raced = race(samplers, ROUNDS, MARGIN)
     if any(isinstance(record, str) for record in raced.values()):
@@ -143,6 +142,14 @@ def tune_layer(
         keep(records)
     failed = sum(isinstance(record, str) for record in records.values())
     return Tuned(key, len(records) - failed, failed, len(todo) - len(records))
+
+
+def _full_bucket(layer: LayerPlan, bucket: int) -> LayerPlan:
+    """Return the plan for the largest batch that has no more output pixels than the bucket."""
+    topology = layer.topology
+    batch = bucket // (topology.geometry.out_height * topology.geometry.out_width)
+    geometry = replace(topology.geometry, batch=max(1, batch))
+    return replace(layer, topology=replace(topology, geometry=geometry))
 
 
 def refuse_in_capture() -> None:

@@ -18,12 +18,10 @@ from lhc_triton.runtime.tuner import LIMIT, Benches, GpuBench, Tuned, tune_layer
 from lhc_triton.runtime.tuning import (
     DETERMINISTIC,
     PRECISION,
-    config_key,
     config_name,
     deterministic,
     fastest,
-    launch_shape,
-    pixel_bucket,
+    planned,
 )
 
 Progress = Callable[[int, int, str], None]
@@ -53,7 +51,7 @@ class Row:
         layer: its name.
         key: where its records are in the store.
         config: the fastest config, as in the op's ``config`` argument; None if none has been measured.
-        time_us: its time.
+        time_us: its time, for a full bucket of pixels.
         heuristic_us: the time of the heuristic's config; None if it failed or was not measured.
         timed, failed, left: configs measured now, failed now, and still without a record.
         backend: the choice against dense; "" where it was not asked for or not reached.
@@ -73,7 +71,7 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """Return the row as texts, for a table."""
-        times = ("-" if time is None else f"{time:.1f}" for time in (self.time_us, self.heuristic_us))
+        times = ("-" if us is None else f"{us:.1f}" for us in (self.time_us, self.heuristic_us))
         config = "-" if self.config is None else " ".join(map(str, self.config))
         counts = (str(self.timed), str(self.failed), str(self.left))
         return (self.layer, *counts, *times, config, self.problem or self.backend or "-")
@@ -202,9 +200,8 @@ def _distinct(jobs: Sequence[Job], device: torch.device) -> list[Job]:
     """Return the jobs without those that would find all their records made."""
     found: dict[tuple[str, str], Job] = {}
     for job in jobs:
-        bucket = pixel_bucket(job.layer.topology.geometry.out_pixels)
         choice = layer_key(job.layer, job.dtype, device) if job.choose else ""
-        found.setdefault((config_key(job.layer, job.dtype, device, bucket), choice), job)
+        found.setdefault((planned(job.layer, job.dtype, device)[0], choice), job)
     return list(found.values())
 
 
@@ -220,10 +217,8 @@ def _run_job(
     from lhc_kernels import heuristic_config
 
     layer, dtype = job.layer, job.dtype
-    geometry = layer.topology.geometry
-    bucket = pixel_bucket(geometry.out_pixels)
-    key, backend, problem = config_key(layer, dtype, device, bucket), "", ""
-    tuned = Tuned(key, 0, 0, 0)
+    key, shape = planned(layer, dtype, device)
+    tuned, backend, problem = Tuned(key, 0, 0, 0), "", ""
     try:
         tuned = tune_layer(
             layer, dtype, device, store, limit=limit, deadline=deadline, benches=benches, clock=clock
@@ -232,7 +227,6 @@ def _run_job(
             backend = choose_backend(layer, dtype, device, "full", store).backend
     except torch.OutOfMemoryError as error:
         problem = one_line(error)
-    shape = launch_shape(layer, dtype, device, bucket, (geometry.out_height, geometry.out_width))
     records = store.get(key)
     best = fastest(records, shape)
     plain = records.get(config_name(heuristic_config(shape, PRECISION).to_list()))

@@ -75,8 +75,8 @@ def launch_shape(
         bucket: output pixels over the batch, rounded up by `pixel_bucket`.
         out_size: (OH, OW), before pooling.
     """
-    # Imported here and below because it imports Triton, which a CPU-only user never needs.
-    from lhc_kernels import LaunchShape
+    # Imported here and below, so that importing lhc_triton loads no kernels.
+    from lhc_kernels import LaunchShape, device_limits
 
     geometry = layer.topology.geometry
     return LaunchShape(
@@ -90,20 +90,8 @@ def launch_shape(
         entries=sum(len(tile.entries) for tile in layer.tiles),
         stride=geometry.stride,
         out_size=out_size,
-        **_limits(device),
+        **device_limits(device),
     )
-
-
-def _limits(device: torch.device) -> dict[str, int]:
-    """Return the fields of a LaunchShape that the device sets; its defaults where there is no GPU."""
-    if device.type != "cuda":
-        return {}
-    found = torch.cuda.get_device_properties(device)
-    return {
-        "processors": found.multi_processor_count,
-        "shared_bytes": getattr(found, "shared_memory_per_block_optin", 0) or found.shared_memory_per_block,
-        "capability": 0 if torch.version.hip else 10 * found.major + found.minor,
-    }
 
 
 class KeyParts(NamedTuple):
@@ -154,6 +142,14 @@ def config_key(layer: LayerPlan, dtype: torch.dtype, device: torch.device, bucke
         f"{bucket} pixels",
     )
     return " | ".join(parts)
+
+
+def planned(layer: LayerPlan, dtype: torch.dtype, device: torch.device) -> tuple[str, LaunchShape]:
+    """Return the key of a layer's records at its planned sizes, and what its configs are chosen for."""
+    geometry = layer.topology.geometry
+    bucket = pixel_bucket(geometry.out_pixels)
+    size = (geometry.out_height, geometry.out_width)
+    return config_key(layer, dtype, device, bucket), launch_shape(layer, dtype, device, bucket, size)
 
 
 def launch_key(config: Sequence[int]) -> str:

@@ -27,10 +27,10 @@ class Workload:
 
     def __init__(self, layer: LayerPlan, dtype: torch.dtype, device: torch.device) -> None:
         geometry = layer.topology.geometry
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype)
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
 
         self.layer = layer
         self.weight = random(geometry.out_channels, geometry.in_channels, *geometry.kernel)

@@ -22,9 +22,9 @@ def once(calls, rounds, warmup, device, budget_s):
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path_factory):
-    """VGG16 with a few narrow layers on its own images, and no compiler."""
-    monkeypatch.setenv("LHC_TRITON_CACHE", str(tmp_path_factory.mktemp("cache")))
+def small(monkeypatch, tmp_path):
+    """VGG16 with a few narrow layers on its own images, no compiler, and no times from elsewhere."""
+    monkeypatch.setattr("lhc_triton.runtime.store.default_path", lambda: tmp_path / "timings.json")
     monkeypatch.setattr(networks, "VGG16_WIDTHS", (32, "M", 64, "M", 64, "M"))
     monkeypatch.setattr("lhc_bench.networks.compiled_or_reason", lambda model, x: (None, "not here"))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,10 @@ from torch import Tensor, nn
 from lhc_bench import layers, peers, suites
 from lhc_bench.cases import LayerCase
 from lhc_bench.rows import read_results
+from lhc_kernels.configs import VARIANTS, KernelConfig
+from lhc_triton.planning.cost import CostModel
+from lhc_triton.planning.plan import LayerTopology
+from lhc_triton.planning.planner import plan_layer
 from lhc_triton.runtime.dispatch import Decision
 from lhc_triton.runtime.timing import Timing
 
@@ -23,11 +28,6 @@ def once(calls, rounds, warmup, device, budget_s):
         for call in calls.values():
             call()
     return {name: Timing((100.0 + place,) * rounds) for place, name in enumerate(calls)}
-
-
-@pytest.fixture(autouse=True)
-def no_stored_times(monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("LHC_TRITON_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def with_suite(monkeypatch, name, **changes):
@@ -121,6 +121,46 @@ def test_a_rival_that_torch_refuses_gives_its_reason(tmp_path, monkeypatch):
     assert [row["backend"] for row in found["rows"]] == ["torch"]
 
 
+@pytest.mark.usefixtures("tiny")
+def test_a_backend_that_breaks_gives_its_reason_and_the_others_their_rows(tmp_path, monkeypatch):
+    def break_down(plan, *arguments):
+        if plan.backend == "torch":
+            raise RuntimeError("out of registers\nand more")
+        return pack(plan, *arguments)
+
+    pack = layers.pack
+    monkeypatch.setattr(layers, "pack", break_down)
+    monkeypatch.setattr(layers, "choose_backend", lambda *arguments: Decision("dense", "for the test", {}))
+    found = suites.run_suite("quick", tmp_path, rounds=1, densities=(0.1,), timer=once, compiled=False)
+    assert found["env"]["notes"] == [
+        "tiny-cifar/conv1, blocks 32x16, density 0.1 and 1 more: torch: RuntimeError: out of registers"
+    ]
+    assert {row["backend"] for row in found["rows"]} == {"auto"}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_only_the_named_cases_are_measured(tmp_path):
+    found = suites.run_suite(
+        "quick", tmp_path, rounds=1, densities=(0.1,), compiled=False, timer=once, only="conv2"
+    )
+    assert {row["case"] for row in found["rows"]} == {"tiny-cifar/conv2"}
+
+
+def test_each_variant_of_the_kernel_is_timed_with_a_config_of_its_own(tmp_path, monkeypatch):
+    case = next(case for case in suites.question_cases() if case.layer == "conv4_2")
+    topology = LayerTopology.from_mask(
+        case.name, case.geometry(64), 32, 128, np.ones((4, 16, 3, 3), dtype=bool)
+    )
+    plan = plan_layer(topology, CostModel.for_device("cuda"), backend="triton", dtype="float16")
+    device = torch.device("cpu")  # stands for an H100 there
+    for name in ("grid", "persistent", "box"):
+        config = layers.variant_config(plan, torch.float16, device, name)
+        assert KernelConfig.from_list(config).variant == name
+    with pytest.raises(ValueError, match="candidate configs is of the variant 'spiral'"):
+        layers.variant_config(plan, torch.float16, device, "spiral")
+    assert all(name.partition(" ")[2] in VARIANTS for name in suites.QUESTIONED)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -128,6 +168,7 @@ def test_a_rival_that_torch_refuses_gives_its_reason(tmp_path, monkeypatch):
         ("quick", {"rounds": 0}, "rounds is 0"),
         ("quick", {"seed": -1}, "seed is -1"),
         ("quick", {"densities": (0.0,)}, "densities are"),
+        ("quick", {"only": "conv9"}, "no case of suite 'quick' has 'conv9' in its name; the cases are vgg16"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path, name, options, message):

@@ -8,11 +8,11 @@ from op_problems import Problem
 
 from lhc_triton.planning.plan import ConvGeometry
 from lhc_triton.runtime import dispatch
+from lhc_triton.runtime.calibration import cost_model
 from lhc_triton.runtime.dispatch import (
     auto_backend,
     backend_status,
     choose_backend,
-    cost_model,
     measure,
     supports,
 )
@@ -93,15 +93,15 @@ def test_full_measures_once_and_stores(store, measured):
 def test_auto_takes_the_native_kernel_where_it_can_serve(monkeypatch):
     monkeypatch.setattr("lhc_kernels.cpu.problem", lambda: None)
     assert auto_backend(torch.float32, CPU) == "native"
-    assert cost_model("auto", torch.float32, CPU).sparse_backend == "native"
-    assert cost_model("torch", torch.float32, CPU).sparse_backend == "torch"
+    assert cost_model("auto", torch.float32, CPU, "off").sparse_backend == "native"
+    assert cost_model("torch", torch.float32, CPU, "off").sparse_backend == "torch"
     assert auto_backend(torch.float64, CPU) == "torch"
 
 
 @pytest.mark.usefixtures("without_native")
 def test_without_a_compiler_torch_takes_the_native_kernel_s_place():
     assert auto_backend(torch.float32, CPU) == "torch"
-    assert cost_model("auto", torch.float32, CPU).sparse_backend == "torch"
+    assert cost_model("auto", torch.float32, CPU, "off").sparse_backend == "torch"
     wide = Problem(ConvGeometry(1, 256, 256, 28, 28, (3, 3)), in_block=64, out_block=64, density=0.1).layer
     planned = dataclasses.replace(wide, backend="native", reason="elsewhere")
     found = choose("off", None, planned)

@@ -93,7 +93,6 @@ def test_a_layer_that_does_not_fit_into_memory_is_passed_over_with_the_reason(st
 
 def test_a_lost_gpu_ends_the_run_and_what_was_done_is_reported(store):
     name = names_of(JOBS[1].layer)[0]
-    assert name not in names_of(JOBS[0].layer)[:0]
 
     class Breaks(Recorded):
         def __call__(self, layer, dtype, device):

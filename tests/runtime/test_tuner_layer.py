@@ -1,5 +1,6 @@
 """Tuning one layer: what is measured, what is dropped, what is remembered."""
 
+import dataclasses
 import math
 
 import pytest
@@ -32,6 +33,21 @@ def test_every_candidate_gets_one_record_in_the_order_of_the_candidates(store):
     assert bench.prepared == NAMES
     assert (done.key, done.timed, done.failed, done.left) == (KEY, 12, 0, 0)
     assert store.get(KEY) == {**dict.fromkeys(NAMES, 100.0), NAMES[3]: 10.0}
+
+
+@pytest.mark.parametrize(("batch", "measured"), [(1, 1), (5, 7), (7, 7), (8, 14)])
+def test_a_bucket_is_measured_at_its_largest_batch_so_that_its_times_compare(store, batch, measured):
+    geometry = dataclasses.replace(LAYER.topology.geometry, batch=batch, height=3, width=3)
+    layer = dataclasses.replace(LAYER, topology=dataclasses.replace(LAYER.topology, geometry=geometry))
+    asked = []
+
+    class Watched(Recorded):
+        def __call__(self, layer, dtype, device):
+            asked.append(layer.topology.geometry.batch)
+            return self
+
+    tune_layer(layer, HALF, CPU, store, benches=Watched())
+    assert asked == [measured]
 
 
 def test_what_is_recorded_is_not_measured_again_and_a_new_config_only_times_itself(store):

@@ -88,7 +88,7 @@ Planes plan_planes(const Conv& conv, const Group& group) {
         const int64_t first = b * conv.in_block;
         const int64_t channels = std::min(conv.in_block, conv.channels - first);
         planes.steps.push_back({offset + first * planes.channel_step, static_cast<int32_t>(channels),
-                                static_cast<int16_t>(r), static_cast<int16_t>(s)});
+                                static_cast<int32_t>(r * conv.kernel[1] + s)});
       }
     }
   }

@@ -13,7 +13,7 @@ namespace lhc {
 struct Step {
   int64_t offset;     // from a pixel's place in the planes to the entry's first channel
   int32_t channels;   // fewer than in_block in a cropped last block
-  int16_t row, column;  // of the tap, for the masks
+  int32_t tap;          // for the masks
 };
 
 // Pixels are lanes. A *group* is the part of the output that is computed from one filling of the planes:

@@ -22,6 +22,7 @@ constexpr int kLanes = 4, kFilters = 4, kVectors = 3;
 #endif
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
 typedef float UnalignedVec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 
 // Bit i stands for lane i.
@@ -65,6 +66,26 @@ inline void store(float* p, Vec v, Mask mask) {
 #else
   for (int i = 0; i < kLanes; ++i)
     if (mask >> i & 1) p[i] = v[i];
+#endif
+}
+
+// 0, 1, 2, ...
+inline IntVec counting() {
+  IntVec v{};
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+// Lanes whose value, moved by `shift`, lies in [0, end).
+inline Mask within(IntVec values, int64_t shift, int64_t end) {
+  const IntVec moved = values + static_cast<int32_t>(shift);
+  const IntVec inside = (moved >= 0) & (moved < static_cast<int32_t>(end));
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(inside), reinterpret_cast<__m512i>(inside));
+#else
+  Mask mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= static_cast<Mask>(inside[i] != 0) << i;
+  return mask;
 #endif
 }
 

@@ -14,6 +14,7 @@ from .configs import (
     KernelConfig,
     LaunchShape,
     config_problem,
+    multiplies_by,
     next_power_of_two,
     shared_bytes,
 )
@@ -40,7 +41,7 @@ def choose_config(shape: LaunchShape, precision: str = "ieee") -> tuple[KernelCo
         shape: the sizes of the launch.
         precision: of float32 products; taken over into the config.
     """
-    fma = shape.dtype == "float32" and precision == "ieee"
+    fma = multiplies_by(KernelConfig(precision=precision), shape) == "fma"
     reasons = ["float32: FMA, small blocks" if fma else "tensor cores"]
 
     # Compiled: int8 of 128 x 128 over 8 warps takes 160 registers, which leaves room for one program only.
@@ -122,7 +123,7 @@ def candidate_configs(
         raise ValueError(f"limit is {limit}: expected at least 1")
     chosen = [heuristic_config(shape, precision)]
     # Compiled: ptxas spills some float32 multiply-adds from 128 registers on.
-    most = 128 if shape.dtype == "float32" and precision == "ieee" else MAX_REGISTERS
+    most = 128 if multiplies_by(chosen[0], shape) == "fma" else MAX_REGISTERS
     sheets: dict[KernelConfig, CostSheet] = {}
     for config in _landscape(shape, precision):
         if config != chosen[0] and config_problem(config, shape) is None:

@@ -10,7 +10,15 @@ import functools
 import math
 from dataclasses import dataclass
 
-from .configs import ITEM_BYTES, KernelConfig, LaunchShape, best_box, box_count, shared_bytes
+from .configs import (
+    ITEM_BYTES,
+    KernelConfig,
+    LaunchShape,
+    best_box,
+    box_count,
+    multiplies_by,
+    shared_bytes,
+)
 
 MEMORY_BYTES_PER_US = 3.0e6
 """From memory, for the whole device."""
@@ -71,7 +79,7 @@ class CostSheet:
 
 
 def register_estimate(config: KernelConfig, shape: LaunchShape) -> int:
-    """Return about how many registers a thread wants, not capped; fitted to sm_90, mostly within 20 %."""
+    """Return about how many registers a thread wants, not capped; mostly within 20 % of sm_80 and sm_90."""
     threads = 32 * config.num_warps
     accumulators = config.block_m * config.block_n // threads
     registers = 22 + 1.3 * accumulators
@@ -81,9 +89,8 @@ def register_estimate(config: KernelConfig, shape: LaunchShape) -> int:
         registers += 20 + accumulators / 2
     if shape.residual and config.variant != "split":
         registers += 10 + accumulators / 2
-    if shape.dtype == "float32" and config.precision == "ieee":
-        registers += 35  # operands of the multiply-adds
-    return round(registers)
+    operands = {"fma": 35, "fragments": 16 + accumulators / 2, "memory": 0}
+    return round(registers + operands[multiplies_by(config, shape)])
 
 
 @functools.lru_cache(maxsize=1024)

@@ -18,7 +18,8 @@ from .configs import (
     next_power_of_two,
     shared_bytes,
 )
-from .costs import MAX_REGISTERS, CostSheet, cost_sheet
+from .costs import CostSheet, cost_sheet
+from .resources import MAX_REGISTERS
 
 HOPELESS = 2.0
 """Configs predicted to take this many times as long as the fastest are not worth timing."""
@@ -161,9 +162,8 @@ def _landscape(shape: LaunchShape, precision: str) -> Iterator[KernelConfig]:
         config = KernelConfig(block_m, block_n, block_k, warps, stages, entries, precision)
         if config_problem(config, shape) is not None:
             continue
-        sheet = cost_sheet(config, shape)
         yield config
         yield replace(config, variant="box")
         yield from _split(config, shape)
-        if sheet.waves >= 2:
+        if cost_sheet(config, shape).waves >= 2:
             yield replace(config, variant="persistent")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 from .configs import (
-    ITEM_BYTES,
     MAX_SPLITS,
     KernelConfig,
     LaunchShape,
@@ -19,7 +17,7 @@ from .configs import (
     shared_bytes,
 )
 from .costs import CostSheet, cost_sheet
-from .resources import MAX_REGISTERS
+from .resources import MAX_REGISTERS, load_bytes
 
 HOPELESS = 2.0
 """Configs predicted to take this many times as long as the fastest are not worth timing."""
@@ -62,7 +60,7 @@ def choose_config(shape: LaunchShape, precision: str = "ieee") -> tuple[KernelCo
 
     block_m = 64 if fma else 128
     num_stages = 4
-    if math.gcd(shape.in_channels, shape.in_block) * ITEM_BYTES[shape.dtype] % 4:
+    if load_bytes(shape) < 4:
         # An asynchronous copy moves at least 4 bytes. Compiled: with 37 channels of 2 bytes every element
         # is a load of its own, and 128 x 64 of them a step spill 1296 bytes; 64 x 16 do not spill.
         block_m, block_k, entries, num_stages = 64, 16, 1, 2

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 from .configs import (
-    ITEM_BYTES,
     MAX_SPLITS,
     KernelConfig,
     LaunchShape,
@@ -18,7 +16,8 @@ from .configs import (
     next_power_of_two,
     shared_bytes,
 )
-from .costs import MAX_REGISTERS, CostSheet, cost_sheet
+from .costs import CostSheet, cost_sheet
+from .resources import MAX_REGISTERS, load_bytes
 
 HOPELESS = 2.0
 """Configs predicted to take this many times as long as the fastest are not worth timing."""
@@ -61,7 +60,7 @@ def choose_config(shape: LaunchShape, precision: str = "ieee") -> tuple[KernelCo
 
     block_m = 64 if fma else 128
     num_stages = 4
-    if math.gcd(shape.in_channels, shape.in_block) * ITEM_BYTES[shape.dtype] % 4:
+    if load_bytes(shape) < 4:
         # An asynchronous copy moves at least 4 bytes. Compiled: with 37 channels of 2 bytes every element
         # is a load of its own, and 128 x 64 of them a step spill 1296 bytes; 64 x 16 do not spill.
         block_m, block_k, entries, num_stages = 64, 16, 1, 2
@@ -161,9 +160,8 @@ def _landscape(shape: LaunchShape, precision: str) -> Iterator[KernelConfig]:
         config = KernelConfig(block_m, block_n, block_k, warps, stages, entries, precision)
         if config_problem(config, shape) is not None:
             continue
-        sheet = cost_sheet(config, shape)
         yield config
         yield replace(config, variant="box")
         yield from _split(config, shape)
-        if sheet.waves >= 2:
+        if cost_sheet(config, shape).waves >= 2:
             yield replace(config, variant="persistent")

@@ -6,8 +6,8 @@ import functools
 import hashlib
 from pathlib import Path
 
-CHOOSING = ("aot.py", "choice.py", "sources.py", "table.py")
-"""Files that choose or examine configs; they change nothing about the launch of a chosen one."""
+CHOOSING = ("aot.py", "choice.py", "costs.py", "devices.py", "sources.py", "table.py")
+"""Files that choose or examine configs; with a chosen one they change nothing about a launch."""
 
 
 @functools.cache

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 from .configs import (
-    ITEM_BYTES,
     MAX_SPLITS,
     KernelConfig,
     LaunchShape,
     config_problem,
+    multiplies_by,
     next_power_of_two,
     shared_bytes,
 )
-from .costs import MAX_REGISTERS, CostSheet, cost_sheet
+from .costs import CostSheet, cost_sheet
+from .resources import MAX_REGISTERS, load_bytes
 
 HOPELESS = 2.0
 """Configs predicted to take this many times as long as the fastest are not worth timing."""
@@ -40,7 +40,7 @@ def choose_config(shape: LaunchShape, precision: str = "ieee") -> tuple[KernelCo
         shape: the sizes of the launch.
         precision: of float32 products; taken over into the config.
     """
-    fma = shape.dtype == "float32" and precision == "ieee"
+    fma = multiplies_by(KernelConfig(precision=precision), shape) == "fma"
     reasons = ["float32: FMA, small blocks" if fma else "tensor cores"]
 
     # Compiled: int8 of 128 x 128 over 8 warps takes 160 registers, which leaves room for one program only.
@@ -60,7 +60,7 @@ def choose_config(shape: LaunchShape, precision: str = "ieee") -> tuple[KernelCo
 
     block_m = 64 if fma else 128
     num_stages = 4
-    if math.gcd(shape.in_channels, shape.in_block) * ITEM_BYTES[shape.dtype] % 4:
+    if load_bytes(shape) < 4:
         # An asynchronous copy moves at least 4 bytes. Compiled: with 37 channels of 2 bytes every element
         # is a load of its own, and 128 x 64 of them a step spill 1296 bytes; 64 x 16 do not spill.
         block_m, block_k, entries, num_stages = 64, 16, 1, 2
@@ -122,7 +122,7 @@ def candidate_configs(
         raise ValueError(f"limit is {limit}: expected at least 1")
     chosen = [heuristic_config(shape, precision)]
     # Compiled: ptxas spills some float32 multiply-adds from 128 registers on.
-    most = 128 if shape.dtype == "float32" and precision == "ieee" else MAX_REGISTERS
+    most = 128 if multiplies_by(chosen[0], shape) == "fma" else MAX_REGISTERS
     sheets: dict[KernelConfig, CostSheet] = {}
     for config in _landscape(shape, precision):
         if config != chosen[0] and config_problem(config, shape) is None:
@@ -160,9 +160,8 @@ def _landscape(shape: LaunchShape, precision: str) -> Iterator[KernelConfig]:
         config = KernelConfig(block_m, block_n, block_k, warps, stages, entries, precision)
         if config_problem(config, shape) is not None:
             continue
-        sheet = cost_sheet(config, shape)
         yield config
         yield replace(config, variant="box")
         yield from _split(config, shape)
-        if sheet.waves >= 2:
+        if cost_sheet(config, shape).waves >= 2:
             yield replace(config, variant="persistent")

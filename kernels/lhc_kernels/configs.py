@@ -124,13 +124,24 @@ class KernelConfig:
         return self.block_k * self.entries
 
 
+def multiplies_by(config: KernelConfig, shape: LaunchShape) -> str:
+    """Return what carries out the products: "fma", "fragments" or "memory".
+
+    Fragments are what mma.sync and AMD's matrix units take, operands in registers; wgmma (Hopper) and tcgen05
+    (Blackwell) take them from shared memory.
+    """
+    if shape.dtype == "float32" and config.precision == "ieee":
+        return "fma"
+    return "memory" if shape.capability >= 90 else "fragments"
+
+
 def shared_bytes(config: KernelConfig, shape: LaunchShape) -> int:
     """Return the shared memory of one program in bytes: the pipeline's stages, then the outputs on their way.
 
-    Compiled: wgmma (Hopper) and tcgen05 (Blackwell) read every stage from shared memory; mma.sync, multiply-
-    adds and AMD's matrix units have the stage at work in registers, so theirs keep one stage less.
+    Compiled: operands that are read from shared memory keep all their stages there, others one less, because
+    the stage at work is in registers.
     """
-    from_memory = shape.capability >= 90 and (shape.dtype != "float32" or config.precision != "ieee")
+    from_memory = multiplies_by(config, shape) == "memory"
     stages = config.num_stages if from_memory else max(1, config.num_stages - 1)
     item = ITEM_BYTES[shape.dtype]
     pipeline = stages * config.depth * (config.block_m + config.block_n) * item

@@ -17,10 +17,10 @@ from .checks import check_epilogue, check_tensors, dtype_name, output_dtype, out
 from .choice import heuristic_config
 from .configs import KernelConfig, LaunchShape, best_box, config_problem
 from .constants import INTERPRETED, Specialisation
-from .costs import cost_sheet
 from .devices import device_limits
 from .epilogue import ACTIVATIONS
 from .grouped_conv import grouped_conv2d_fwd_kernel, reduce_splits_kernel
+from .resources import occupancy, work_items
 
 INT32_ELEMENTS = 2**31 - 512
 """Tensors of fewer elements are indexed with int32; the margin is the padding of a block of pixels."""
@@ -83,16 +83,16 @@ def _launch(call: _Call, config: KernelConfig) -> None:
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,  # for float32; Triton 3.10 switches fused multiply-adds off by default
     }
-    sheet = cost_sheet(config, call.shape)
+    items = work_items(config, call.shape)
     if config.variant == "box":
-        _launch_box(call, config, sheet.programs, options)
+        _launch_box(call, config, items, options)
     elif config.variant == "split":
-        _launch_split(call, config, sheet.programs // config.splits, options)
+        _launch_split(call, config, items // config.splits, options)
+    elif config.variant == "persistent":
+        workers = call.shape.processors * occupancy(config, call.shape)
+        _launch_pointer(call, config, (min(items, workers),), call.out, call.facts, options)
     else:
-        programs = sheet.programs
-        if config.variant == "persistent":
-            programs = min(programs, call.shape.processors * sheet.occupancy)
-        _launch_pointer(call, config, (programs,), call.out, call.facts, options)
+        _launch_pointer(call, config, (items,), call.out, call.facts, options)
 
 
 def _launch_pointer(

@@ -6,7 +6,7 @@ import functools
 import hashlib
 from pathlib import Path
 
-CHOOSING = ("aot.py", "choice.py", "costs.py", "devices.py", "sources.py")
+CHOOSING = ("aot.py", "choice.py", "costs.py", "devices.py", "sources.py", "table.py")
 """Files that choose or examine configs; with a chosen one they change nothing about a launch."""
 
 

@@ -26,27 +26,34 @@ int64_t plane_pitch(int64_t pixels) {
   return (ceil_div(pixels + kLanes, 16) | 1) * 16;
 }
 
-// One row of a copy: out[j] = row[j * stride + first], zero where that is outside [0, width).
-// Writes whole vectors, so up to kLanes - 1 floats past the row.
-void fill_row(const Conv& conv, const float* row, int64_t first, float* out) {
-  const int64_t stride = conv.stride[1], count = conv.out_width;
-  const int64_t begin = std::clamp<int64_t>(ceil_div(std::max<int64_t>(-first, 0), stride), 0, count);
-  const int64_t end =
-      std::clamp<int64_t>(first < conv.width ? (conv.width - 1 - first) / stride + 1 : 0, begin, count);
-  if (kFreeMasks && stride == 1) {
-    for (int64_t j = 0; j < count; j += kLanes) {
-      const Mask left = first_lanes(std::max<int64_t>(begin - j, 0));
-      const Mask right = first_lanes(std::max<int64_t>(end - j, 0));
-      store(out + j, load(row + first + j, right & ~left));
+// Up to kLanes columns of every row of one copy, from column `begin` on: input columns first, first + stride, ...
+struct Columns {
+  int64_t begin, count, first, stride;
+  Mask out, near, far;  // lanes to write; floats to read, of the first kLanes and of the next
+};
+
+Columns plan_columns(const Conv& conv, int64_t copy, int64_t begin) {
+  Columns columns{begin, std::min<int64_t>(kLanes, conv.out_width - begin), 0, conv.stride[1], 0, 0, 0};
+  columns.first = begin * conv.stride[1] + copy * conv.dilation[1] - conv.left;
+  columns.out = first_lanes(columns.count);
+  columns.near = within(counting(), columns.first, conv.width);
+  columns.far = within(counting(), columns.first + kLanes, conv.width);
+  return columns;
+}
+
+// Copies the columns of one input row; zero where they do not exist.
+inline void copy_columns(const Conv& conv, const Columns& columns, const float* row, float* out) {
+  const float* from = row + columns.first;
+  if (kFreeMasks && columns.stride == 1) {
+    store(out, load(from, columns.near), columns.out);
+  } else if (kFreeMasks && columns.stride == 2) {
+    store(out, load_even(from, columns.near, columns.far), columns.out);
+  } else {
+    for (int64_t j = 0; j < columns.count; ++j) {
+      const int64_t column = columns.first + j * columns.stride;
+      out[j] = column >= 0 && column < conv.width ? row[column] : 0.0f;
     }
-    return;
   }
-  std::fill(out, out + begin, 0.0f);
-  if (stride == 1)
-    std::copy(row + first + begin, row + first + end, out + begin);
-  else
-    for (int64_t j = begin; j < end; ++j) out[j] = row[first + j * stride];
-  std::fill(out + end, out + count, 0.0f);
 }
 
 }  // namespace
@@ -104,19 +111,22 @@ int64_t planes_size(const Conv& conv, const Group& group) {
 void fill_channel(const Conv& conv, const Planes& planes, const Group& group, int64_t channel, float* data) {
   const int64_t image_size = conv.channels * conv.height * conv.width;
   const float* x = conv.x + group.image * image_size + channel * conv.height * conv.width;
-  for (int64_t s = 0; s < planes.copies; ++s) {
-    const int64_t first = s * conv.dilation[1] - conv.left;
-    for (int64_t phase = 0; phase < planes.phases; ++phase) {
-      float* out = data + ((s * planes.phases + phase) * conv.channels + channel) * planes.plane;
-      for (int64_t i = 0; i < planes.rows; ++i) {
-        const int64_t row = (group.row + i) * conv.stride[0] + phase - conv.top;
-        if (row < 0 || row >= conv.height) {
-          std::fill(out, out + planes.pitch, 0.0f);
-          out += planes.pitch;
-          continue;
+  for (int64_t copy = 0; copy < planes.copies; ++copy) {
+    float* base = data + (copy * planes.phases * conv.channels + channel) * planes.plane;
+    // Columns outside, rows inside: what depends on the columns is worked out once for all narrow rows.
+    for (int64_t begin = 0; begin < conv.out_width; begin += kLanes) {
+      const Columns columns = plan_columns(conv, copy, begin);
+      for (int64_t phase = 0; phase < planes.phases; ++phase) {
+        for (int64_t i = 0; i < planes.rows; ++i) {
+          float* out = base + phase * conv.channels * planes.plane + i * planes.pitch + begin;
+          const int64_t row = (group.row + i) * conv.stride[0] + phase - conv.top;
+          if (row < 0 || row >= conv.height) {
+            if (begin == 0) std::fill(out, out + planes.pitch, 0.0f);
+            continue;
+          }
+          for (int64_t n = 0; n < group.images; ++n)
+            copy_columns(conv, columns, x + n * image_size + row * conv.width, out + n * conv.out_width);
         }
-        for (int64_t n = 0; n < group.images; ++n, out += conv.out_width)
-          fill_row(conv, x + n * image_size + row * conv.width, first, out);
       }
     }
   }

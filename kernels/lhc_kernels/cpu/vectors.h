@@ -60,6 +60,20 @@ inline Vec load(const float* p, Mask mask) {
 #endif
 }
 
+// p[0], p[2], p[4], ...; bit i of the masks stands for the float at p + i and at p + kLanes + i.
+inline Vec load_even(const float* p, Mask near, Mask far) {
+#if defined(__AVX512F__)
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512 first = _mm512_maskz_loadu_ps(near, p), second = _mm512_maskz_loadu_ps(far, p + kLanes);
+  return reinterpret_cast<Vec>(_mm512_permutex2var_ps(first, even, second));
+#else
+  Vec v{};
+  for (int i = 0; i < kLanes; ++i)
+    if ((i < kLanes / 2 ? near >> 2 * i : far >> (2 * i - kLanes)) & 1) v[i] = p[2 * i];
+  return v;
+#endif
+}
+
 inline void store(float* p, Vec v, Mask mask) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, mask, reinterpret_cast<__m512>(v));

@@ -16,19 +16,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TALL = 3.1
-CLOSE = 1.6  # two points within this ratio leave no room for a number between them
+SAME, ROOM = 3.0, 21.0  # points of the page: markers as good as one, and what a number beside one needs
 Value = Callable[[Row], float]
 
 
 def speedup_figure(results: Results) -> Figure:
     """Draw the speed-up of every backend, a panel per block size."""
     rows = results.rows
-    roofs = [row.baseline_us / row.floor_us for row in rows]
+    speedups, roofs = [row.speedup for row in rows], [row.baseline_us / row.floor_us for row in rows]
     figure, axes, put_legend = _panels(results, "Speed-up against the best dense form", 3)
     for axis, block in zip(axes, picture.blocks_of(rows), strict=True):
         mine = picture.under_block(rows, block)
         by_density = picture.under_densities(mine, results.densities)
         shown = list(by_density)
+        low, high = min(1.0, *speedups), max(1.0, 1 / min(shown), *speedups, *roofs)
+        powers = range(math.floor(math.log2(low)) - 1, math.ceil(math.log2(high)) + 2)
+        _densities(axis, shown)
+        axis.set_yscale("log")
+        picture.log_ticks(axis.yaxis, [2.0**power for power in powers], "{:g}x")
+        axis.set_ylim(low / 1.35, high * 1.25)
         axis.axhline(1, color=DENSE, linewidth=1.4, label="best dense, 1x")
         axis.plot(shown, [1 / d for d in shown], color=IDEAL, linestyle="--", label="1 / density")
         means = [
@@ -36,15 +42,6 @@ def speedup_figure(results: Results) -> Figure:
         ]
         axis.plot(shown, means, color=picture.GREY, linestyle=":", label="roof: rates of this machine")
         _curves(axis, mine, results.densities, lambda row: row.speedup, "{:.2f}x")
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        picture.log_ticks(axis.xaxis, shown)
-        speedups = [row.speedup for row in rows]
-        low, high = min(1.0, *speedups), max(1.0, 1 / min(shown), *speedups, *roofs)
-        powers = range(math.floor(math.log2(low)) - 1, math.ceil(math.log2(high)) + 2)
-        picture.log_ticks(axis.yaxis, [2.0**power for power in powers], "{:g}x")
-        axis.set_xlim(min(shown) / 1.2, max(shown) * 1.2)
-        axis.set_ylim(low / 1.35, high * 1.25)
     axes[0].set_ylabel("times the speed of the best dense form", fontsize=9)
     put_legend()
     return figure
@@ -52,30 +49,36 @@ def speedup_figure(results: Results) -> Figure:
 
 def peak_figure(results: Results) -> Figure:
     """Draw the share of a large matrix product's rate that live multiply-accumulates reach."""
-    rows = [row for row in results.rows if row.peak_share]
+    rows = results.rows
+    most = max(max(_share(row), _dense_share(row)) for row in rows)
     figure, axes, put_legend = _panels(results, "Achieved rate, as a share of a large matrix product's", 1)
-    most = 0.0
-    for axis, block in zip(axes, picture.blocks_of(results.rows), strict=True):
+    for axis, block in zip(axes, picture.blocks_of(rows), strict=True):
         mine = picture.under_block(rows, block)
         by_density = picture.under_densities(mine, results.densities)
         dense = [picture.geomean([_dense_share(row) for row in at]) for at in by_density.values()]
-        axis.plot(list(by_density), dense, color=DENSE, linewidth=1.6, label="best dense, all MACs")
-        _curves(axis, mine, results.densities, lambda row: 100 * (row.peak_share or 0), "{:.0f} %")
-        axis.set_xscale("log")
-        picture.log_ticks(axis.xaxis, list(by_density))
-        axis.set_xlim(min(by_density) / 1.2, max(by_density) * 1.2)
-        most = max(most, *dense, *(100 * (row.peak_share or 0) for row in mine))
-    for axis in axes:
+        _densities(axis, list(by_density))
         axis.set_ylim(0, most * 1.08)
+        axis.plot(list(by_density), dense, color=DENSE, linewidth=1.6, label="best dense, all MACs")
+        _curves(axis, mine, results.densities, _share, "{:.0f} %")
     axes[0].set_ylabel("% of the matrix product's MAC/s", fontsize=9)
     put_legend()
     return figure
 
 
+def _densities(axis: Axes, shown: Sequence[float]) -> None:
+    """Scale the x axis by powers, with ticks at the densities that were measured."""
+    axis.set_xscale("log")
+    picture.log_ticks(axis.xaxis, shown)
+    axis.set_xlim(min(shown) / 1.2, max(shown) * 1.2)
+
+
+def _share(row: Row) -> float:
+    return 100 * (row.peak_share or 0)
+
+
 def _dense_share(row: Row) -> float:
     """Return the percentage of the peak that the dense form reaches on the same case."""
-    macs = (row.peak_share or 0) * row.time_us / row.density
-    return 100 * macs / row.baseline_us
+    return _share(row) * row.time_us / row.density / row.baseline_us
 
 
 def _panels(results: Results, title: str, extra: int) -> tuple[Figure, list[Axes], Callable[[], None]]:
@@ -137,23 +140,34 @@ def _curves(axis: Axes, rows: Sequence[Row], densities: Sequence[float], value: 
             drawn.setdefault(density, []).append(mean)
             if not rival:
                 ours.setdefault(density, []).append((mean, color))
+
     for density, means in ours.items():
-        _annotate(axis, density, sorted(means), drawn[density], text)
+        lowest, *_, highest = sorted([*means, *means])
+        _annotate(axis, density, highest, drawn[density], text, up=True)
+        if len(means) > 1:
+            _annotate(axis, density, lowest, drawn[density], text, up=False)
 
 
 def _annotate(
-    axis: Axes, density: float, means: Sequence[tuple[float, str]], drawn: Sequence[float], text: str
+    axis: Axes, density: float, mean: tuple[float, str], drawn: Sequence[float], text: str, up: bool
 ) -> None:
-    """Write the largest value above its point and the smallest below: those in between would collide.
+    """Write a value beside its point: on the side asked for, or the other one, where there is room."""
 
-    Where another point is drawn close by, the value stands beyond it.
-    """
-    highest, lowest = means[-1][0], means[0][0]
-    above = max(value for value in drawn if value <= CLOSE * highest)
-    below = min(value for value in drawn if value >= lowest / CLOSE)
-    ends = [(means[-1], above, 8)] if len(means) == 1 else [(means[-1], above, 8), (means[0], below, -14)]
-    for (mean, color), at, offset in ends:
-        axis.annotate(
-            text.format(mean), (density, at), xytext=(0, offset), textcoords="offset points",
-            ha="center", fontsize=8, color=color, fontweight="bold", bbox=picture.OVER_LINE, zorder=5,
-        )  # fmt: skip
+    def height(value: float) -> float:
+        """Where a value is drawn, in points."""
+        return float(axis.transData.transform((density, value))[1]) * 72 / axis.figure.dpi
+
+    value, color = mean
+    gaps = [height(other) - height(value) for other in drawn]
+    above = min((gap for gap in gaps if gap > SAME), default=math.inf)
+    below = min((-gap for gap in gaps if gap < -SAME), default=math.inf)
+    if (up and above < ROOM <= below) or (not up and below >= ROOM):
+        offset = -14.0
+    elif above >= ROOM:
+        offset = 8.0
+    else:
+        offset = 8.0 + max(gap for gap in gaps if gap < ROOM)
+    axis.annotate(
+        text.format(value), (density, value), xytext=(0, offset), textcoords="offset points",
+        ha="center", fontsize=8, color=color, fontweight="bold", bbox=picture.OVER_LINE, zorder=5,
+    )  # fmt: skip

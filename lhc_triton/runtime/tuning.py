@@ -90,7 +90,7 @@ def launch_shape(
         entries=sum(len(tile.entries) for tile in layer.tiles),
         stride=geometry.stride,
         out_size=out_size,
-        residual=False,  # a plan does not say
+        residual=False,  # a layer is tuned without one, and its config serves both
         **device_limits(device),
     )
 

@@ -80,7 +80,7 @@ def show_kernels(rows: Sequence[dict[str, Any]]) -> None:
 def _kernel_cells(row: dict[str, Any]) -> tuple[str, ...]:
     config = row["config"]
     blocks = f"{config['block_m']}x{config['block_n']}x{config['block_k'] * config['entries']}"
-    splits = f" in {config['splits']}" if config["splits"] > 1 else ""
+    splits = f" {config['splits']}" if config["splits"] > 1 else ""
     depth = f"{config['num_warps']} warps, {config['num_stages']} stages"
     return (
         row["target"],

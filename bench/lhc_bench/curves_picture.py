@@ -143,30 +143,41 @@ def _curves(axis: Axes, rows: Sequence[Row], densities: Sequence[float], value: 
 
     for density, means in ours.items():
         lowest, *_, highest = sorted([*means, *means])
-        _annotate(axis, density, highest, drawn[density], text, up=True)
+        apart = _height(axis, density, highest[0]) - _height(axis, density, lowest[0])
+        free = len(means) == 1 or apart >= 2 * ROOM
+        _annotate(axis, density, highest, drawn[density], text, up=True, free=free)
         if len(means) > 1:
-            _annotate(axis, density, lowest, drawn[density], text, up=False)
+            _annotate(axis, density, lowest, drawn[density], text, up=False, free=free)
+
+
+def _height(axis: Axes, density: float, value: float) -> float:
+    """Return where a value is drawn, in points of the page."""
+    return float(axis.transData.transform((density, value))[1]) * 72 / axis.figure.dpi
 
 
 def _annotate(
-    axis: Axes, density: float, mean: tuple[float, str], drawn: Sequence[float], text: str, up: bool
+    axis: Axes,
+    density: float,
+    mean: tuple[float, str],
+    drawn: Sequence[float],
+    text: str,
+    up: bool,
+    free: bool,
 ) -> None:
-    """Write a value beside its point: on the side asked for, or the other one, where there is room."""
+    """Write a value beside its point, on the side asked for where there is room.
 
-    def height(value: float) -> float:
-        """Where a value is drawn, in points."""
-        return float(axis.transData.transform((density, value))[1]) * 72 / axis.figure.dpi
-
+    Else on the other side, if it is free of our own numbers, or beyond the points that are in the way.
+    """
     value, color = mean
-    gaps = [height(other) - height(value) for other in drawn]
+    gaps = [_height(axis, density, other) - _height(axis, density, value) for other in drawn]
     above = min((gap for gap in gaps if gap > SAME), default=math.inf)
     below = min((-gap for gap in gaps if gap < -SAME), default=math.inf)
-    if (up and above < ROOM <= below) or (not up and below >= ROOM):
-        offset = -14.0
-    elif above >= ROOM:
-        offset = 8.0
-    else:
+    if up and (above >= ROOM or not (free and below >= ROOM)):
         offset = 8.0 + max(gap for gap in gaps if gap < ROOM)
+    elif up or below >= ROOM or not (free and above >= ROOM):
+        offset = -14.0 + min(gap for gap in gaps if gap > -ROOM)
+    else:
+        offset = 8.0
     axis.annotate(
         text.format(value), (density, value), xytext=(0, offset), textcoords="offset points",
         ha="center", fontsize=8, color=color, fontweight="bold", bbox=picture.OVER_LINE, zorder=5,

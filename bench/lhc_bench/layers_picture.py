@@ -46,7 +46,7 @@ def layers_figure(results: Results) -> Figure:
     heights = [max(map(len, panel_row)) * unit for panel_row in grouped]
 
     shared = columns == 2
-    width, left = (10.6, 1.55) if shared else (7.2, 2.1)
+    width, left = (10.6, 1.55) if shared else (7.4, 2.3)
     caption = picture.caption_lines(results, width)
     legend_columns = 5 if shared else 3
     legend_tall = picture.LEGEND_LINE * math.ceil((len(series) + 1) / legend_columns)

@@ -56,7 +56,8 @@ class NetworkCase:
     @property
     def name(self) -> str:
         """For people, with batch and threads."""
-        threads = "" if self.threads is None else f", {self.threads} threads"
+        plural = "" if self.threads == 1 else "s"
+        threads = "" if self.threads is None else f", {self.threads} thread{plural}"
         return f"{self.model}/{self.part}, batch {self.batch}{threads}"
 
     def build(self, scale: float = 1.0) -> nn.Module:
@@ -117,6 +118,8 @@ class NetworkSubject:
         """
         dense = _drawn(case, setting)
         x = case.image(case.batch, setting)
+        if setting.device == "cuda":  # the format of every network here: nobody has to convert its input
+            x = x.contiguous(memory_format=torch.channels_last)
         model = copy.deepcopy(dense).to(setting.device, setting.dtype)
         folded = accelerate(model, x, tune=setting.tune, backend="dense", graphs=False)
         memory = _memory_mb(folded, x, setting.device)

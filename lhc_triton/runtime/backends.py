@@ -54,7 +54,7 @@ def unavailable(backend: str, dtype: torch.dtype, device: torch.device | str) ->
 
 
 def _native_problem() -> str | None:
-    # Only a build tells whether a compiler works; it is kept for good, so that later processes merely load it.
+    # Only a build tells whether a compiler works; it is kept, so that later processes merely load it.
     from lhc_kernels.cpu import problem
 
     reason = problem()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
 from lhc_triton.planning.plan import LayerPlan
+from lhc_triton.runtime import prepacked
 from lhc_triton.runtime.backends import unavailable
 from lhc_triton.runtime.epilogue import ACTIVATIONS, LAYOUTS, MEMORY_FORMATS, POOLS
 from lhc_triton.runtime.packing import blocks_from_weight, pack_blocks, weight_from_blocks
@@ -166,6 +167,7 @@ class DenseConv2d(FusedConv2d):
             layout,
         )
         self.register_buffer("weight", weight.detach().clone(memory_format=MEMORY_FORMATS[layout]))
+        self._prepacked: tuple[Tensor, int, Tensor] | None = None
 
     def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, pool: str) -> Tensor:
         top, bottom, left, right = self.padding
@@ -173,8 +175,26 @@ class DenseConv2d(FusedConv2d):
         if (top, left) != (bottom, right):
             x, border = F.pad(x, (left, right, top, bottom)), (0, 0)
         x = x.contiguous(memory_format=MEMORY_FORMATS[self.layout])
-        y = F.conv2d(x, self.weight, self.bias, self.stride, border, self.dilation, self.groups)
+        options = (self.stride, border, self.dilation, self.groups)
+        if self.layout == "channels_last" and prepacked.serves(x):
+            y = prepacked.convolve(x, self._in_onednn_order(x, border), self.bias, *options)
+        else:
+            y = F.conv2d(x, self.weight, self.bias, *options)
         return self._finish(y, residual, activation, pool)
+
+    def _in_onednn_order(self, x: Tensor, border: tuple[int, int]) -> Tensor:
+        """Return the prepacked weight, made again whenever the weight is another one or was written to."""
+        weight = self.weight
+        version = 0 if weight.is_inference() else weight._version
+        kept = self._prepacked
+        if kept is None or kept[0] is not weight or kept[1] != version:
+            packed = prepacked.prepack(weight, self.stride, border, self.dilation, self.groups, x.shape)
+            kept = self._prepacked = (weight, version, packed)
+        return kept[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the prepacked weight out of copies: it is opaque, and made again."""
+        return {**super().__getstate__(), "_prepacked": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -3,9 +3,10 @@
 Importing this module registers the operator with its implementation (which picks the backend by name), its
 fake kernel (torch.compile, torch.export), its refusal to differentiate, and its FLOP formula.
 
-The implementation here serves every device that has no more specific one. Loading the native kernel brings one
-for the CPU, in C++: it runs backend "native" itself, so that such a call costs microseconds, and hands any other
-call, and any it finds fault with, to ``lhc::grouped_conv2d_python``, which is the implementation here again.
+The implementation here serves every device that has no more specific one. Loading the native kernel brings
+one for the CPU, in C++: it runs backend "native" itself, so that such a call costs microseconds, and hands
+any other call, and any it finds fault with, to ``lhc::grouped_conv2d_python``, which is the implementation
+here again.
 """
 
 from __future__ import annotations

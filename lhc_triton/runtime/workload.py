@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
 from lhc_triton.planning.plan import LayerPlan
 from lhc_triton.runtime.epilogue import MEMORY_FORMATS
+from lhc_triton.runtime.modules import DenseConv2d
 from lhc_triton.runtime.packing import blocks_from_weight, pack, weight_from_blocks
 
 Call = Callable[[], Tensor]
@@ -38,12 +40,19 @@ class Workload:
         self.bias = random(geometry.out_channels)
 
     def dense(self, layout: str) -> Call:
-        """Return the dense convolution in a memory format, with all its weights."""
+        """Return the dense convolution that a network would run in a memory format, with all its weights."""
         geometry = self.layer.topology.geometry
-        memory_format = MEMORY_FORMATS[layout]
-        x, border = _bordered(self.x, self.layer)
-        x, weight = (tensor.contiguous(memory_format=memory_format) for tensor in (x, self.weight))
-        return lambda: F.conv2d(x, weight, self.bias, geometry.stride, border, geometry.dilation).relu_()
+        conv = DenseConv2d(
+            self.weight,
+            self.bias,
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            activation="relu",
+            layout=layout,
+        )
+        x = self.x.contiguous(memory_format=MEMORY_FORMATS[layout])
+        return partial(conv, x)
 
     def sparse(self, backend: str, layout: str, config: Sequence[int] = ()) -> Call:
         """Return the planned convolution by a backend in a memory format, with a launch config or its own."""
@@ -60,14 +69,7 @@ class Workload:
         topology = self.layer.topology
         geometry = topology.geometry
         weight = weight_from_blocks(topology, blocks_from_weight(topology, self.weight))
-        x, border = _bordered(self.x[:1].double(), self.layer)
+        top, bottom, left, right = geometry.padding
+        x = F.pad(self.x[:1].double(), (left, right, top, bottom))
         bias = self.bias.double()
-        return F.conv2d(x, weight.double(), bias, geometry.stride, border, geometry.dilation).relu_()
-
-
-def _bordered(x: Tensor, layer: LayerPlan) -> tuple[Tensor, tuple[int, int]]:
-    """Return the input and the border that torch's convolution can add; an uneven one is added here."""
-    top, bottom, left, right = layer.topology.geometry.padding
-    if (top, left) == (bottom, right):
-        return x, (top, left)
-    return F.pad(x, (left, right, top, bottom)), (0, 0)
+        return F.conv2d(x, weight.double(), bias, geometry.stride, 0, geometry.dilation).relu_()

@@ -43,8 +43,9 @@ def tiny(monkeypatch):
 def test_a_suite_writes_right_numbers_for_each_case_and_density(tmp_path):
     seen = []
     found = suites.run_suite(
-        "quick", tmp_path, lambda *step: seen.append(step[:2]), rounds=2, densities=(0.1, 1.0), timer=once
-    )
+        "quick", tmp_path, lambda *step: seen.append(step[:2]), rounds=2, densities=(0.1, 1.0), timer=once,
+        compiled=False,
+    )  # fmt: skip
     results = read_results(tmp_path / "results.json")
     assert results.to_dict() == found
     assert (tmp_path / "results.csv").is_file()
@@ -192,6 +193,15 @@ def test_the_dense_peers_agree():
     assert "compiled" in skipped
     first, second = (call() for call in calls.values())
     assert peers.norm_error(first, second.double()) < 1e-5
+
+
+def test_a_compiled_peer_agrees_with_the_eager_one():
+    layer = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())
+    x = torch.randn(1, 8, 5, 5)
+    compiled, reason = peers.compiled_or_reason(layer, x)
+    assert reason is None
+    with torch.inference_mode():
+        assert peers.norm_error(compiled(x), layer(x)) < 1e-5
 
 
 def test_without_a_compiler_there_is_a_reason(monkeypatch):

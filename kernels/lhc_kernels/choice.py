@@ -163,5 +163,6 @@ def _landscape(shape: LaunchShape, precision: str) -> Iterator[KernelConfig]:
         yield config
         yield replace(config, variant="box")
         yield from _split(config, shape)
-        if cost_sheet(config, shape).waves >= 2:
+        # Multiply-adds keep every multiprocessor busy as it is, and have no registers to spare.
+        if cost_sheet(config, shape).waves >= 2 and multiplies_by(config, shape) != "fma":
             yield replace(config, variant="persistent")

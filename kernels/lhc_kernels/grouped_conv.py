@@ -35,7 +35,7 @@ def _place(item, m_blocks, n_blocks, PERSISTENT: tl.constexpr):
         return item // n_blocks, item % n_blocks
     # As many blocks of pixels as there are programs form a group, and a group goes through the tiles in
     # turn: all programs then work on equally long tiles, the longest first, and the group's activations
-    # stay in L2 from tile to tile.
+    # can stay in L2 from tile to tile.
     workers = tl.num_programs(0)
     group = item // (workers * n_blocks)
     rest = item - group * workers * n_blocks
@@ -157,9 +157,8 @@ def grouped_conv2d_fwd_kernel(
         iw = (offs_m % out_width) * STRIDE_W - pad_left
         ih = (row % out_height) * STRIDE_H - pad_top
         if BORDER:
-            inside = _inside(ih, iw, mask_m, height, width, KERNEL_H, KERNEL_W, DILATION_H, DILATION_W)[
-                :, None
-            ]
+            inside = _inside(ih, iw, mask_m, height, width, KERNEL_H, KERNEL_W, DILATION_H, DILATION_W)
+            inside = inside[:, None]
         x_base = ((((row // out_height) * height + ih) * width + iw) * IN_CHANNELS)[:, None]
         if K_MAJOR:
             offs_w = offs_n[None, :] * IN_BLOCK + offs_k[:, None]

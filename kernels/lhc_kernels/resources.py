@@ -45,7 +45,9 @@ def register_estimate(config: KernelConfig, shape: LaunchShape) -> int:
         registers += 5 * loads
     if shape.residual and config.variant != "split":
         registers += 10 + sums / 2
-    operands = {"fma": 35.0, "fragments": 16 + sums / 2, "memory": 0.0}[multiplies_by(config, shape)]
+    # Blackwell's sums lie in tensor memory; what comes on top is for taking them from there.
+    fetched = sums / 2 + 10 if shape.capability >= 100 else 0.0
+    operands = {"fma": 35.0, "fragments": 16 + sums / 2, "memory": fetched}[multiplies_by(config, shape)]
     kept = 20 + sums / 2 if config.variant == "persistent" else 0.0  # from one work item to the next
     return round(registers + max(operands, kept))
 

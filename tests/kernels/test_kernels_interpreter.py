@@ -15,6 +15,7 @@ import triton
 from grouped_problems import (
     FLOATS,
     SPECIAL_CASES,
+    TOLERANCE,
     VARIANT_CASES,
     Conv,
     cases_by_dtype,
@@ -23,11 +24,12 @@ from grouped_problems import (
     convs,
     few_processors,
     make_problem,
+    relative_error,
     run,
 )
 from hypothesis import given, settings
 
-from lhc_kernels import KernelConfig, cost_sheet, grouped_conv2d, launch
+from lhc_kernels import KernelConfig, candidate_configs, cost_sheet, grouped_conv2d, launch
 from lhc_kernels.grouped_conv import grouped_conv2d_fwd_kernel
 
 OLD_TRITON = triton.__version__.startswith("3.6.")
@@ -52,6 +54,18 @@ def test_named_convolutions_match_the_dense_answer(conv: Conv) -> None:
 def test_random_convolutions_match_the_dense_answer(conv: Conv) -> None:
     with few_processors():
         check(conv)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+def test_candidates_match_the_dense_answer(dtype: torch.dtype) -> None:
+    conv = Conv(1, 64, 64, 9, 8, tile_width=32, density=0.2, residual=True, activation="silu", dtype=dtype)
+    problem = make_problem(conv)
+    size, expected = problem.out_size()[2:], problem.expected()
+    shape = launch.launch_shape(problem.x, problem.weight, 2, size, (3, 3), residual=True)
+    for candidate in candidate_configs(shape, 6):
+        problem.options["config"] = candidate.to_list()
+        error = relative_error(run(problem), expected)
+        assert error <= TOLERANCE[dtype], f"norm error {error:.3g} for {candidate}"
 
 
 def test_persistent_programs_take_several_turns() -> None:

@@ -26,32 +26,31 @@ int64_t plane_pitch(int64_t pixels) {
   return (ceil_div(pixels + kLanes, 16) | 1) * 16;
 }
 
-// Up to kLanes columns of every row of one copy, from column `begin` on: input columns first, first + stride, ...
-struct Columns {
-  int64_t begin, count, first, stride;
-  Mask out, near, far;  // lanes to write; floats to read, of the first kLanes and of the next
+// A rectangle of a copy: up to kLanes columns, from `begin` on, of rows whose input rows exist.
+struct Rectangle {
+  int64_t rows, images;
+  int64_t row_step, image_step;    // of the input, in floats
+  int64_t pitch, width;            // of the copy: from row to row, and from image to image
+  int64_t first, count, stride;    // input columns first, first + stride, ...
+  Mask lanes, near, far;           // columns to write; floats to read, of the first kLanes and of the next
 };
 
-Columns plan_columns(const Conv& conv, int64_t copy, int64_t begin) {
-  Columns columns{begin, std::min<int64_t>(kLanes, conv.out_width - begin), 0, conv.stride[1], 0, 0, 0};
-  columns.first = begin * conv.stride[1] + copy * conv.dilation[1] - conv.left;
-  columns.out = first_lanes(columns.count);
-  columns.near = within(counting(), columns.first, conv.width);
-  columns.far = within(counting(), columns.first + kLanes, conv.width);
-  return columns;
-}
-
-// Copies the columns of one input row; zero where they do not exist.
-inline void copy_columns(const Conv& conv, const Columns& columns, const float* row, float* out) {
-  const float* from = row + columns.first;
-  if (kFreeMasks && columns.stride == 1) {
-    store(out, load(from, columns.near), columns.out);
-  } else if (kFreeMasks && columns.stride == 2) {
-    store(out, load_even(from, columns.near, columns.far), columns.out);
-  } else {
-    for (int64_t j = 0; j < columns.count; ++j) {
-      const int64_t column = columns.first + j * columns.stride;
-      out[j] = column >= 0 && column < conv.width ? row[column] : 0.0f;
+// Copies a rectangle; columns that do not exist are zero.
+template <int kStride>
+void copy_rectangle(const Rectangle rectangle, int64_t input_width, const float* x, float* out) {
+  const Rectangle& r = rectangle;
+  for (int64_t i = 0; i < r.rows; ++i, x += r.row_step, out += r.pitch) {
+    const float* from = x + r.first;
+    float* to = out;
+    for (int64_t n = 0; n < r.images; ++n, from += r.image_step, to += r.width) {
+      if constexpr (kFreeMasks && kStride == 1) {
+        store(to, load(from, r.near), r.lanes);
+      } else if constexpr (kFreeMasks && kStride == 2) {
+        store(to, load_even(from, r.near, r.far), r.lanes);
+      } else {
+        for (int64_t j = 0, column = r.first; j < r.count; ++j, column += r.stride)
+          to[j] = column >= 0 && column < input_width ? from[j * r.stride] : 0.0f;
+      }
     }
   }
 }
@@ -109,24 +108,36 @@ int64_t planes_size(const Conv& conv, const Group& group) {
 }
 
 void fill_channel(const Conv& conv, const Planes& planes, const Group& group, int64_t channel, float* data) {
-  const int64_t image_size = conv.channels * conv.height * conv.width;
+  const int64_t image_size = conv.channels * conv.height * conv.width, stride = conv.stride[0];
   const float* x = conv.x + group.image * image_size + channel * conv.height * conv.width;
-  for (int64_t copy = 0; copy < planes.copies; ++copy) {
-    float* base = data + (copy * planes.phases * conv.channels + channel) * planes.plane;
-    // Columns outside, rows inside: what depends on the columns is worked out once for all narrow rows.
-    for (int64_t begin = 0; begin < conv.out_width; begin += kLanes) {
-      const Columns columns = plan_columns(conv, copy, begin);
-      for (int64_t phase = 0; phase < planes.phases; ++phase) {
-        for (int64_t i = 0; i < planes.rows; ++i) {
-          float* out = base + phase * conv.channels * planes.plane + i * planes.pitch + begin;
-          const int64_t row = (group.row + i) * conv.stride[0] + phase - conv.top;
-          if (row < 0 || row >= conv.height) {
-            if (begin == 0) std::fill(out, out + planes.pitch, 0.0f);
-            continue;
-          }
-          for (int64_t n = 0; n < group.images; ++n)
-            copy_columns(conv, columns, x + n * image_size + row * conv.width, out + n * conv.out_width);
-        }
+  Rectangle r{};
+  r.images = group.images, r.image_step = image_size, r.row_step = stride * conv.width;
+  r.pitch = planes.pitch, r.width = conv.out_width, r.stride = conv.stride[1];
+  for (int64_t phase = 0; phase < planes.phases; ++phase) {
+    // The plane's row i is the input's row i * stride + top.
+    const int64_t top = group.row * stride + phase - conv.top;
+    const int64_t above = std::clamp<int64_t>(top < 0 ? ceil_div(-top, stride) : 0, 0, planes.rows);
+    const int64_t end =
+        std::clamp<int64_t>(top < conv.height ? ceil_div(conv.height - top, stride) : 0, above, planes.rows);
+    r.rows = end - above;
+    for (int64_t copy = 0; copy < planes.copies; ++copy) {
+      float* out = data + ((copy * planes.phases + phase) * conv.channels + channel) * planes.plane;
+      std::fill(out, out + above * planes.pitch, 0.0f);
+      std::fill(out + end * planes.pitch, out + planes.rows * planes.pitch, 0.0f);
+      for (int64_t begin = 0; begin < conv.out_width; begin += kLanes) {
+        r.first = begin * r.stride + copy * conv.dilation[1] - conv.left;
+        r.count = std::min<int64_t>(kLanes, conv.out_width - begin);
+        r.lanes = first_lanes(r.count);
+        r.near = within(counting(), r.first, conv.width);
+        r.far = within(counting(), r.first + kLanes, conv.width);
+        const float* rows = x + (above * stride + top) * conv.width;
+        float* to = out + above * planes.pitch + begin;
+        if (r.stride == 1)
+          copy_rectangle<1>(r, conv.width, rows, to);
+        else if (r.stride == 2)
+          copy_rectangle<2>(r, conv.width, rows, to);
+        else
+          copy_rectangle<0>(r, conv.width, rows, to);
       }
     }
   }

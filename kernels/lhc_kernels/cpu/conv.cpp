@@ -19,8 +19,9 @@
 namespace lhc {
 namespace {
 
-// Planes are filled group by group, each small enough to stay in the cores' second-level caches.
-constexpr int64_t kPlanesFloats = 1 << 20;
+// Planes are filled group by group, each small enough for the second-level caches (per thread; of 1, 2 and 4 MB,
+// 1 MB was the best for many images and 2 MB for one).
+constexpr int64_t kPlanesFloats = 3 << 17;
 // Weights that stay in a core's second-level cache while strips pass by.
 constexpr int64_t kWeightFloats = 1 << 18;
 constexpr int64_t kItemsPerThread = 8;
@@ -33,9 +34,9 @@ struct Strip {
   int64_t x[kVectors];     // where each vector's pixels lie in the planes, before a step's offset
   int64_t y[kVectors];     // and in filter 0's output plane, where they are contiguous
   Mask lanes[kVectors];    // lanes that are output pixels
-  int64_t count;           // output pixels in all
-  bool scattered, full;    // full: all lanes are output pixels
-  int64_t places[kVectors * kLanes];  // scattered: of each pixel, in filter 0's output plane
+  bool full;               // all lanes are output pixels
+  bool scattered;          // they are not contiguous there: images lie side by side
+  int64_t count, places[kVectors * kLanes];  // scattered: pixels in all, and where each lies
 };
 
 // Which lanes of a strip each tap may read: of the direct variant those whose row and column exist, of the
@@ -107,12 +108,12 @@ void finish(const Conv& conv, const Strip& strip, int64_t filter, const Vec* sum
   const float* residual = conv.residual ? conv.residual + base : nullptr;
   for (int v = 0; v < strip.vectors; ++v) {
     const int64_t* places = strip.places + v * kLanes;
-    const int count = static_cast<int>(std::min<int64_t>(strip.count - v * kLanes, kLanes));
+    const int64_t count = strip.scattered ? std::min<int64_t>(strip.count - v * kLanes, kLanes) : 0;
     Vec out = sums[v];
     if (conv.scale) out = out * broadcast(conv.scale[filter]);
     if (conv.bias) out += broadcast(conv.bias[filter]);
     if (residual && strip.scattered)
-      for (int i = 0; i < count; ++i) out[i] += residual[places[i]];
+      for (int64_t i = 0; i < count; ++i) out[i] += residual[places[i]];
     else if (residual)
       out += load(residual + strip.y[v], strip.lanes[v]);
     if (conv.relu) out = at_least(out, Vec{});
@@ -122,7 +123,7 @@ void finish(const Conv& conv, const Strip& strip, int64_t filter, const Vec* sum
     }
     alignas(64) float values[kLanes];
     store(values, out);
-    for (int i = 0; i < count; ++i) y[places[i]] = values[i];
+    for (int64_t i = 0; i < count; ++i) y[places[i]] = values[i];
   }
 }
 
@@ -189,6 +190,23 @@ void run_tile(const Job& job, const Strip& strip, const Borders& borders, int64_
     run_tile<1>(job, strip, borders, tile);
 }
 
+// Where the pixels from `first` on of images side by side lie in the output.
+void scatter(const Job& job, int64_t first, int64_t origin, Strip& strip) {
+  const Conv& conv = job.conv;
+  const int64_t image_size = conv.out_channels * conv.out_height * conv.out_width;
+  int64_t row = first / job.planes.row_step, rest = first % job.planes.row_step;
+  int64_t image = rest / conv.out_width, column = rest % conv.out_width;
+  strip.count = std::min<int64_t>(strip.vectors * kLanes, job.planes.run_pixels - first);
+  for (int64_t i = 0; i < strip.count; ++i) {
+    strip.places[i] = origin + image * image_size + row * conv.out_width + column;
+    if (++column < conv.out_width) continue;
+    column = 0;
+    if (++image < job.group.images) continue;
+    image = 0;
+    ++row;
+  }
+}
+
 void mask_taps(const Conv& conv, const Strip& strip, int64_t begin, int v, Borders& borders) {
   IntVec columns = counting() + static_cast<int32_t>(begin % conv.out_width);
   IntVec rows = IntVec{} + static_cast<int32_t>(begin / conv.out_width);
@@ -206,52 +224,31 @@ void mask_taps(const Conv& conv, const Strip& strip, int64_t begin, int v, Borde
   }
 }
 
-// The lanes of the strip's vectors, and which of them each tap may read.
-void place_direct(const Job& job, int64_t first, Strip& strip, Borders& borders) {
+// Places the strip of vectors from `first` on, and says which of their lanes each tap may read.
+void place(const Job& job, int64_t first, Strip& strip, Borders& borders) {
   const Conv& conv = job.conv;
-  const int64_t pixels = conv.out_height * conv.out_width, per_image = ceil_div(pixels, kLanes);
-  strip.scattered = false;
-  strip.count = strip.vectors * kLanes;
+  const Planes& planes = job.planes;
+  const int64_t image_size = conv.out_channels * conv.out_height * conv.out_width;
+  const int64_t origin = job.group.image * image_size + job.group.row * conv.out_width;
+  const int64_t per_run = ceil_div(planes.run_pixels, kLanes);
+  strip.scattered = planes.side_by_side;
   strip.full = true;
   for (int v = 0; v < strip.vectors; ++v) {
-    const int64_t image = (first + v) / per_image, begin = (first + v) % per_image * kLanes;
-    strip.x[v] = image * conv.channels * conv.height * conv.width + begin;
-    strip.y[v] = image * conv.out_channels * pixels + begin;
-    strip.lanes[v] = first_lanes(pixels - begin);
+    const int64_t run = (first + v) / per_run, begin = (first + v) % per_run * kLanes;
+    strip.x[v] = run * planes.run_step + begin;
+    strip.y[v] = origin + run * image_size + begin;
+    strip.lanes[v] = first_lanes(planes.run_pixels - begin);
     strip.full = strip.full && strip.lanes[v] == kAllLanes;
-    if (kFreeMasks) mask_taps(conv, strip, begin, v, borders);
+    if (kFreeMasks && planes.direct) mask_taps(conv, strip, begin, v, borders);
   }
-  for (int64_t tap = 0; tap < conv.kernel[0] * conv.kernel[1]; ++tap) {
-    Mask common = kAllLanes;
-    for (int v = 0; v < strip.vectors; ++v) common &= borders.masks[tap * kVectors + v];
-    borders.whole[tap] = common == kAllLanes;
+  if (kFreeMasks && planes.direct) {
+    for (int64_t tap = 0; tap < conv.kernel[0] * conv.kernel[1]; ++tap) {
+      Mask common = kAllLanes;
+      for (int v = 0; v < strip.vectors; ++v) common &= borders.masks[tap * kVectors + v];
+      borders.whole[tap] = common == kAllLanes;
+    }
   }
-}
-
-void place_copied(const Job& job, int64_t first, Strip& strip) {
-  const Conv& conv = job.conv;
-  const Group& group = job.group;
-  const int64_t pixels = conv.out_height * conv.out_width, image_size = conv.out_channels * pixels;
-  const int64_t origin = group.image * image_size + group.row * conv.out_width;
-  strip.scattered = group.images > 1;
-  strip.count = std::min<int64_t>(strip.vectors * kLanes, job.planes.lanes - first * kLanes);
-  strip.full = strip.count == strip.vectors * kLanes;
-  for (int v = 0; v < strip.vectors; ++v) {
-    strip.x[v] = (first + v) * kLanes;
-    strip.y[v] = origin + strip.x[v];
-    strip.lanes[v] = first_lanes(job.planes.lanes - strip.x[v]);
-  }
-  if (!strip.scattered) return;
-  int64_t row = first * kLanes / job.planes.pitch, rest = first * kLanes % job.planes.pitch;
-  int64_t image = rest / conv.out_width, column = rest % conv.out_width;
-  for (int64_t i = 0; i < strip.count; ++i) {
-    strip.places[i] = origin + image * image_size + row * conv.out_width + column;
-    if (++column < conv.out_width) continue;
-    column = 0;
-    if (++image < group.images) continue;
-    image = 0;
-    ++row;
-  }
+  if (strip.scattered) scatter(job, first * kLanes, origin, strip);
 }
 
 // A place in the order of work: chunk of filter tiles by chunk, strip by strip, tile by tile.
@@ -286,10 +283,7 @@ void run_cells(const Job& job, int64_t begin_cost, int64_t end_cost) {
     if (!placed) {
       const int64_t first = cell.strip * job.vectors / job.strips;
       strip.vectors = static_cast<int>((cell.strip + 1) * job.vectors / job.strips - first);
-      if (job.planes.direct)
-        place_direct(job, first, strip, borders);
-      else
-        place_copied(job, first, strip);
+      place(job, first, strip, borders);
       placed = true;
     }
     run_tile(job, strip, borders, cell.tile);
@@ -343,14 +337,12 @@ void run_group(const Conv& conv, const Group& group, const Threads& threads) {
     });
     job.data = data;
   }
-  const int64_t per_image = ceil_div(job.planes.lanes, kLanes);
-  job.vectors = job.planes.direct ? conv.batch * per_image : per_image;
+  job.vectors = job.planes.runs * ceil_div(job.planes.run_pixels, kLanes);
   job.strips = ceil_div(job.vectors, kVectors);
 
   // Strip by strip, all weights passing by, while these fit into the second-level cache beside the pixels.
   // More weights than that pass by once, tile by tile, if the pixels fit; else in chunks that do.
-  const int64_t pixels = conv.channels * (job.planes.direct ? conv.batch * conv.height * conv.width
-                                                            : job.planes.rows * job.planes.pitch);
+  const int64_t pixels = conv.channels * job.planes.runs * job.planes.run_pixels;
   const int64_t weights = conv.tile_ptr[conv.tiles] * conv.in_block * conv.tile_width;
   const int64_t budget = weights > kWeightFloats && pixels <= kWeightFloats ? 0 : kWeightFloats;
   job.cost.push_back(0);
@@ -380,9 +372,10 @@ void grouped_conv2d(const Conv& conv, const Threads& threads) {
   if (conv.batch == 0) return;
   if (reads_directly(conv)) return run_group(conv, {0, conv.batch, 0, conv.out_height}, threads);
   // Groups of whole images if they fit, else of rows of one image.
+  const int64_t limit = kPlanesFloats * threads.count;
   int64_t images = 1, rows = conv.out_height;
-  while (images < conv.batch && planes_size(conv, {0, images + 1, 0, rows}) <= kPlanesFloats) ++images;
-  while (rows > 1 && planes_size(conv, {0, images, 0, rows}) > kPlanesFloats) rows = ceil_div(rows, 2);
+  while (images < conv.batch && planes_size(conv, {0, images + 1, 0, rows}) <= limit) ++images;
+  while (rows > 1 && planes_size(conv, {0, images, 0, rows}) > limit) rows = ceil_div(rows, 2);
   images = ceil_div(conv.batch, ceil_div(conv.batch, images));
   rows = ceil_div(conv.out_height, ceil_div(conv.out_height, rows));
   for (int64_t n = 0; n < conv.batch; n += images)

@@ -20,6 +20,16 @@ int64_t phase_count(const Conv& conv) {
   return last + 1;
 }
 
+// Whether a run of so many pixels leaves less than an eighth of its vectors' lanes idle.
+bool fills_vectors(int64_t pixels) { return ceil_div(pixels, kLanes) * kLanes * 8 <= pixels * 9; }
+
+void clear_rows(const Planes& planes, const Group& group, int64_t width, int64_t first, int64_t end, float* out) {
+  const int64_t pieces = planes.side_by_side ? 1 : group.images;
+  const int64_t row = planes.side_by_side ? planes.row_step : width;
+  for (int64_t n = 0; n < pieces; ++n, out += planes.image_step)
+    std::fill(out + first * row, out + end * row, 0.0f);
+}
+
 // Whole cache lines, an odd number of them: planes a multiple of 4096 bytes apart would share a few cache
 // sets. One vector of slack: rows are written in whole vectors, and lanes past the last pixel are read.
 int64_t plane_pitch(int64_t pixels) {
@@ -30,7 +40,7 @@ int64_t plane_pitch(int64_t pixels) {
 struct Rectangle {
   int64_t rows, images;
   int64_t row_step, image_step;    // of the input, in floats
-  int64_t pitch, width;            // of the copy: from row to row, and from image to image
+  int64_t row_pitch, image_pitch;  // of the copy
   int64_t first, count, stride;    // input columns first, first + stride, ...
   Mask lanes, near, far;           // columns to write; floats to read, of the first kLanes and of the next
 };
@@ -39,10 +49,10 @@ struct Rectangle {
 template <int kStride>
 void copy_rectangle(const Rectangle rectangle, int64_t input_width, const float* x, float* out) {
   const Rectangle& r = rectangle;
-  for (int64_t i = 0; i < r.rows; ++i, x += r.row_step, out += r.pitch) {
+  for (int64_t i = 0; i < r.rows; ++i, x += r.row_step, out += r.row_pitch) {
     const float* from = x + r.first;
     float* to = out;
-    for (int64_t n = 0; n < r.images; ++n, from += r.image_step, to += r.width) {
+    for (int64_t n = 0; n < r.images; ++n, from += r.image_step, to += r.image_pitch) {
       if constexpr (kFreeMasks && kStride == 1) {
         store(to, load(from, r.near), r.lanes);
       } else if constexpr (kFreeMasks && kStride == 2) {
@@ -62,22 +72,28 @@ bool reads_directly(const Conv& conv) {
   if (conv.stride[0] != 1 || conv.stride[1] != 1 || conv.out_width != conv.width) return false;
   if (bordered && !kFreeMasks) return false;
   if (!bordered && conv.out_height != conv.height) return false;
-  // A last vector of few pixels wastes the more, the smaller the image; past that, copying pays.
-  const int64_t pixels = conv.out_height * conv.out_width;
-  const int64_t lanes = ceil_div(pixels, kLanes) * kLanes;
-  return conv.batch == 1 || lanes * 8 <= pixels * 9;
+  return conv.batch == 1 || fills_vectors(conv.out_height * conv.out_width);
 }
 
 Planes plan_planes(const Conv& conv, const Group& group) {
   Planes planes{};
   planes.direct = reads_directly(conv);
-  planes.copies = conv.kernel[1];
-  planes.phases = phase_count(conv);
-  planes.rows = plane_rows(conv, group.rows);
-  planes.pitch = group.images * conv.out_width;
-  planes.plane = plane_pitch(planes.rows * planes.pitch);
-  planes.lanes = planes.direct ? conv.out_height * conv.out_width : group.rows * planes.pitch;
-  planes.channel_step = planes.direct ? conv.height * conv.width : planes.plane;
+  planes.run_pixels = group.rows * conv.out_width;
+  planes.side_by_side = !planes.direct && group.images > 1 && !fills_vectors(planes.run_pixels);
+  planes.runs = planes.side_by_side ? 1 : group.images;
+  if (planes.direct) {
+    planes.channel_step = conv.height * conv.width;
+    planes.run_step = conv.channels * planes.channel_step;
+  } else {
+    planes.copies = conv.kernel[1];
+    planes.phases = phase_count(conv);
+    planes.rows = plane_rows(conv, group.rows);
+    planes.row_step = planes.side_by_side ? group.images * conv.out_width : conv.out_width;
+    planes.image_step = planes.side_by_side ? conv.out_width : planes.rows * conv.out_width;
+    planes.channel_step = plane_pitch(group.images * planes.rows * conv.out_width);
+    planes.run_step = planes.image_step;
+    if (planes.side_by_side) planes.run_pixels *= group.images;
+  }
 
   const int64_t in_blocks = ceil_div(conv.channels, conv.in_block);
   for (int64_t r = 0; r < conv.kernel[0]; ++r) {
@@ -88,7 +104,7 @@ Planes plan_planes(const Conv& conv, const Group& group) {
         offset = (down - conv.top) * conv.width + s * conv.dilation[1] - conv.left;
       } else {
         const int64_t copy = s * planes.phases + down % conv.stride[0];
-        offset = copy * conv.channels * planes.plane + down / conv.stride[0] * planes.pitch;
+        offset = copy * conv.channels * planes.channel_step + down / conv.stride[0] * planes.row_step;
       }
       for (int64_t b = 0; b < in_blocks; ++b) {
         const int64_t first = b * conv.in_block;
@@ -102,7 +118,6 @@ Planes plan_planes(const Conv& conv, const Group& group) {
 }
 
 int64_t planes_size(const Conv& conv, const Group& group) {
-  if (reads_directly(conv)) return 0;
   const int64_t pixels = plane_rows(conv, group.rows) * group.images * conv.out_width;
   return conv.kernel[1] * phase_count(conv) * conv.channels * plane_pitch(pixels);
 }
@@ -112,7 +127,7 @@ void fill_channel(const Conv& conv, const Planes& planes, const Group& group, in
   const float* x = conv.x + group.image * image_size + channel * conv.height * conv.width;
   Rectangle r{};
   r.images = group.images, r.image_step = image_size, r.row_step = stride * conv.width;
-  r.pitch = planes.pitch, r.width = conv.out_width, r.stride = conv.stride[1];
+  r.row_pitch = planes.row_step, r.image_pitch = planes.image_step, r.stride = conv.stride[1];
   for (int64_t phase = 0; phase < planes.phases; ++phase) {
     // The plane's row i is the input's row i * stride + top.
     const int64_t top = group.row * stride + phase - conv.top;
@@ -121,9 +136,9 @@ void fill_channel(const Conv& conv, const Planes& planes, const Group& group, in
         std::clamp<int64_t>(top < conv.height ? ceil_div(conv.height - top, stride) : 0, above, planes.rows);
     r.rows = end - above;
     for (int64_t copy = 0; copy < planes.copies; ++copy) {
-      float* out = data + ((copy * planes.phases + phase) * conv.channels + channel) * planes.plane;
-      std::fill(out, out + above * planes.pitch, 0.0f);
-      std::fill(out + end * planes.pitch, out + planes.rows * planes.pitch, 0.0f);
+      float* out = data + ((copy * planes.phases + phase) * conv.channels + channel) * planes.channel_step;
+      clear_rows(planes, group, conv.out_width, 0, above, out);
+      clear_rows(planes, group, conv.out_width, end, planes.rows, out);
       for (int64_t begin = 0; begin < conv.out_width; begin += kLanes) {
         r.first = begin * r.stride + copy * conv.dilation[1] - conv.left;
         r.count = std::min<int64_t>(kLanes, conv.out_width - begin);
@@ -131,7 +146,7 @@ void fill_channel(const Conv& conv, const Planes& planes, const Group& group, in
         r.near = within(counting(), r.first, conv.width);
         r.far = within(counting(), r.first + kLanes, conv.width);
         const float* rows = x + (above * stride + top) * conv.width;
-        float* to = out + above * planes.pitch + begin;
+        float* to = out + above * planes.row_step + begin;
         if (r.stride == 1)
           copy_rectangle<1>(r, conv.width, rows, to);
         else if (r.stride == 2)

@@ -24,22 +24,26 @@ struct Group {
 
 // Planes are [copy][channel][plane], and a tap is an offset in them. Two variants:
 //
-// direct: the planes are the input itself, for stride 1 and outputs as wide as the input. Lanes run over the
-//   pixels of one image; where a tap leaves the image, its lanes are masked. Nothing is copied.
+// direct: the planes are the input itself, for stride 1 and outputs as wide as the input. Where a tap leaves
+//   the image, its lanes are masked. Nothing is copied.
 // copied: one copy for each kernel column and row phase (row modulo the vertical stride), in which exactly
-//   the pixels that this column's taps read lie side by side: [row][image][output column]. Vectors run on
-//   over rows and images without a gap, whatever the width, stride and dilation.
+//   the pixels that this column's taps read lie side by side, whatever the width, stride and dilation.
+//
+// Lanes go along *runs*, in which the pixels of a tap are contiguous: the pixels of one image; or, where images
+// are so small that this would leave many lanes idle, of all images of a group, laid side by side in each row.
 struct Planes {
-  bool direct;
-  int64_t copies, phases, rows, pitch, plane;  // copied only; pitch is images * out_width
-  int64_t lanes;                               // output pixels of a group, in lanes
-  int64_t channel_step;                        // floats from one channel to the next
-  std::vector<Step> steps;                     // for each possible entry
+  bool direct, side_by_side;
+  int64_t runs, run_pixels, run_step;   // run_step: floats from one run to the next
+  int64_t channel_step;                 // floats from one channel to the next
+  std::vector<Step> steps;              // for each possible entry
+  // Of the copied variant:
+  int64_t copies, phases, rows;         // of one plane, for one image
+  int64_t row_step, image_step;         // floats from one row, or image, to the next
 };
 
 bool reads_directly(const Conv& conv);
 Planes plan_planes(const Conv& conv, const Group& group);
-// Floats that the planes of a group take; 0 for direct ones.
+// Floats that the copied planes of a group take.
 int64_t planes_size(const Conv& conv, const Group& group);
 // Write one channel of a group's planes.
 void fill_channel(const Conv& conv, const Planes& planes, const Group& group, int64_t channel, float* data);

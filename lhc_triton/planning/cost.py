@@ -287,7 +287,7 @@ TRITON = CostModel(
 )
 
 # Fitted, by least squares of relative errors, to 168 layer calls of the native kernel and 34 dense ones
-# (prepacked weights, the faster layout): 3x3, 1x1 and stride 2, 32 to 2048 channels, batch 1, 8 and 64, blocks
+# (prepacked weights, the faster layout): 3x3, 1x1, stride 2, 32 to 2048 channels, batch 1, 8 and 64, blocks
 # 32x16, 16x64 and 64x32, density 0.1 to 0.7, float32, 2 cores of a Xeon with AVX-512. Off by 19 % and 20 %
 # (rms). What a tile reads stays in the caches: its entries' pixels cost nothing beside the arithmetic.
 NATIVE = CostModel(

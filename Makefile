@@ -5,10 +5,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
+# Every Triton that is supported. Its 3.6.0 does not interpret loops beside numpy 2.4.
+TRITONS := 3.6.0 3.7.1 3.9.0
+BESIDE_3.6.0 := numpy==2.3.5
+
 # One thread a worker: the workers fill the cores, and results do not depend on the machine's size.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test lint types unit interpreter aot test-gpu format clean
+.PHONY: demo test lint types unit interpreter aot test-gpu matrix format clean
 
 demo: $(READY)
 	$(BIN)/lhc-triton demo --out out/demo
@@ -31,6 +35,21 @@ interpreter: $(READY)
 
 aot: $(READY)
 	$(PYTEST) -m aot
+
+matrix: $(TRITONS:%=matrix-%)
+
+# A throw-away environment holds this Triton alone and takes everything else from the pinned one.
+matrix-%: $(READY)
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -e && \
+	$(BIN)/python -m venv "$$folder" && python="$$folder/bin/python" && \
+	purelib='import sysconfig; print(sysconfig.get_path("purelib"))' && \
+	$(BIN)/python -c "$$purelib" > "$$($$python -c "$$purelib")/pinned.pth" && \
+	$$python -m pip install --quiet --disable-pip-version-check --no-deps triton==$* $(BESIDE_$*) && \
+	$$python -c 'import numpy, torch, triton; print("== Triton", triton.__version__, "numpy", \
+	  numpy.__version__, "torch", torch.__version__)' && \
+	export OMP_NUM_THREADS=1 TRITON_CACHE_DIR="$$folder/cache" && \
+	TRITON_INTERPRET=1 $$python -m pytest -n $(WORKERS) -m interpreter && \
+	$$python -m pytest -n $(WORKERS) -m aot
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu

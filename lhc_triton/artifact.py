@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from lhc_triton.planning.plan import Plan
 from lhc_triton.runtime.accelerated import AcceleratedModel, LayerRow, Record
 from lhc_triton.runtime.checks import working_copy
+from lhc_triton.runtime.epilogue import NETWORK_LAYOUTS
 from lhc_triton.runtime.fusion import swapped
 from lhc_triton.runtime.graph import Site, find_sites, rewrite
 from lhc_triton.runtime.modules import FusedConv2d
@@ -134,11 +135,15 @@ def is_artifact(path: str | os.PathLike[str]) -> bool:
 
 
 def load(
-    path: str | os.PathLike[str], model: nn.Module | None = None, device: torch.device | str = "cpu"
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    device: torch.device | str = "cpu",
+    graphs: bool = True,
 ) -> AcceleratedModel:
     """Read what ``save`` stored.
 
-    On the kind of device it was saved from, the network computes the same bits. On another, or where a
+    On the kind of device it was saved from, the network computes the same bits (on a GPU where it finds the
+    same launch configs, which tuning may change and LHC_TRITON_DETERMINISTIC=1 pins). On another, or where a
     layer's backend is not available, the backend is chosen again, and ``report()`` tells the reason.
 
     Args:
@@ -146,6 +151,7 @@ def load(
         model: the model that was accelerated; only needed, and then required, where its graph could not be
             stored. It is copied.
         device: where the network shall run.
+        graphs: on a GPU, run the network in CUDA graphs; see ``accelerate``.
 
     Raises:
         ArtifactError: the file is damaged, of another format version, or does not fit ``model``.
@@ -155,7 +161,7 @@ def load(
     target = check_device(device)
     try:
         document, tensors = _read(path)
-        return _rebuild(document, tensors, model, target)
+        return _rebuild(document, tensors, model, target, graphs)
     except ArtifactError as error:
         raise ArtifactError(f"{os.fspath(path)}: {error}") from error.__cause__
     except GraphError as error:
@@ -199,7 +205,11 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
 
 
 def _rebuild(
-    document: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module | None, device: torch.device
+    document: dict[str, Any],
+    tensors: dict[str, Tensor],
+    model: nn.Module | None,
+    device: torch.device,
+    graphs: bool,
 ) -> AcceleratedModel:
     try:
         plan = Plan.from_json(json.dumps(document["plan"]))
@@ -221,7 +231,7 @@ def _rebuild(
         _assign(holder, {_moved(name, places): t for name, t in tensors.items()}, dtype)
         network = _into_model(model, record, modules)
     network, plan, record = retarget(network, plan, record, str(document["device"]), device)
-    return AcceleratedModel(network, plan, record)
+    return AcceleratedModel(network, plan, record, graphs)
 
 
 def _belongs(name: str, modules: Mapping[str, nn.Module]) -> bool:
@@ -294,7 +304,7 @@ def _into_model(model: nn.Module, record: Record, modules: Mapping[str, nn.Modul
 def _record(data: Any) -> Record:
     """Read a record; ArtifactError where a field is missing or of another type."""
     values = _fields(data, Record)
-    text = isinstance(values["model"], str) and values["layout"] in ("contiguous", "channels_last")
+    text = isinstance(values["model"], str) and values["layout"] in NETWORK_LAYOUTS
     if not text or not isinstance(values["requested"], str) or not isinstance(values["traced"], bool):
         raise ArtifactError("its record is not valid")
     if not all(isinstance(values[key], list) for key in ("sites", "rows", "inputs", "notes")):

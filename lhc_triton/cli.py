@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from . import __version__
+from .console import (
+    counting,
+    glyph,
+    print_json,
+    print_table,
+    show_kernels,
+    show_summary,
+    stages,
+    times,
+)
 
 app = typer.Typer(
     name="lhc-triton",
@@ -45,10 +52,10 @@ def demo(
     """Show the whole promise on the shipped network: accuracy, weights, MACs and time beside a dense twin."""
     from lhc_bench.demo import run_demo
 
-    with _stages() as progress:
+    with stages() as progress:
         report = run_demo(out, batch=batch, rounds=rounds, progress=progress)
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
     rows = [
         (
@@ -61,23 +68,23 @@ def demo(
             "weights",
             f"{report['weights']:,}",
             f"{report['live_weights']:,}",
-            _times(report["weight_reduction"]),
+            times(report["weight_reduction"]),
         ),
         (
             "MACs per image",
             f"{report['macs']:,}",
             f"{report['live_macs']:,}",
-            _times(report["mac_reduction"]),
+            times(report["mac_reduction"]),
         ),
         (
             f"time of {report['batch']} images",
             f"{report['dense_us'] / 1000:.2f} ms",
             f"{report['lhc_us'] / 1000:.2f} ms",
-            _times(report["speedup"]),
+            times(report["speedup"]),
         ),
     ]
-    _print_table(("", f"dense ({report['baseline']})", "LHC", "less by"), rows)
-    _print_table(
+    print_table(("", f"dense ({report['baseline']})", "LHC", "less by"), rows)
+    print_table(
         ("layer", "backend", "density", "patterns", "tiles", "why"),
         [
             (
@@ -128,14 +135,14 @@ def train(
     config = replace(PRESETS[preset], **{name: value for name, value in given.items() if value is not None})
     result = run_training(config, out)
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
         return
-    _print_table(
+    print_table(
         ("", "dense", "LHC"),
         [
             ("test accuracy", f"{100 * result.dense_accuracy:.2f} %", f"{100 * result.lhc_accuracy:.2f} %"),
-            ("weights", "", f"{_times(result.weight_reduction)} fewer"),
-            ("MACs", "", f"{_times(result.mac_reduction)} fewer"),
+            ("weights", "", f"{times(result.weight_reduction)} fewer"),
+            ("MACs", "", f"{times(result.mac_reduction)} fewer"),
         ],
     )
     typer.echo(f"Written: {out}")
@@ -158,14 +165,62 @@ def plan(
     typer.echo(made.to_json() if as_json else made.explain())
 
 
+@app.command(
+    epilog="Examples: `lhc-triton tune lhc --batch 256`, `lhc-triton tune --suite standard --budget 500`"
+)
+def tune(
+    network: Annotated[
+        str | None,
+        typer.Argument(help="A shipped network ('lhc', 'dense'), trained weights, or an artefact of `save`."),
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="Instead of a network: standard.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Seconds; what is left is resumed next time.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Images per call; default: 64, the suite's, or the artefact's.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    store: Annotated[
+        Path | None, typer.Option(help="File of measurements; default: the user's, which `accelerate` reads.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure launch configs of the GPU's kernels and remember them; torchrun shares the work out over GPUs.
+
+    What is recorded is not measured again, so a run that was stopped goes on where it was.
+    `lhc-triton plot` draws the landscape from the file.
+    """
+    from lhc_triton.runtime.store import TimingStore
+    from lhc_triton.runtime.tuner_jobs import run_jobs, tuning_device
+
+    device, rank, ranks = tuning_device()
+    jobs = _tuning_jobs(network, suite, batch, dtype, device)
+    with counting("tune" if ranks == 1 else f"tune, {rank} of {ranks}") as progress:
+        report = run_jobs(
+            jobs, device, TimingStore(store), budget_s=budget, rank=rank, ranks=ranks, progress=progress
+        )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(report.explain())
+    if report.problem:
+        typer.echo(f"lhc-triton: {report.problem}", err=True)
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: `lhc-triton bench --suite quick --out out/bench`")
 def bench(
     suite: Annotated[
-        str, typer.Option(help="quick, cpu-layers, cpu-models, gpu-layers or gpu-models.")
+        str,
+        typer.Option(
+            help="quick, cpu-layers, cpu-models, cpu-scaling, gpu-layers, gpu-models, gpu-questions."
+        ),
     ] = "quick",
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv and the plots.")] = Path(
         "out/bench"
     ),
+    only: Annotated[
+        str, typer.Option(help="Measure only what has this in its name, for example vgg16-imagenet.")
+    ] = "",
     seed: Annotated[int, typer.Option(help="Of masks, weights and inputs.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -173,30 +228,32 @@ def bench(
     from lhc_bench.plots import draw
     from lhc_bench.suites import run_suite
 
-    with _counting(f"suite {suite}") as progress:
-        results = run_suite(suite, out, progress=progress, seed=seed)
+    with counting(f"suite {suite}") as progress:
+        results = run_suite(suite, out, progress=progress, seed=seed, only=only)
     pictures = draw(out / "results.json", out)
     if as_json:
-        _print_json(results)
+        print_json(results)
         return
-    _show_summary(results["summary"])
-    typer.echo(
-        f"Written: {', '.join(str(path) for path in [out / 'results.json', out / 'results.csv', *pictures])}"
-    )
+    paths = [out / "results.json", out / "results.csv", *pictures]
+    typer.echo(f"Written: {', '.join(map(str, paths))}")
+    if notes := results["env"]["notes"]:
+        typer.echo(f"Not measured: {len(notes)}, the first one being {notes[0]}")
+    show_summary(results["summary"])
 
 
 @app.command(epilog="Example: `lhc-triton plot out/bench/results.json --out out/bench`")
 def plot(
-    results: Annotated[Path, typer.Argument(help="A results.json of `bench`.")],
+    results: Annotated[Path, typer.Argument(help="A results.json of `bench`, or the store of `tune`.")],
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out/plots"),
     as_json: Json = False,
 ) -> None:
-    """Draw the speed-up curves of a results file again."""
+    """Draw the speed-up curves of a results file again, or the landscape of the configs that were tuned."""
+    from lhc_bench.landscape import draw_landscapes, is_store
     from lhc_bench.plots import draw
 
-    pictures = [str(path) for path in draw(results, out)]
+    pictures = [str(path) for path in (draw_landscapes if is_store(results) else draw)(results, out)]
     if as_json:
-        _print_json({"pictures": pictures})
+        print_json({"pictures": pictures})
     else:
         typer.echo("\n".join(pictures))
 
@@ -219,9 +276,9 @@ def inspect(
     if out is not None:
         draw_topology(topologies, out, f"Topology of {Path(network).name}")
     if as_json:
-        _print_json({"layers": statistics, "picture": None if out is None else str(out)})
+        print_json({"layers": statistics, "picture": None if out is None else str(out)})
         return
-    _print_table(
+    print_table(
         ("layer", "shape", "density", "weights", "live", "patterns", "kernel shapes (share)"),
         [
             (
@@ -231,7 +288,7 @@ def inspect(
                 f"{row['weights']:,}",
                 f"{row['live_weights']:,}",
                 f"{row['patterns']} of {row['groups']}",
-                "  ".join(f"{_glyph(s['taps'])} {100 * s['share']:.0f}%" for s in row["shapes"][:3]),
+                "  ".join(f"{glyph(s['taps'])} {100 * s['share']:.0f}%" for s in row["shapes"][:3]),
             )
             for row in statistics
         ],
@@ -240,18 +297,40 @@ def inspect(
         typer.echo(f"Written: {out}")
 
 
-@app.command(epilog="Example: `lhc-triton doctor --json`")
-def doctor(as_json: Json = False) -> None:
-    """Tell what this machine can run: versions, devices, compilers, which backend will be used, and why."""
+@app.command(epilog="Examples: `lhc-triton doctor --json`, `lhc-triton doctor --kernels --target sm_90`")
+def doctor(
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Compile the GPU kernels that ship instead, without a GPU.")
+    ] = False,
+    target: Annotated[
+        list[str] | None, typer.Option(help="With --kernels: sm_90, gfx942, ...; default: all of them.")
+    ] = None,
+    configs: Annotated[
+        int, typer.Option(help="With --kernels: launch configs of each layer; 1: the heuristic's, 12: all.")
+    ] = 1,
+    as_json: Json = False,
+) -> None:
+    """Tell what this machine can run: versions, devices, compilers, which backend will be used, and why.
+
+    With --kernels, tell what the compiler makes of the kernels: registers and stack of a thread, shared
+    memory, warp-group products, asynchronous copies. A kernel takes about a second.
+    """
+    if kernels:
+        rows = _compiled(target, configs)
+        if as_json:
+            print_json({"kernels": rows})
+        else:
+            show_kernels(rows)
+        return
     from lhc_triton.runtime.doctor import diagnose
 
     found = diagnose()
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     versions = [(name, version or "not installed") for name, version in found["packages"].items()]
-    _print_table(("package", "version"), [("python", found["python"]), *versions])
-    _print_table(
+    print_table(("package", "version"), [("python", found["python"]), *versions])
+    print_table(
         ("device", "name", "details"),
         [
             (
@@ -262,11 +341,24 @@ def doctor(as_json: Json = False) -> None:
             for d in found["devices"]
         ],
     )
-    _print_table(
+    print_table(
         ("compiler", "version"), [(name, line or "not found") for name, line in found["compilers"].items()]
     )
     for kind, rows in found["backends"].items():
-        _print_table((f"backend on {kind}", "state"), [(row["backend"], row["state"]) for row in rows])
+        print_table((f"backend on {kind}", "state"), [(row["backend"], row["state"]) for row in rows])
+
+
+def _compiled(targets: list[str] | None, configs: int) -> list[dict[str, Any]]:
+    from lhc_kernels import INTERPRETED
+    from lhc_kernels.aot import TARGETS
+    from lhc_kernels.table import kernel_table
+
+    if configs < 1:
+        raise ValueError(f"configs is {configs}; it must be at least 1")
+    if INTERPRETED:
+        raise ValueError("TRITON_INTERPRET is set: kernels are interpreted; unset it to compile them")
+    with counting("compiling") as progress:
+        return kernel_table(targets or tuple(TARGETS), configs, progress)
 
 
 def _version(shown: bool) -> None:
@@ -284,7 +376,18 @@ def _root(
     """Convolutions that learn their own topology, and kernels that only touch what is left."""
 
 
-def _plan_of(network: str, batch: int, backend: str) -> Any:
+def _tuning_jobs(network: str | None, suite: str | None, batch: int | None, dtype: str, device: Any) -> Any:
+    from lhc_bench.tuning_suite import compute_type, network_jobs, suite_jobs
+
+    if (network is None) == (suite is None):
+        raise ValueError("give either a network or --suite")
+    compute = compute_type(dtype)
+    if network is None:
+        return suite_jobs(suite or "", compute, batch)
+    return network_jobs(_plan_of(network, 64 if batch is None else batch, "auto", device, compute))
+
+
+def _plan_of(network: str, batch: int, backend: str, device: Any = "cpu", dtype: Any = None) -> Any:
     """Plan a shipped network or trained weights; an artefact brings its own plan."""
     import torch
 
@@ -301,83 +404,12 @@ def _plan_of(network: str, batch: int, backend: str) -> Any:
             f"no network {network!r}; give one of {', '.join(SHIPPED)}, or an existing file"
         )
     elif is_artifact(network):
-        return lhc.load(network).plan
+        return lhc.load(network, device=device).plan
     else:
         model = load_vgg(network)[0]
     channels = next(m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d))
-    return lhc.plan(model, torch.zeros(batch, channels, 28, 28), backend=backend)
-
-
-@contextmanager
-def _stages() -> Iterator[Any]:
-    """A spinner on stderr that names the stage at work."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with console.status("starting") as status:
-
-        def progress(stage: str) -> None:
-            if console.is_terminal:
-                status.update(stage)
-            else:
-                console.print(f"- {stage}", highlight=False, soft_wrap=True)
-
-        yield progress
-
-
-@contextmanager
-def _counting(title: str) -> Iterator[Any]:
-    """A progress bar on stderr: called with (done, total, label)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[label]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None, label="")
-
-        def progress(done: int, total: int, label: str = "") -> None:
-            bar.update(task, completed=done, total=total, label=label)
-
-        yield progress
-
-
-def _show_summary(summary: dict[str, Any]) -> None:
-    rows = [
-        (str(backend), str(density), f"{geomean:.2f}x")
-        for backend, by_density in summary["geomean_speedup"].items()
-        for density, geomean in by_density.items()
-    ]
-    _print_table(("backend", "density", "geometric mean over the best dense"), rows)
-    typer.echo(f"faster than dense: {summary['wins']}, slower: {summary['losses']}")
-
-
-def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f}x"
-
-
-def _glyph(taps: list[list[int]]) -> str:
-    return "/".join("".join("■" if tap else "·" for tap in row) for row in taps)
+    image = torch.zeros(batch, channels, 28, 28, device=device, dtype=dtype)
+    return lhc.plan(model.to(device, dtype), image, backend=backend)
 
 
 def main() -> None:

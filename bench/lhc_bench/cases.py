@@ -1,4 +1,4 @@
-"""The convolutions that are measured: the layers of VGG16 and ResNet34 in CIFAR and ImageNet shapes."""
+"""The convolutions that are measured: the layers of VGG16 and ResNets in CIFAR and ImageNet shapes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 
 from lhc_triton.planning.plan import ConvGeometry
 
-CPU_BATCH = {"cifar": 16, "imagenet": 1}
+CPU_BATCH = {"cifar": 8, "imagenet": 1}
 GPU_BATCH = {"cifar": 256, "imagenet": 64}
 IMAGE_SIZE = {"cifar": 32, "imagenet": 224}
 VGG16_WIDTHS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
-RESNET34_STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))
+NETWORKS = ("vgg16", "resnet34", "resnet50")
+RESNET_STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # of ResNet34 and ResNet50 alike: filters, blocks
+WIDE = 128  # input channels from which a layer has much to skip
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ class LayerCase:
 
 def model_names() -> tuple[str, ...]:
     """Names of the networks whose layers are known."""
-    return tuple(f"{network}-{images}" for network in ("vgg16", "resnet34") for images in IMAGE_SIZE)
+    return tuple(f"{network}-{images}" for network in NETWORKS for images in IMAGE_SIZE)
 
 
 def batch_of(model: str, device: str) -> int:
-    """Images in a batch for a model: 64 (ImageNet) or 256 (CIFAR) on "cuda", 1 or 16 on "cpu"."""
+    """Images in a batch for a model: 64 (ImageNet) or 256 (CIFAR) on "cuda", 1 or 8 on "cpu"."""
     images = model.rpartition("-")[2]
     return (GPU_BATCH if device == "cuda" else CPU_BATCH)[images]
 
@@ -90,7 +92,10 @@ def layer_cases(model: str) -> tuple[LayerCase, ...]:
     if model not in model_names():
         raise ValueError(f"unknown model {model!r}; known: {', '.join(model_names())}")
     network, _, images = model.rpartition("-")
-    layers = (_vgg16 if network == "vgg16" else _resnet34)(model, images)
+    if network == "vgg16":
+        layers = _vgg16(model, images)
+    else:
+        layers = _resnet(model, images, bottleneck=network == "resnet50")
     merged: dict[tuple[int, ...], LayerCase] = {}
     for case in layers:
         seen = merged.get(case.shape)
@@ -100,8 +105,34 @@ def layer_cases(model: str) -> tuple[LayerCase, ...]:
 
 
 def eligible_cases(models: tuple[str, ...] = model_names()) -> tuple[LayerCase, ...]:
-    """Cases of several networks that may be sparse: the distinct 3x3 layers after the stem."""
+    """Cases of several networks that may be sparse: the distinct 3x3 layers after the stem of each."""
     return tuple(case for model in models for case in layer_cases(model) if not case.ineligible)
+
+
+def distinct_cases(models: tuple[str, ...], device: str) -> tuple[LayerCase, ...]:
+    """Eligible cases of several networks; a shape that comes again at the same batch is left to the first."""
+    found: dict[tuple[int, ...], LayerCase] = {}
+    for case in eligible_cases(models):
+        found.setdefault((*case.shape, batch_of(case.model, device)), case)
+    return tuple(found.values())
+
+
+def cpu_cases() -> tuple[LayerCase, ...]:
+    """The layers of VGG16 and ResNet34, at both image sizes."""
+    networks = ("vgg16", "resnet34")
+    return distinct_cases(tuple(f"{n}-{images}" for images in ("imagenet", "cifar") for n in networks), "cpu")
+
+
+def gpu_cases() -> tuple[LayerCase, ...]:
+    """The layers of all networks at ImageNet's size, those with many channels first."""
+    cases = distinct_cases(tuple(f"{network}-imagenet" for network in NETWORKS), "cuda")
+    return tuple(sorted(cases, key=lambda case: case.in_channels < WIDE))
+
+
+def question_cases() -> tuple[LayerCase, ...]:
+    """Four wide layers from large images to small ones, one of them with few pixels."""
+    wanted = ("conv3_2", "conv4_2", "conv5_1", "layer4.0.conv2")
+    return tuple(case for case in gpu_cases() if case.layer in wanted and case.stride == 1)
 
 
 def quick_cases() -> tuple[LayerCase, ...]:
@@ -131,8 +162,11 @@ def _vgg16(model: str, images: str) -> list[LayerCase]:
     return cases
 
 
-def _resnet34(model: str, images: str) -> list[LayerCase]:
-    """The 36 convolutions of ResNet34 (arXiv 1512.03385); on CIFAR the stem is 3x3 and does not shrink."""
+def _resnet(model: str, images: str, bottleneck: bool) -> list[LayerCase]:
+    """The convolutions of ResNet34, or of ResNet50 (arXiv 1512.03385).
+
+    On CIFAR the stem is 3x3 and does not shrink. A bottleneck strides in its 3x3 convolution.
+    """
     size, channels = IMAGE_SIZE[images], 64
     stem = "first convolution"
     if images == "imagenet":
@@ -140,18 +174,26 @@ def _resnet34(model: str, images: str) -> list[LayerCase]:
         size //= 4
     else:
         cases = [LayerCase(model, "conv1", 3, 64, size, size, ineligible=stem)]
-    for stage, (width, blocks) in enumerate(RESNET34_STAGES, start=1):
+
+    def add(name: str, inputs: int, outputs: int, side: int, stride: int = 1, pointwise: str = "") -> None:
+        kernel = 1 if pointwise else 3
+        cases.append(
+            LayerCase(model, name, inputs, outputs, side, side, kernel, stride, ineligible=pointwise)
+        )
+
+    for stage, (width, blocks) in enumerate(RESNET_STAGES, start=1):
+        outputs = 4 * width if bottleneck else width
         for block in range(blocks):
             stride = 2 if block == 0 and stage > 1 else 1
-            name = f"layer{stage}.{block}"
-            cases.append(LayerCase(model, f"{name}.conv1", channels, width, size, size, stride=stride))
-            if stride == 2:
-                why = "1x1 downsample"
-                case = LayerCase(
-                    model, f"{name}.downsample", channels, width, size, size, 1, stride, ineligible=why
-                )
-                cases.append(case)
-                size //= 2
-            cases.append(LayerCase(model, f"{name}.conv2", width, width, size, size))
-            channels = width
+            name, small = f"layer{stage}.{block}", size // stride
+            if bottleneck:
+                add(f"{name}.conv1", channels, width, size, pointwise="1x1 convolution")
+                add(f"{name}.conv2", width, width, size, stride)
+                add(f"{name}.conv3", width, outputs, small, pointwise="1x1 convolution")
+            else:
+                add(f"{name}.conv1", channels, width, size, stride)
+                add(f"{name}.conv2", width, width, small)
+            if stride == 2 or channels != outputs:
+                add(f"{name}.downsample", channels, outputs, size, stride, pointwise="1x1 downsample")
+            channels, size = outputs, small
     return cases

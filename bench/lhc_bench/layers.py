@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +12,20 @@ from torch import Tensor
 
 import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
 from lhc_triton.planning.cost import CostModel
-from lhc_triton.planning.plan import ConvGeometry, LayerTopology
+from lhc_triton.planning.plan import ConvGeometry, LayerPlan, LayerTopology
 from lhc_triton.planning.planner import plan_layer
-from lhc_triton.runtime.dispatch import supports
+from lhc_triton.runtime.dispatch import choose_backend, launch_config, supports
 from lhc_triton.runtime.packing import pack
+from lhc_triton.runtime.tuning import launch_shape, pixel_bucket
 
 from .cases import LayerCase
+from .graphs import reason_of
 from .masks import expand, random_mask
-from .measure import LIMITS, Call, Setting, Sparse
-from .peers import LAYOUTS, dense_peers, norm_error
+from .measure import LIMITS, Call, Contender, Setting, Sparse
+from .peers import LAYOUTS, dense_peers, layouts, norm_error
+from .rivals import SEMI_STRUCTURED_DENSITY, block_sparse, narrow, semi_structured
 
+CANDIDATES = 48  # launch configs among which a variant's best is looked for
 CHECKED_VALUES = 1 << 22  # of an output with more values than this, the first image is checked
 
 
@@ -75,48 +80,88 @@ class LayerSubject:
         return LIMITS[self.x.dtype]
 
     def under(self, block: tuple[int, int], density: float, setting: Setting) -> Sparse:
-        """Draw a mask, plan and pack the layer for each backend, and check each against float64."""
+        """Draw a mask, plan and pack the layer for each backend, and check each against float64.
+
+        "auto" is what dispatch takes for its plan: a sparse backend, or the dense convolution as an
+        accelerated network runs it; "triton box" is the kernel's variant of that name, with its most
+        promising launch config. The rivals keep about as much work: "narrow" at any density below 1, "bsr"
+        with the same mask, "2:4" at density 0.5.
+        """
         geometry, (in_block, out_block) = self.geometry, block
         channels = (geometry.out_channels, geometry.in_channels)
         mask = random_mask(*channels, geometry.kernel, density, in_block, out_block, seed=setting.seed)
         topology = LayerTopology.from_mask(self.case.name, geometry, in_block, out_block, mask)
         live = torch.from_numpy(expand(mask, *channels, in_block, out_block)).to(self.weight.device)
-        expected = self._expected(self.weight * live)
-        calls: dict[str, dict[str, Call]] = {}
-        errors: dict[str, float] = {}
+        weight = self.weight * live
+        expected = self._expected(weight)
+        makers: dict[str, Callable[[], Contender]] = {
+            name: partial(self._backend, name, topology, weight, expected, setting)
+            for name in setting.backends
+        }
+        rivals: dict[str, Callable[[], Contender]] = {
+            "narrow": partial(narrow, geometry, self.x, density),
+            "bsr": partial(
+                block_sparse, geometry, self.x, weight, self.bias, block, expected, topology.live_macs
+            ),
+            "2:4": partial(semi_structured, geometry, self.x, self.weight, self.bias),
+        }
+        if density < 1:
+            makers |= {
+                name: rivals[name]
+                for name in setting.rivals
+                if name != "2:4" or density == SEMI_STRUCTURED_DENSITY
+            }
+        found: dict[str, Contender] = {}
         unavailable: dict[str, str] = {}
-        for backend in setting.backends:
-            plan = plan_layer(
-                topology, CostModel.for_device(setting.device), backend=backend, dtype=setting.dtype_name
-            )
-            reason = supports(backend, plan, setting.dtype, setting.device)
-            if reason is not None:
-                unavailable[backend] = reason
-                continue
-            packed = pack(plan, self.weight, self.x.dtype, self.x.device, backend)
-            # GPU kernels are written for channels_last; on a CPU either order may be the faster one.
-            layouts = ("channels_last",) if setting.device == "cuda" else tuple(LAYOUTS)
-            forms = {name: self._call(backend, name, packed.weight, packed.tables) for name in layouts}
-            calls[backend] = forms
-            errors[backend] = max(self._error(call, expected) for call in forms.values())
+        for name, make in makers.items():
+            try:
+                found[name] = make()
+            # Compilers and torch's youngest code refuse devices, types and sizes in their own ways.
+            except Exception as error:
+                unavailable[name] = reason_of(error)
         moved = geometry.in_values + geometry.out_values + topology.live_weights
-        return Sparse(
-            calls,
-            errors,
-            topology.density,
-            topology.live_macs,
-            moved * self.x.element_size(),
-            unavailable,
-        )
+        parts = ((topology.live_macs, moved * self.x.element_size()),)
+        return Sparse(found, topology.density, parts, unavailable)
 
-    def _call(self, backend: str, layout: str, weight: Tensor, tables: list[Tensor]) -> Callable[[], Tensor]:
-        geometry, bias = self.geometry, self.bias
+    def _backend(
+        self, name: str, topology: LayerTopology, weight: Tensor, expected: Tensor, setting: Setting
+    ) -> Contender:
+        """Plan and pack the layer for a backend; ValueError where it cannot serve it."""
+        backend, _, variant = name.partition(" ")
+        device = self.x.device
+        cost = CostModel.for_device(setting.device, backend)
+        plan = plan_layer(topology, cost, backend=backend, dtype=setting.dtype_name)
+        if backend == "auto":
+            backend = choose_backend(plan, setting.dtype, device, setting.tune, setting.store).backend
+        reason = supports(backend, plan, setting.dtype, device)
+        if reason is not None:
+            raise ValueError(reason)
+        if backend == "dense":
+            forms = dense_peers(self.geometry, self.x, weight, self.bias)[0]
+        else:
+            config: Sequence[int] = ()
+            if variant:
+                config = variant_config(plan, setting.dtype, device, variant)
+            elif backend == "triton":
+                config = launch_config(plan, setting.dtype, device, store=setting.store)
+            packed = pack(plan, self.weight, self.x.dtype, device, backend)
+            forms = {
+                layout: self._call(backend, layout, packed.weight, packed.tables, config)
+                for layout in layouts(device.type)
+            }
+        error = max(self._error(call, expected) for call in forms.values())
+        return Contender(forms, error, topology.live_macs)
+
+    def _call(
+        self, backend: str, layout: str, weight: Tensor, tables: list[Tensor], config: Sequence[int]
+    ) -> Callable[[], Tensor]:
+        geometry, bias, codes = self.geometry, self.bias, list(config)
         x = self.x.contiguous(memory_format=LAYOUTS[layout])
 
         def call() -> Tensor:
             y: Tensor = torch.ops.lhc.grouped_conv2d(
                 x, weight, tables, bias, None, None, geometry.out_channels, geometry.kernel,
-                geometry.stride, geometry.padding, geometry.dilation, "relu", "none", layout, backend, [],
+                geometry.stride, geometry.padding, geometry.dilation, "relu", "none", layout, backend, codes,
             )  # fmt: skip
             return y
 
@@ -134,6 +179,25 @@ class LayerSubject:
     def _error(self, call: Callable[[], Tensor], expected: Tensor) -> float:
         with torch.inference_mode():
             return norm_error(call()[: len(expected)], expected)
+
+
+def variant_config(
+    plan: LayerPlan, dtype: torch.dtype, device: torch.device, variant: str
+) -> tuple[int, ...]:
+    """Return the launch config of a Triton kernel's variant that its cost sheet ranks first.
+
+    Raises:
+        ValueError: no config of the variant can serve the layer.
+    """
+    from lhc_kernels import candidate_configs
+
+    geometry = plan.topology.geometry
+    bucket, out_size = pixel_bucket(geometry.out_pixels), (geometry.out_height, geometry.out_width)
+    candidates = candidate_configs(launch_shape(plan, dtype, device, bucket, out_size), CANDIDATES)
+    for config in candidates:
+        if config.variant == variant:
+            return tuple(config.to_list())
+    raise ValueError(f"none of {len(candidates)} candidate configs is of the variant {variant!r}")
 
 
 def _layer_data(geometry: ConvGeometry, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lhc_triton.runtime.store import TimingStore
 from lhc_triton.runtime.timing import Timing
 
+from .graphs import replayed
 from .rows import Row
 
 Call = Callable[[], Any]
@@ -28,11 +30,13 @@ class Setting:
     Attributes:
         device: "cpu" or "cuda".
         dtype: compute type.
-        backends: who runs the sparse layers; each gives a row.
+        backends: who runs the sparse layers; each gives a row. "auto" is what dispatch takes.
         rounds: interleaved rounds of each timing.
         seed: of masks, weights and inputs.
         compiled: whether the dense peers include torch.compile.
         timer: called as `time_paired`; another one in tests.
+        store: the times by which "auto" chooses, and the launch configs of GPU kernels.
+        rivals: other ways to save the same work, each with a row: "narrow", "bsr", "2:4".
         budget_s: seconds after which a timing begins no further round; None: no limit.
     """
 
@@ -43,12 +47,22 @@ class Setting:
     seed: int
     compiled: bool
     timer: Timer
+    store: TimingStore
+    rivals: tuple[str, ...] = ()
     budget_s: float | None = None
 
     @property
     def dtype_name(self) -> str:
         """The compute type as rows and plans name it."""
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def tune(self) -> str:
+        """How dispatch chooses: by its own measurement on a CPU, by what `lhc-triton tune` stored on a GPU.
+
+        There, each layer has a dozen launch configs to compile, which would take longer than all the rest.
+        """
+        return "full" if self.device == "cpu" else "cached"
 
     def time(self, calls: Mapping[str, Call]) -> dict[str, Timing]:
         """Time functions interleaved on the device."""
@@ -62,14 +76,20 @@ class Machine:
     Attributes:
         gmacs: 1e9 multiply-accumulates per second of a large matrix product.
         copy_gbs: 1e9 bytes per second of a large copy, bytes read and bytes written both counted.
+        read_gbs: 1e9 bytes per second of a large sum, which only reads.
     """
 
     gmacs: float
     copy_gbs: float
+    read_gbs: float
 
-    def floor_us(self, macs: float, moved_bytes: float) -> float:
-        """Return the least time of this much work: arithmetic or memory, whichever takes longer."""
-        return max(macs / (self.gmacs * 1e3), moved_bytes / (self.copy_gbs * 1e3))
+    def floor_us(self, parts: Sequence[tuple[float, float]]) -> float:
+        """Return the least time of (MACs, bytes moved) done one after the other.
+
+        Each part takes its arithmetic or its memory traffic, whichever is longer.
+        """
+        gbs = max(self.copy_gbs, self.read_gbs)
+        return sum(max(macs / (self.gmacs * 1e3), size / (gbs * 1e3)) for macs, size in parts)
 
 
 def measure_machine(setting: Setting) -> Machine:
@@ -78,13 +98,35 @@ def measure_machine(setting: Setting) -> Machine:
     a = torch.randn(side, side).to(setting.device, setting.dtype)
     product = torch.empty_like(a)
     size = COPY_BYTES[setting.device]
-    source = torch.zeros(size, dtype=torch.uint8, device=setting.device)
+    source = torch.zeros(size // 4, dtype=torch.float32, device=setting.device)
     target = torch.zeros_like(source)
     times = setting.time(
-        {"matrix": lambda: torch.mm(a, a, out=product), "copy": lambda: target.copy_(source)}
+        {
+            "matrix": lambda: torch.mm(a, a, out=product),
+            "copy": lambda: target.copy_(source),
+            "read": lambda: source.sum(),
+        }
     )
     fastest = {name: min(timing.samples_us) for name, timing in times.items()}
-    return Machine(side**3 / fastest["matrix"] / 1e3, 2 * size / fastest["copy"] / 1e3)
+    gmacs = side**3 / fastest["matrix"] / 1e3
+    return Machine(gmacs, 2 * size / fastest["copy"] / 1e3, size / fastest["read"] / 1e3)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run a subject under a mask.
+
+    Attributes:
+        forms: functions by name (memory formats); the fastest one counts.
+        rel_err: norm error against the float64 reference of what it computes.
+        macs: multiply-accumulates of one call that matter for the result.
+        memory_mb: 1e6 bytes of its tensors at their most during a call; None: not measured.
+    """
+
+    forms: Mapping[str, Call]
+    rel_err: float
+    macs: int
+    memory_mb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,20 +134,18 @@ class Sparse:
     """A subject under one mask, ready to be timed.
 
     Attributes:
-        calls: by backend, its forms by name (memory formats); the fastest form counts.
-        rel_err: by backend, the norm error against the float64 dense reference with the same mask.
+        contenders: by backend or rival.
         density: live share of the weights that the mask reached.
-        live_macs: multiply-accumulates of one call.
-        moved_bytes: inputs, outputs and live weights, each moved once.
-        unavailable: by backend, why it cannot run here; such a backend has no call.
+        parts: (live MACs, bytes of inputs, outputs and live weights) of what runs one after the other.
+        unavailable: by backend or rival, why it cannot run here.
+        baseline_memory_mb: as `Contender.memory_mb`, of the eager dense form.
     """
 
-    calls: Mapping[str, Mapping[str, Call]]
-    rel_err: Mapping[str, float]
+    contenders: Mapping[str, Contender]
     density: float
-    live_macs: int
-    moved_bytes: int
+    parts: tuple[tuple[int, int], ...]
     unavailable: Mapping[str, str] = field(default_factory=dict)
+    baseline_memory_mb: float | None = None
 
 
 class Subject(Protocol):
@@ -148,7 +188,7 @@ class Subject(Protocol):
         """Norm error above which a result is wrong."""
 
     def under(self, block: tuple[int, int], density: float, setting: Setting) -> Sparse:
-        """Draw a mask of (in_block, out_block) and build the sparse forms."""
+        """Draw a mask of (in_block, out_block) and build the contenders."""
 
 
 @dataclass(frozen=True)
@@ -156,18 +196,20 @@ class Measured:
     """What one subject gave under one mask.
 
     Attributes:
-        rows: one per backend whose result was right.
-        notes: one line for each backend that gave no row, and why.
+        rows: one per contender whose result was right.
+        notes: (place, why) for each contender that gave no row.
     """
 
     rows: tuple[Row, ...]
-    notes: tuple[str, ...]
+    notes: tuple[tuple[str, str], ...]
 
 
 def measure(
     subject: Subject, block: tuple[int, int], density: float, setting: Setting, machine: Machine
 ) -> Measured:
-    """Time a subject under a random mask, all backends and dense peers interleaved.
+    """Time a subject under a random mask, all contenders and dense peers interleaved.
+
+    On CUDA each is recorded into a graph, so that nobody waits for the host to launch its kernels.
 
     Args:
         subject: a layer or a network.
@@ -177,24 +219,28 @@ def measure(
         machine: its rates.
 
     Returns:
-        A row for each backend. A backend that cannot run, or whose norm error is above ``subject.limit``,
-        is not timed and gives a note.
+        A row for each contender. One that cannot run, or whose norm error is above ``subject.limit``, is not
+        timed and gives a note.
     """
     case = f"{subject.model}/{subject.layer}"
     sparse = subject.under(block, density, setting)
     place = f"{case}, blocks {block[0]}x{block[1]}, density {density:g}"
-    notes = [f"{place}: {backend}: {reason}" for backend, reason in sparse.unavailable.items()]
+    notes = [(place, f"{name}: {reason}") for name, reason in sparse.unavailable.items()]
     calls, owners = dict(subject.peers), dict.fromkeys(subject.peers, "")
-    for backend, forms in sparse.calls.items():
-        if not sparse.rel_err[backend] <= subject.limit:
-            found = f"norm error {sparse.rel_err[backend]:.1e} > {subject.limit:.0e}"
-            notes.append(f"{place}: {backend}: wrong result, {found}")
+    for name, contender in sparse.contenders.items():
+        if not contender.rel_err <= subject.limit:
+            found = f"norm error {contender.rel_err:.1e} > {subject.limit:.0e}"
+            notes.append((place, f"{name}: wrong result, {found}"))
             continue
-        for form, call in forms.items():
-            calls[f"{backend} {form}"], owners[f"{backend} {form}"] = call, backend
-    backends = [backend for backend in sparse.calls if backend in owners.values()]
-    if not backends:
+        for form, call in contender.forms.items():
+            calls[f"{name} {form}"], owners[f"{name} {form}"] = call, name
+    right = [name for name in sparse.contenders if name in owners.values()]
+    if not right:
         return Measured((), tuple(notes))
+    for name, call in calls.items():
+        calls[name], reason = replayed(call, setting.device)
+        if reason is not None:
+            notes.append((place, f"{name}: timed with its launches, not as a CUDA graph: {reason}"))
 
     times = setting.time(calls)
 
@@ -203,8 +249,9 @@ def measure(
 
     baseline = fastest("")
     rows = []
-    for backend in backends:
-        mine = times[fastest(backend)]
+    for name in right:
+        mine, contender = times[fastest(name)], sparse.contenders[name]
+        gmacs = contender.macs / mine.median_us / 1e3
         rows.append(
             Row(
                 case=case,
@@ -222,16 +269,21 @@ def measure(
                 density=sparse.density,
                 in_block=block[0],
                 out_block=block[1],
-                backend=backend,
+                backend=name,
                 baseline=baseline,
                 baseline_us=times[baseline].median_us,
                 time_us=mine.median_us,
                 p20_us=mine.p20_us,
                 p80_us=mine.p80_us,
                 speedup=times[baseline].median_us / mine.median_us,
-                floor_us=machine.floor_us(sparse.live_macs, sparse.moved_bytes),
-                rel_err=sparse.rel_err[backend],
+                floor_us=machine.floor_us(sparse.parts),
+                rel_err=contender.rel_err,
                 seed=setting.seed,
+                gmacs=gmacs,
+                peak_share=gmacs / machine.gmacs,
+                memory_mb=contender.memory_mb,
+                baseline_memory_mb=sparse.baseline_memory_mb,
+                threads=torch.get_num_threads() if setting.device == "cpu" else None,
             )
         )
     return Measured(tuple(rows), tuple(notes))

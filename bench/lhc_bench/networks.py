@@ -3,64 +3,132 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 import lhc_triton as lhc
-from lhc_triton.conversion import lhc_layers
-from lhc_triton.models import small_vgg
+from lhc_triton.conversion import Summary, SummaryRow, lhc_layers
+from lhc_triton.models.resnet import WIDTHS, BasicBlock, Bottleneck, ResNet
+from lhc_triton.models.vgg import CLASSES, VGG, VGG16_WIDTHS, Images
 from lhc_triton.runtime.accelerate import accelerate
 from lhc_triton.runtime.backends import unavailable
 
+from .cases import IMAGE_SIZE
+from .graphs import reason_of
 from .masks import random_mask
-from .measure import LIMITS, Call, Setting, Sparse
-from .peers import LAYOUTS, compiled_or_reason, norm_error, reset_compiler
+from .measure import LIMITS, Call, Contender, Setting, Sparse
+from .memory import tensors_mb, transient_mb
+from .peers import compiled_or_reason, layouts, norm_error, reset_compiler
 
-MODEL_NAME = "small_vgg"
-MODEL_BATCH = {"cpu": 64, "cuda": 1024}
-MODEL_IMAGE = 28
 ERROR_FACTOR = 10  # errors of layers add up
+CHANNEL_STEP = 8
+SETTLING_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class NetworkCase:
+    """One network with its input.
+
+    Attributes:
+        network: "vgg16", "resnet34" or "resnet50".
+        images: "imagenet" (224x224) or "cifar" (32x32).
+        batch: images of a call.
+        part: "all", or "features" for VGG16's convolutional part.
+        threads: how many a CPU uses; None: as many as torch does.
+    """
+
+    network: str
+    images: Images
+    batch: int
+    part: str = "all"
+    threads: int | None = None
+
+    @property
+    def model(self) -> str:
+        """Network and images, for example "vgg16-imagenet"."""
+        return f"{self.network}-{self.images}"
+
+    @property
+    def name(self) -> str:
+        """For people, with batch and threads."""
+        plural = "" if self.threads == 1 else "s"
+        threads = "" if self.threads is None else f", {self.threads} thread{plural}"
+        return f"{self.model}/{self.part}, batch {self.batch}{threads}"
+
+    def build(self, scale: float = 1.0) -> nn.Module:
+        """Build the network in eval mode, the number of channels of its layers scaled in steps of 8.
+
+        Raises:
+            ValueError: the network, its images or its part is not known.
+        """
+        if self.images not in get_args(Images):
+            raise ValueError(f"images={self.images!r} is not one of {', '.join(get_args(Images))}")
+
+        def scaled(width: int) -> int:
+            return max(CHANNEL_STEP, round(width * scale / CHANNEL_STEP) * CHANNEL_STEP)
+
+        if self.network == "vgg16":
+            widths = [width if width == "M" else scaled(width) for width in VGG16_WIDTHS]
+            model: nn.Module = VGG(widths, 3, CLASSES[self.images], self.images)
+        elif self.network in ("resnet34", "resnet50"):
+            block = BasicBlock if self.network == "resnet34" else Bottleneck
+            stages = [scaled(width) for width in WIDTHS]
+            model = ResNet(block, (3, 4, 6, 3), self.images, widths=stages)
+        else:
+            raise ValueError(f"network={self.network!r} is not one of vgg16, resnet34, resnet50")
+        if self.part == "all":
+            return model.eval()
+        if self.part == "features" and isinstance(model, VGG):
+            return model.features.eval()
+        raise ValueError(f"part={self.part!r} of {self.network} is not known; VGG16 has all and features")
+
+    def image(self, batch: int, setting: Setting) -> Tensor:
+        """Draw random images [batch, 3, H, W]."""
+        side = IMAGE_SIZE[self.images]
+        generator = torch.Generator().manual_seed(setting.seed)
+        return torch.randn(batch, 3, side, side, generator=generator).to(setting.device, setting.dtype)
 
 
 @dataclass(frozen=True)
 class NetworkSubject:
-    """`small_vgg` with its dense peers; see `measure.Subject`."""
+    """A network with its dense peers; see `measure.Subject`."""
 
+    case: NetworkCase
     dense: nn.Module
     x: Tensor
     peers: Mapping[str, Call]
     skipped: Mapping[str, str]
     out_channels: int
-    model: str = MODEL_NAME
-    layer: str = "all"
-    kernel: int = 0
-    stride: int = 0
+    memory_mb: float | None
+    kernel: int = field(default=0, init=False)
+    stride: int = field(default=0, init=False)
 
     @classmethod
-    def prepare(cls, batch: int, setting: Setting) -> NetworkSubject:
+    def prepare(cls, case: NetworkCase, setting: Setting) -> NetworkSubject:
         """Draw weights and images, and build the dense peers.
 
         They are the network with its batch norm folded, in the memory format that is faster here, and
-        compiled with frozen weights in both formats.
+        compiled with frozen weights in each format. CUDA graphs are not theirs but those of the measurement,
+        as for the sparse ones: so nobody copies inputs or outputs.
         """
-        generator_state = torch.get_rng_state()
-        torch.manual_seed(setting.seed)
-        dense = small_vgg().eval()
-        x = torch.randn(batch, 1, MODEL_IMAGE, MODEL_IMAGE).to(setting.device, setting.dtype)
-        torch.set_rng_state(generator_state)
+        dense = _drawn(case, setting)
+        x = case.image(case.batch, setting)
+        if setting.device == "cuda":  # the format of every network here: nobody has to convert its input
+            x = x.contiguous(memory_format=torch.channels_last)
         model = copy.deepcopy(dense).to(setting.device, setting.dtype)
-        peers: dict[str, Call] = {
-            "folded eager": _bound(accelerate(model, x, tune="full", backend="dense"), x)
-        }
+        folded = accelerate(model, x, tune=setting.tune, backend="dense", graphs=False)
+        memory = _memory_mb(folded, x, setting.device)
+        peers: dict[str, Call] = {"folded eager": _bound(folded, x)}
         skipped: dict[str, str] = {}
         if setting.compiled:
             reset_compiler()
-        for name, layout in LAYOUTS.items() if setting.compiled else ():
+        for name, layout in layouts(setting.device).items() if setting.compiled else ():
             laid = x.contiguous(memory_format=layout)
-            # One input channel has the same bytes in both formats; the weights' format decides.
             model = model.to(memory_format=layout)  # type: ignore[call-overload]
             compiled, reason = compiled_or_reason(model, laid)
             if compiled is None:
@@ -69,7 +137,17 @@ class NetworkSubject:
                 peers[f"compiled {name}"] = _bound(compiled, laid)
         with torch.inference_mode():
             classes = model(x[:1]).shape[1]
-        return cls(dense, x, peers, skipped, classes)
+        return cls(case, dense, x, peers, skipped, classes, memory)
+
+    @property
+    def model(self) -> str:
+        """Network and images."""
+        return self.case.model
+
+    @property
+    def layer(self) -> str:
+        """The part that runs: "all" or "features"."""
+        return self.case.part
 
     @property
     def limit(self) -> float:
@@ -77,7 +155,34 @@ class NetworkSubject:
         return ERROR_FACTOR * LIMITS[self.x.dtype]
 
     def under(self, block: tuple[int, int], density: float, setting: Setting) -> Sparse:
-        """Put random masks on all but the first convolution, and accelerate for each backend."""
+        """Put random masks on all but the first convolution, and accelerate for each backend.
+
+        The rival "narrow" is the dense network with its channels scaled to about the same MACs, folded.
+        """
+        sparse = self._masked(block, density, setting)
+        with torch.inference_mode():
+            expected = copy.deepcopy(sparse).double()(self.x.double())
+        counts = lhc.summary(sparse, tuple(self.x.shape[1:]))
+        images = self.x.shape[0]
+        contenders: dict[str, Contender] = {}
+        left_out: dict[str, str] = {}
+        for backend in setting.backends:
+            reason = None if backend == "auto" else unavailable(backend, setting.dtype, setting.device)
+            if reason is not None:
+                left_out[backend] = reason
+                continue
+            try:
+                fast = accelerate(sparse, self.x, tune=setting.tune, backend=backend, graphs=False)
+            except Exception as error:  # a forced backend may not serve every layer, or not compile
+                left_out[backend] = reason_of(error)
+                continue
+            contenders[backend] = self._contender(fast, expected, counts.total.live_macs * images)
+        if "narrow" in setting.rivals and density < 1:
+            contenders["narrow"] = self._narrow(counts.total, setting)
+        parts = _parts(counts, self.x, expected)
+        return Sparse(contenders, counts.converted.density, parts, left_out, self.memory_mb)
+
+    def _masked(self, block: tuple[int, int], density: float, setting: Setting) -> nn.Module:
         in_block, out_block = block
         config = lhc.LHCConfig(density=density, in_block=in_block, out_block=out_block)
         sparse = lhc.convert(copy.deepcopy(self.dense), config).eval()
@@ -88,32 +193,65 @@ class NetworkSubject:
                 seed=setting.seed + index,
             )  # fmt: skip
             layer.set_topology(torch.from_numpy(mask))
-        counts = lhc.summary(sparse, (1, *self.x.shape[1:]))
-        sparse = sparse.to(setting.device, setting.dtype)
+        return _settled(sparse, self.case, setting).to(setting.dtype)
+
+    def _contender(self, fast: nn.Module, expected: Tensor, macs: int) -> Contender:
         with torch.inference_mode():
-            expected = copy.deepcopy(sparse).double()(self.x.double())
-        calls: dict[str, dict[str, Call]] = {}
-        errors: dict[str, float] = {}
-        left_out: dict[str, str] = {}
-        for backend in setting.backends:
-            reason = unavailable(backend, setting.dtype, setting.device)
-            if reason is not None:
-                left_out[backend] = reason
-                continue
-            fast = accelerate(sparse, self.x, tune="full", backend=backend)
-            calls[backend] = {"network": _bound(fast, self.x)}
-            with torch.inference_mode():
-                errors[backend] = norm_error(fast(self.x), expected)
-        values = self.x.numel() + expected.numel() + counts.total.live_weights
-        return Sparse(
-            calls,
-            errors,
-            counts.converted.density,
-            counts.total.live_macs * self.x.shape[0],
-            values * self.x.element_size(),
-            left_out,
-        )
+            error = norm_error(fast(self.x), expected)
+        memory = _memory_mb(fast, self.x, self.x.device.type)
+        return Contender({"network": _bound(fast, self.x)}, error, macs, memory)
+
+    def _narrow(self, total: SummaryRow, setting: Setting) -> Contender:
+        model = _drawn(self.case, setting, math.sqrt(total.live_macs / total.macs))
+        model = model.to(setting.device, setting.dtype)
+        macs = lhc.summary(model, tuple(self.x.shape[1:])).total.macs * self.x.shape[0]
+        with torch.inference_mode():
+            expected = copy.deepcopy(model).double()(self.x.double())
+        fast = accelerate(model, self.x, tune=setting.tune, backend="dense", graphs=False)
+        return self._contender(fast, expected, macs)
+
+
+def _drawn(case: NetworkCase, setting: Setting, scale: float = 1.0) -> nn.Module:
+    """Build the network with random weights and fitting batch norm, in float32 on the CPU."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(setting.seed)
+        return _settled(case.build(scale), case, setting).cpu()
+
+
+def _settled(model: nn.Module, case: NetworkCase, setting: Setting) -> nn.Module:
+    """Give batch norm the statistics of random images, so that activations keep their size to the end.
+
+    Returns the model in float32 on the setting's device.
+    """
+    model = model.to(setting.device, torch.float32)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over batches: of this one
+        norm.train()
+    with torch.no_grad():
+        model(case.image(SETTLING_IMAGES, setting).float())
+    for norm in norms:
+        norm.momentum = 0.1
+        norm.eval()
+    return model
 
 
 def _bound(model: nn.Module, x: Tensor) -> Call:
     return lambda: model(x)
+
+
+def _memory_mb(model: nn.Module, x: Tensor, device: str) -> float | None:
+    """Return 1e6 bytes of weights and tables, and of what a call holds at its most."""
+    transient = transient_mb(lambda: model(x), device)
+    return None if transient is None else tensors_mb(model) + transient
+
+
+def _parts(counts: Summary, x: Tensor, y: Tensor) -> tuple[tuple[int, int], ...]:
+    """Return (MACs, bytes) of the convolutions and of the linear layers, which run after them."""
+    found = []
+    for linear in (False, True):
+        rows = [row for row in counts.rows if (row.kind == "linear") == linear]
+        values = sum(row.live_weights for row in rows) + (y if linear else x).numel()
+        found.append((sum(row.live_macs for row in rows) * x.shape[0], values * x.element_size()))
+    return tuple(found)

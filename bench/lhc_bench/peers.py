@@ -15,10 +15,17 @@ from torch import Tensor, nn
 
 from lhc_triton.planning.plan import ConvGeometry
 
+from .graphs import reason_of
+
 Call = Callable[[], Tensor]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}  # norm error against eager; other types: 2e-2
 WARM_CALLS = 3
+
+
+def layouts(device: str) -> dict[str, torch.memory_format]:
+    """Return the memory formats to try on a device kind: both on "cpu", the only fast one on "cuda"."""
+    return {name: LAYOUTS[name] for name in (("channels_last",) if device == "cuda" else LAYOUTS)}
 
 
 class _ConvReLU(nn.Module):
@@ -48,8 +55,8 @@ def dense_peers(
         compiled: also compile each layout with torch.compile, which costs seconds a layer.
 
     Returns:
-        Functions without arguments by name ("eager contiguous", "eager channels_last", "compiled ..."),
-        and the reason for each form that is left out.
+        Functions without arguments by name ("eager contiguous", "eager channels_last", "compiled ..."; on
+        CUDA channels_last alone), and the reason for each form that is left out.
 
     Raises:
         ValueError: the padding differs between opposite sides.
@@ -63,7 +70,7 @@ def dense_peers(
     skipped: dict[str, str] = {}
     if compiled:
         reset_compiler()
-    for name, layout in LAYOUTS.items():
+    for name, layout in layouts(x.device.type).items():
         a, w = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
 
         def eager(a: Tensor = a, w: Tensor = w) -> Tensor:
@@ -116,8 +123,7 @@ def compiled_or_reason(model: nn.Module, example: Tensor) -> tuple[nn.Module | N
             return _compile(model, example)
     # Everything between here and machine code may fail, each with exceptions of its own.
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        return None, f"torch.compile failed: {type(error).__name__}: {lines[0] if lines else 'no message'}"
+        return None, f"torch.compile failed: {reason_of(error)}"
 
 
 def _compile(model: nn.Module, example: Tensor) -> tuple[nn.Module | None, str | None]:

@@ -25,8 +25,9 @@ from .files import write_beside
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 """Densities that rows are sorted under unless a run names its own."""
 
-COUNTS = ("batch", "in_channels", "out_channels", "height", "width", "in_block", "out_block")
+COUNTS = ("batch", "in_channels", "out_channels", "height", "width", "in_block", "out_block", "threads")
 TIMES = ("baseline_us", "time_us", "p20_us", "p80_us", "floor_us", "speedup")
+POSITIVE = frozenset((*COUNTS, *TIMES))
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,13 @@ class Row:
         floor_us: the least time the live work could take at the rates measured in the same run.
         rel_err: norm error of the backend's output against a float64 dense reference with the same mask.
         seed: of mask, weights and input.
+        gmacs: 1e9 multiply-accumulates per second that it reached, those of live weights counted.
+        peak_share: gmacs as a share of what a large matrix product reached in the same run.
+        memory_mb, baseline_memory_mb: 1e6 bytes of tensors during a call of this and of the eager dense
+            network: weights, tables, and activations at their most.
+        threads: of the CPU.
+
+    The last five came later: they are None where a file does not have them, or where they do not apply.
     """
 
     case: str
@@ -77,10 +85,17 @@ class Row:
     floor_us: float
     rel_err: float
     seed: int
+    gmacs: float | None = None
+    peak_share: float | None = None
+    memory_mb: float | None = None
+    baseline_memory_mb: float | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value, wanted = getattr(self, item.name), str(item.type)
+            value, (wanted, _, optional) = getattr(self, item.name), str(item.type).partition(" | ")
+            if optional and value is None:
+                continue
             if wanted == "str":
                 if not isinstance(value, str) or not value:
                     raise ValueError(f"{item.name} is {value!r}, expected a text")
@@ -90,8 +105,8 @@ class Row:
                 )
             elif not math.isfinite(value):
                 raise ValueError(f"{item.name} is {value}, expected a finite number")
-            elif value < 0 or (value == 0 and item.name in (*COUNTS, *TIMES)):
-                least = "above 0" if item.name in (*COUNTS, *TIMES) else "of at least 0"
+            elif value < 0 or (value == 0 and item.name in POSITIVE):
+                least = "above 0" if item.name in POSITIVE else "of at least 0"
                 raise ValueError(f"{item.name} is {value}, expected a number {least}")
         if not 0 < self.density <= 1:
             raise ValueError(f"density is {self.density}, expected a share in (0, 1]")
@@ -134,21 +149,46 @@ def summarise(rows: Iterable[Row], densities: Sequence[float] = DENSITIES) -> di
         densities: the wanted densities; each row is counted under the nearest one.
 
     Returns:
-        {"geomean_speedup": {backend: {density as str: value}}, "wins": n, "losses": n}; a row wins with
-        a speed-up above 1 and loses below it.
+        {"geomean_speedup": {backend: {density as str: value}}, "wins": n, "losses": n, "groups": [...]}; a
+        row wins with a speed-up above 1 and loses below it. A group holds the rows of one backend, block size
+        and density: "backend", "in_block", "out_block", "density", "cases", the geometric means "speedup",
+        "floor_share" (floor_us / time_us) and "peak_share" (None where a row has none), and the case that
+        gained least as "worst_case" and "worst_speedup".
     """
     rows = tuple(rows)
-    logs: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    by_backend: dict[str, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[str, int, int, float], list[Row]] = defaultdict(list)
     for row in rows:
-        logs[row.backend][nearest_density(row.density, densities)].append(math.log(row.speedup))
+        density = nearest_density(row.density, densities)
+        by_backend[row.backend][density].append(row)
+        groups[row.backend, row.in_block, row.out_block, density].append(row)
     return {
         "geomean_speedup": {
-            backend: {str(d): math.exp(math.fsum(found[d]) / len(found[d])) for d in sorted(found)}
-            for backend, found in sorted(logs.items())
+            backend: {str(d): _geomean([row.speedup for row in found[d]]) for d in sorted(found)}
+            for backend, found in sorted(by_backend.items())
         },
         "wins": sum(row.speedup > 1 for row in rows),
         "losses": sum(row.speedup < 1 for row in rows),
+        "groups": [_group(key, groups[key]) for key in sorted(groups)],
     }
+
+
+def _group(key: tuple[str, int, int, float], rows: Sequence[Row]) -> dict[str, Any]:
+    worst = min(rows, key=lambda row: row.speedup)
+    shares = [row.peak_share for row in rows if row.peak_share]
+    return {
+        **dict(zip(("backend", "in_block", "out_block", "density"), key, strict=True)),
+        "cases": len(rows),
+        "speedup": _geomean([row.speedup for row in rows]),
+        "floor_share": _geomean([row.floor_us / row.time_us for row in rows]),
+        "peak_share": _geomean(shares) if len(shares) == len(rows) else None,
+        "worst_case": worst.case,
+        "worst_speedup": worst.speedup,
+    }
+
+
+def _geomean(values: Sequence[float]) -> float:
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
 
 
 def write_results(out_dir: str | Path, results: Results) -> tuple[Path, Path]:
@@ -197,12 +237,13 @@ def _is_density(value: Any) -> bool:
 
 def _row(index: int, found: Any) -> Row:
     names = {item.name for item in fields(Row)}
+    later = {item.name for item in fields(Row) if item.default is None}
     if not isinstance(found, dict):
         raise ValueError(f"row {index} is no object")
-    if missing := sorted(names - found.keys()):
+    if missing := sorted(names - later - found.keys()):
         raise ValueError(f"row {index} lacks {', '.join(missing)}")
     try:
-        return Row(**{name: found[name] for name in names})
+        return Row(**{name: found[name] for name in names & found.keys()})
     except ValueError as error:
         raise ValueError(f"row {index}: {error}") from None
 
@@ -268,7 +309,8 @@ def describe(env: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
         parts.append(f"{env['threads']} {'thread' if env['threads'] == 1 else 'threads'}")
     parts.append(", ".join(sorted({row.dtype for row in rows})))
     batches = sorted({row.batch for row in rows})
-    parts.append(f"batch {' or '.join(map(str, batches))}")
+    several = " or ".join(map(str, batches)) if len(batches) < 3 else f"{batches[0]} to {batches[-1]}"
+    parts.append(f"batch {several}")
     if env.get("rounds"):
         parts.append(f"medians of up to {env['rounds']} interleaved rounds")
     origin = [str(env["command"])] if env.get("command") else []

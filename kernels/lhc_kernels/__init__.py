@@ -8,6 +8,7 @@ from typing import Any
 from .choice import candidate_configs, choose_config, heuristic_config
 from .configs import KernelConfig, LaunchShape, config_problem, store_run
 from .costs import CostSheet, cost_sheet
+from .devices import device_limits
 from .sources import source_digest
 
 __all__ = [
@@ -19,19 +20,20 @@ __all__ = [
     "choose_config",
     "config_problem",
     "cost_sheet",
+    "device_limits",
     "grouped_conv2d",
-    "grouped_conv2d_fwd_kernel",
     "heuristic_config",
+    "launch_shape",
     "source_digest",
     "store_run",
 ]
 
-_OF_TRITON = ("INTERPRETED", "grouped_conv2d", "grouped_conv2d_fwd_kernel")
+_OF_TRITON = ("INTERPRETED", "grouped_conv2d", "launch_shape")
 
 
 def __getattr__(name: str) -> Any:
     if name not in _OF_TRITON:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import grouped_conv
+    from . import launch
 
-    return getattr(grouped_conv, name)
+    return getattr(launch, name)

@@ -6,23 +6,53 @@ import os
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .configs import KernelConfig
-from .grouped_conv import INTERPRETED, grouped_conv2d_fwd_kernel, kernel_constants
+from .box_conv import grouped_conv2d_box_fwd_kernel
+from .configs import KernelConfig, LaunchShape
+from .constants import INTERPRETED, Specialisation
+from .grouped_conv import grouped_conv2d_fwd_kernel, reduce_splits_kernel
 
-TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-POINTERS = {
-    "tile_ptr": "*i32",
-    "entries_ptr": "*i32",
-    "filters_ptr": "*i32",
-    "bias_ptr": "*fp32",
-    "scale_ptr": "*fp32",
+TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "i8"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for, and the sizes of a well-known product that configs are chosen by.
+
+    Attributes:
+        gpu: what Triton compiles for.
+        product: whose sizes these are.
+        processors: its multiprocessors.
+        shared_bytes: shared memory that one program may use there.
+        capability: CUDA compute capability times ten, 0 for other makes.
+    """
+
+    gpu: GPUTarget
+    product: str
+    processors: int
+    shared_bytes: int
+    capability: int
+
+    def shape(self, shape: LaunchShape) -> LaunchShape:
+        """Return ``shape`` as a launch on this GPU would see it."""
+        return replace(
+            shape, processors=self.processors, shared_bytes=self.shared_bytes, capability=self.capability
+        )
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), "A100", 108, 166912, 80),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), "RTX 4090", 128, 101376, 89),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), "H100", 132, 232448, 90),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), "B200", 148, 232448, 100),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), "MI300X", 304, 65536, 0),
 }
 
 
@@ -38,14 +68,15 @@ class CompileReport:
         stack_bytes: local memory per thread; anything above 0 is spilled or indexed registers.
         shared_bytes: shared memory of one program.
         wgmma: whether the products run as warp-group instructions (sm_90).
-        mma: whether they run on tensor cores at all.
+        mma: whether they run on matrix units at all.
         async_operands: shapes of the operands that reach shared memory by asynchronous copies, for example
             ("128x32", "32x16") for both; each occurs once per copy in the code (prologue and loop).
         async_bytes: the distinct sizes of the asynchronous copy instructions in bytes; 16 is the widest.
         copies_in_flight: asynchronous copies (one per operand and step) that the loop leaves running while it
-            computes; 0 says that nothing is pipelined.
+            computes; 0 says that nothing is pipelined that way.
+        bulk_copies: whether operands arrive by bulk copies of a tensor descriptor.
         store_bytes: the distinct sizes of the global stores in bytes; 16 is the widest.
-        ptx, ttgir: the code itself, for a closer look.
+        assembly, ttgir: the code itself, for a closer look.
     """
 
     kernel: str
@@ -59,125 +90,139 @@ class CompileReport:
     async_operands: tuple[str, ...]
     async_bytes: tuple[int, ...]
     copies_in_flight: int
+    bulk_copies: bool
     store_bytes: tuple[int, ...]
-    ptx: str
+    assembly: str
     ttgir: str
 
     @property
     def async_copy(self) -> bool:
         """Whether both operands are copied asynchronously, which is what pipelines the loop."""
         config = self.config
-        depth = config.block_k * config.entries
-        wanted = {f"{config.block_m}x{depth}", f"{depth}x{config.block_n}"}
-        return wanted <= set(self.async_operands)
+        wanted = {f"{config.block_m}x{config.depth}", f"{config.depth}x{config.block_n}"}
+        return self.bulk_copies or wanted <= set(self.async_operands)
 
 
 def compile_config(
     config: KernelConfig,
-    target: int = 90,
-    dtype: str = "float16",
+    target: str = "sm_90",
+    facts: Specialisation | None = None,
     *,
-    in_channels: int = 256,
-    in_block: int = 32,
-    tile_width: int = 16,
-    out_channels: int = 256,
-    kernel_size: tuple[int, int] = (3, 3),
-    stride: tuple[int, int] = (1, 1),
-    dilation: tuple[int, int] = (1, 1),
-    bias: bool = True,
-    scale: bool = False,
-    residual: bool = False,
-    relu: bool = True,
-    index64: bool = False,
+    box: tuple[int, int, int] | None = None,
     ones: tuple[str, ...] = ("pad_top", "pad_left"),
 ) -> CompileReport:
-    """Compile the grouped convolution for a GPU that need not be there.
+    """Compile the convolution that ``config`` names for a GPU that need not be there.
 
     Pointers count as 16-byte aligned, ``out_channels`` as a multiple of 16 where it is one, and the
     arguments named in ``ones`` as the constant 1: what a real launch specialises on.
 
     Args:
-        config: how the launch is cut up.
-        target: compute capability times ten: 80, 89, 90, 100, ...
-        dtype: "float16", "bfloat16" or "float32".
-        in_channels: I.
-        in_block: input channels of an entry.
-        tile_width: filters of a tile.
-        out_channels: O.
-        kernel_size: (kh, kw).
-        stride: (vertical, horizontal).
-        dilation: (vertical, horizontal).
-        bias: add a bias.
-        scale: multiply by a scale.
-        residual: add a residual.
-        relu: apply ReLU.
-        index64: compile the variant for tensors of 2^31 elements and more.
+        config: how the launch is cut up; its variant picks the kernel.
+        target: a key of TARGETS.
+        facts: the layer's compile-time facts; None takes the defaults.
+        box: with variant "box", the (images, rows, columns) of a program; None takes rows of 16 pixels.
         ones: integer arguments of the kernel whose value is 1.
 
     Raises:
         RuntimeError: under TRITON_INTERPRET=1, where kernels are not compiled.
-        ValueError: an unknown dtype.
+        ValueError: an unknown dtype or target.
     """
+    facts = facts or Specialisation()
+    if facts.dtype not in TYPES:
+        raise ValueError(f"dtype is {facts.dtype!r}: supported are {', '.join(TYPES)}")
+    item = TYPES[facts.dtype]
+    types = {"x_ptr": f"*{item}", "w_ptr": f"*{item}", "y_ptr": f"*{TYPES[facts.out_dtype]}"}
+    if config.variant == "box":
+        box = box or (1, config.block_m // 16, 16)
+        a, b = [*box, config.block_k], [config.block_k, config.block_n]
+        types |= {
+            name: f"tensordesc<{item}[{','.join(map(str, block))}]>"
+            for name, block in (("x_desc", a), ("w_desc", b))
+        }
+        constants = facts.box_constants(config, box)
+        return _compile(grouped_conv2d_box_fwd_kernel, config, target, facts, types, constants, ones)
+    if config.variant == "split":
+        types["y_ptr"] = _sums(facts)
+    constants = facts.pointer_constants(config)
+    return _compile(grouped_conv2d_fwd_kernel, config, target, facts, types, constants, ones)
+
+
+def compile_reduce(
+    config: KernelConfig, target: str = "sm_90", facts: Specialisation | None = None
+) -> CompileReport:
+    """Compile the kernel that adds the parts of a "split" config; see ``compile_config``."""
+    facts = facts or Specialisation()
+    types = {"sums_ptr": _sums(facts), "y_ptr": f"*{TYPES[facts.out_dtype]}"}
+    config = KernelConfig(config.block_m, config.block_n, variant="split", splits=config.splits)
+    return _compile(reduce_splits_kernel, config, target, facts, types, facts.reduce_constants(config), ())
+
+
+def _sums(facts: Specialisation) -> str:
+    return "*i32" if facts.dtype == "int8" else "*fp32"
+
+
+def _compile(
+    kernel: Any,
+    config: KernelConfig,
+    target: str,
+    facts: Specialisation,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    ones: tuple[str, ...],
+) -> CompileReport:
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted; unset it to compile them")
-    if dtype not in TRITON_DTYPES:
-        raise ValueError(f"dtype is {dtype!r}: supported are {', '.join(TRITON_DTYPES)}")
-    constants = kernel_constants(
-        config,
-        dtype,
-        in_channels=in_channels,
-        in_block=in_block,
-        tile_width=tile_width,
-        out_channels=out_channels,
-        kernel_size=kernel_size,
-        stride=stride,
-        dilation=dilation,
-        bias=bias,
-        scale=scale,
-        residual=residual,
-        relu=relu,
-        index64=index64,
-    )
-    constants |= dict.fromkeys(ones, 1)
-    absent = {"bias_ptr": not bias, "scale_ptr": not scale, "residual_ptr": not residual}
+    if target not in TARGETS:
+        raise ValueError(f"target is {target!r}: supported are {', '.join(TARGETS)}")
+    types = types | dict.fromkeys(("tile_ptr", "entries_ptr", "filters_ptr"), "*i32")
+    types |= {"bias_ptr": "*fp32", "scale_ptr": "*fp32", "residual_ptr": f"*{TYPES[facts.out_dtype]}"}
+    names = kernel.arg_names
+    constants = constants | dict.fromkeys((name for name in ones if name in names), 1)
+    absent = {"bias_ptr": not facts.bias, "scale_ptr": not facts.scale, "residual_ptr": not facts.residual}
     constants |= {name: None for name, missing in absent.items() if missing}
-    names = grouped_conv2d_fwd_kernel.arg_names
-    signature = {
-        name: "constexpr"
-        if name in constants
-        else POINTERS.get(name, "*" + TRITON_DTYPES[dtype])
-        if name.endswith("_ptr")
-        else "i32"
-        for name in names
-    }
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = [name for name, kind in signature.items() if kind.startswith("*")]
-    if out_channels % 16 == 0:
+    if facts.out_channels % 16 == 0:
         aligned.append("out_channels")
     source = ASTSource(
-        grouped_conv2d_fwd_kernel,
+        kernel,
         signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
-    stores = re.findall(r"st\.global\.(?:v(\d)\.)?b(\d+)", ptx)
-    registers, stack = _resources(compiled.asm["cubin"])
+    return _report(
+        triton.compile(source, target=TARGETS[target].gpu, options=options), kernel, config, target
+    )
+
+
+def _report(compiled: Any, kernel: Any, config: KernelConfig, target: str) -> CompileReport:
+    ttgir = compiled.asm["ttgir"]
+    if target.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        registers, stack = (
+            int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
+            for name in ("vgpr_count", "private_segment_fixed_size")
+        )
+    else:
+        text = compiled.asm["ptx"]
+        registers, stack = _resources(compiled.asm["cubin"])
+    stores = re.findall(r"st\.global\.(?:v(\d)\.)?b(\d+)", text)
     return CompileReport(
-        kernel=grouped_conv2d_fwd_kernel.__name__,
+        kernel=kernel.__name__,
         config=config,
-        target=f"sm_{target}",
+        target=target,
         registers=registers,
         stack_bytes=stack,
         shared_bytes=compiled.metadata.shared,
-        wgmma="wgmma.mma_async" in ptx,
-        mma="mma.sync" in ptx or "wgmma.mma_async" in ptx or "tcgen05.mma" in ptx,
+        wgmma="wgmma.mma_async" in text,
+        mma=re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma", text) is not None,
         async_operands=tuple(re.findall(r"async_copy_global_to_local.*?tensor<([\dx]+)x!tt", ttgir)),
-        async_bytes=tuple(sorted({int(n, 0) for n in re.findall(r"cp\.async\.c[ag]\..*?\], (\w+)", ptx)})),
-        copies_in_flight=max((int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)), default=0),
+        async_bytes=tuple(sorted({int(n, 0) for n in re.findall(r"cp\.async\.c[ag]\..*?\], (\w+)", text)})),
+        copies_in_flight=max((int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", text)), default=0),
+        bulk_copies="cp.async.bulk.tensor" in text,
         store_bytes=tuple(sorted({int(v or 1) * int(b) // 8 for v, b in stores})),
-        ptx=ptx,
+        assembly=text,
         ttgir=ttgir,
     )
 

@@ -49,10 +49,18 @@ def check_tensors(x: Tensor, weight: Tensor, tables: Sequence[Tensor], out_chann
         )
 
 
+def output_dtype(x: Tensor) -> torch.dtype:
+    """Return the type of the result and of a residual: float32 for int8, else x's own."""
+    return torch.float32 if x.dtype == torch.int8 else x.dtype
+
+
 def check_epilogue(
     x: Tensor, size: tuple[int, ...], vectors: dict[str, Tensor | None], images: dict[str, Tensor | None]
 ) -> None:
     """Check per-filter vectors and images of the output's ``size`` (N, O, OH, OW); ValueError."""
+    if x.dtype == torch.int8 and vectors["scale"] is None:
+        raise ValueError("x is int8 and no scale is given: expected a floating scale of one factor a filter")
+    wanted = output_dtype(x)
     for name, vector in vectors.items():
         if vector is not None and (tuple(vector.shape) != (size[1],) or not vector.is_floating_point()):
             raise ValueError(
@@ -60,10 +68,10 @@ def check_epilogue(
                 f"expected a floating tensor of shape ({size[1]},)"
             )
     for name, image in images.items():
-        if image is not None and (tuple(image.shape) != size or image.dtype != x.dtype):
+        if image is not None and (tuple(image.shape) != size or image.dtype != wanted):
             raise ValueError(
                 f"{name} is {dtype_name(image)} of shape {tuple(image.shape)}: "
-                f"expected {dtype_name(x)} of shape {size}"
+                f"expected {str(wanted).removeprefix('torch.')} of shape {size}"
             )
 
 

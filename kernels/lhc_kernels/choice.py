@@ -2,54 +2,65 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 from .configs import (
-    ITEM_BYTES,
+    MAX_SPLITS,
     KernelConfig,
     LaunchShape,
     config_problem,
+    multiplies_by,
     next_power_of_two,
     shared_bytes,
 )
 from .costs import CostSheet, cost_sheet
+from .resources import MAX_REGISTERS, load_bytes
 
 HOPELESS = 2.0
 """Configs predicted to take this many times as long as the fastest are not worth timing."""
 
+CROWDING = 0.5
+"""What a candidate's predicted time is raised by for each trait that an earlier candidate has too."""
 
+
+@functools.lru_cache(maxsize=1024)
 def choose_config(shape: LaunchShape, precision: str = "ieee") -> tuple[KernelConfig, str]:
     """Return the config that plain rules pick for ``shape``, and the rules' names.
 
-    The rules follow from code compiled for sm_90 with Triton 3.7.1, not from times.
+    The rules follow from code compiled for sm_90 with Triton 3.7.1, not from times. They take the variant
+    "grid", or "split" where too few programs have much to do; "persistent" and "box" are left to tuning. A
+    persistent program needs more registers (compiled: 113 against 78 at 128 x 64, 179 against 125 at
+    128 x 128, where that halves what runs at once), and the grid already deals tiles out to whatever
+    multiprocessor is free, the longest first.
 
     Args:
         shape: the sizes of the launch.
         precision: of float32 products; taken over into the config.
     """
-    half = shape.dtype != "float32"
-    reasons = ["half: tensor cores" if half else "float32: FMA, small blocks"]
+    fma = multiplies_by(KernelConfig(precision=precision), shape) == "fma"
+    reasons = ["float32: FMA, small blocks" if fma else "tensor cores"]
 
-    widest = 128 if half else 64
+    # Compiled: int8 of 128 x 128 over 8 warps takes 160 registers, which leaves room for one program only.
+    widest = 64 if shape.dtype in ("float32", "int8") else 128
     block_n = min(widest, max(16, next_power_of_two(shape.tile_width)))
     if shape.tile_width > widest:
         reasons.append(f"tile split into {widest} filters")
 
     # A step of 64 channels halves the barriers and waits of two steps of 32. Compiled: two entries of 32
-    # picked by k go through shared memory like one of 64 (70 registers at 128 x 16, against 90 for a gather
+    # picked by k go through shared memory like one of 64 (72 registers at 128 x 16, against 90 for a gather
     # [M, 2, 32] that is reshaped, which also reads the activations back into registers for wgmma).
-    most = 64 if half else 32
-    block_k = min((64, 32, 16) if half else (32, 16), key=lambda k: (-(-shape.in_block // k) * k, -k))
-    entries = 2 if block_k == shape.in_block and 2 * block_k <= most else 1
+    depths = (32, 16) if shape.dtype == "float32" else (64, 32, 16)
+    block_k = min(depths, key=lambda k: (-(-shape.in_block // k) * k, -k))
+    entries = 2 if block_k == shape.in_block and 2 * block_k <= depths[0] else 1
     if entries == 2:
         reasons.append("two entries a step")
 
-    block_m = 128 if half else 64
+    block_m = 64 if fma else 128
     num_stages = 4
-    if math.gcd(shape.in_channels, shape.in_block) * ITEM_BYTES[shape.dtype] % 4:
+    if load_bytes(shape) < 4:
         # An asynchronous copy moves at least 4 bytes. Compiled: with 37 channels of 2 bytes every element
         # is a load of its own, and 128 x 64 of them a step spill 1296 bytes; 64 x 16 do not spill.
         block_m, block_k, entries, num_stages = 64, 16, 1, 2
@@ -66,11 +77,23 @@ def choose_config(shape: LaunchShape, precision: str = "ieee") -> tuple[KernelCo
 
     # Two programs share a multiprocessor, so that one computes while the other waits.
     config = KernelConfig(block_m, block_n, block_k, num_warps, num_stages, entries, precision)
-    while config.num_stages > 2 and 2 * (shared_bytes(config, shape.dtype) + 1024) > shape.shared_bytes:
+    while config.num_stages > 2 and 2 * (shared_bytes(config, shape) + 1024) > shape.shared_bytes:
         config = replace(config, num_stages=config.num_stages - 1)
     if config.num_stages < num_stages:
         reasons.append("fewer stages: two programs share the memory")
-    return config, "; ".join(reasons)
+
+    best = min((config, *_split(config, shape)), key=lambda c: cost_sheet(c, shape).predicted_us)
+    if best.splits > 1:
+        reasons.append("few programs, many entries: split")
+    return best, "; ".join(reasons)
+
+
+def _split(config: KernelConfig, shape: LaunchShape) -> Iterator[KernelConfig]:
+    """Yield ``config`` split into as many parts as leave no multiprocessor more than two programs."""
+    splits = 2
+    while splits <= MAX_SPLITS and splits * cost_sheet(config, shape).programs <= 2 * shape.processors:
+        yield replace(config, variant="split", splits=splits)
+        splits *= 2
 
 
 def heuristic_config(shape: LaunchShape, precision: str = "ieee") -> KernelConfig:
@@ -83,8 +106,9 @@ def candidate_configs(
 ) -> tuple[KernelConfig, ...]:
     """Return the configs worth timing for ``shape``: the heuristic's first, then by their cost sheets.
 
-    Of every (block_m, block_n) the sheets' best comes before any second one, and so on with the pipeline's
-    depth, so that a short list still spans the landscape. The answer depends on the arguments alone.
+    The sheets only rank, so each next candidate is the one of least predicted time after that time is raised
+    for every block size, pipeline depth and variant that earlier candidates have already: a short list still
+    spans the landscape. The answer depends on the arguments alone.
 
     Args:
         shape: the sizes of the launch.
@@ -96,39 +120,49 @@ def candidate_configs(
     """
     if limit < 1:
         raise ValueError(f"limit is {limit}: expected at least 1")
-    first = heuristic_config(shape, precision)
+    chosen = [heuristic_config(shape, precision)]
+    # Compiled: ptxas spills some float32 multiply-adds from 128 registers on.
+    most = 128 if multiplies_by(chosen[0], shape) == "fma" else MAX_REGISTERS
     sheets: dict[KernelConfig, CostSheet] = {}
     for config in _landscape(shape, precision):
-        if config != first and config_problem(config, shape) is None:
+        if config != chosen[0] and config_problem(config, shape) is None:
             sheet = cost_sheet(config, shape)
-            if sheet.occupancy > 0:
+            if sheet.occupancy > 0 and sheet.registers <= most:
                 sheets[config] = sheet
     fastest = min((sheet.predicted_us for sheet in sheets.values()), default=0.0)
-    ranked = sorted(
-        (config for config in sheets if sheets[config].predicted_us <= HOPELESS * fastest),
-        key=lambda config: (sheets[config].predicted_us, -config.num_stages, config.to_list()),
-    )
-    seen: dict[tuple[object, ...], int] = {_blocks(first): 1}
-    rounds = []
-    for place, config in enumerate(ranked):
-        rounds.append((seen.get(_blocks(config), 0), place, config))
-        seen[_blocks(config)] = seen.get(_blocks(config), 0) + 1
-    return (first, *(config for _, _, config in sorted(rounds, key=lambda r: r[:2])))[:limit]
+    left = [config for config in sheets if sheets[config].predicted_us <= HOPELESS * fastest]
+
+    def crowded_us(config: KernelConfig) -> float:
+        shared = sum(len(_traits(config) & _traits(other)) for other in chosen)
+        return sheets[config].predicted_us * (1 + CROWDING * shared)
+
+    while left and len(chosen) < limit:
+        chosen.append(min(left, key=crowded_us))
+        left.remove(chosen[-1])
+    return tuple(chosen)
 
 
-def _blocks(config: KernelConfig) -> tuple[object, ...]:
-    return config.block_m, config.block_n, config.variant
+def _traits(config: KernelConfig) -> set[tuple[str, object]]:
+    names = ("block_m", "block_n", "num_stages", "variant")
+    return {(name, getattr(config, name)) for name in names}
 
 
 def _landscape(shape: LaunchShape, precision: str) -> Iterator[KernelConfig]:
-    """Yield every config that could make sense for ``shape``, valid or not."""
+    """Yield every config that could make sense for ``shape``, valid or not, deep pipelines first."""
     widest = min(256, max(16, next_power_of_two(shape.tile_width)))
     widths = [n for n in (16, 32, 64, 128, 256) if widest // 4 <= n <= widest]
-    whole = shape.in_block == next_power_of_two(shape.in_block)
     depths = [(k, 1) for k in (16, 32, 64, 128) if k <= max(16, next_power_of_two(shape.in_block))]
-    if whole:
+    if shape.in_block == next_power_of_two(shape.in_block):
         depths.append((shape.in_block, 2))
     for block_m, block_n, (block_k, entries), warps, stages in itertools.product(
-        (64, 128, 256), widths, depths, (4, 8), (2, 3, 4, 5)
+        (64, 128, 256), widths, depths, (4, 8), (5, 4, 3, 2)
     ):
-        yield KernelConfig(block_m, block_n, block_k, warps, stages, entries, precision)
+        config = KernelConfig(block_m, block_n, block_k, warps, stages, entries, precision)
+        if config_problem(config, shape) is not None:
+            continue
+        yield config
+        yield replace(config, variant="box")
+        yield from _split(config, shape)
+        # Multiply-adds keep every multiprocessor busy as it is, and have no registers to spare.
+        if cost_sheet(config, shape).waves >= 2 and multiplies_by(config, shape) != "fma":
+            yield replace(config, variant="persistent")

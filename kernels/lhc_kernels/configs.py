@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +15,8 @@ MAX_KERNEL_REACH = 31
 """Largest kh + kw: the validity of a pixel's rows and columns is kept in the bits of one int32."""
 
 MAX_ACCUMULATORS = 128
-"""32-bit sums that a thread can hold; compiled for sm_90, 128 take 190 to 255 registers and 256 spill."""
+"""32-bit sums that a thread can hold. Compiled for sm_90, 128 take 182 to 252 registers with Triton 3.7.1,
+while 3.6 and 3.9 spill some such kernels; 256 always spill."""
 
 MAX_SPLITS = 16
 """Most parts of a tile's entries; every part writes its float32 sums once and has them read once."""
@@ -42,6 +45,7 @@ class LaunchShape:
         stride: (vertical, horizontal).
         out_size: (OH, OW); (0, 0) where it is not known, which rules the variant "box" out.
         capability: CUDA compute capability times ten, 0 for other makes (default: H100).
+        residual: whether the epilogue adds one, which takes registers.
     """
 
     pixels: int
@@ -57,6 +61,7 @@ class LaunchShape:
     stride: tuple[int, int] = (1, 1)
     out_size: tuple[int, int] = (0, 0)
     capability: int = 90
+    residual: bool = False
 
     @property
     def total_entries(self) -> int:
@@ -109,7 +114,9 @@ class KernelConfig:
                 f"num_stages, entries, a precision code below {codes[0]}, a variant code below {codes[1]} "
                 "and splits"
             )
-        return cls(*values[:6], PRECISIONS[values[6]], VARIANTS[values[7]], values[8])
+        block_m, block_n, block_k, num_warps, num_stages, entries, precision, variant, splits = values
+        names = (PRECISIONS[precision], VARIANTS[variant])
+        return cls(block_m, block_n, block_k, num_warps, num_stages, entries, *names, splits)
 
     @property
     def depth(self) -> int:
@@ -117,10 +124,28 @@ class KernelConfig:
         return self.block_k * self.entries
 
 
-def shared_bytes(config: KernelConfig, dtype: str) -> int:
-    """Return the shared memory of the software pipeline in bytes: every stage of both operands."""
-    stage = config.depth * (config.block_m + config.block_n) * ITEM_BYTES[dtype]
-    return stage * config.num_stages
+def multiplies_by(config: KernelConfig, shape: LaunchShape) -> str:
+    """Return what carries out the products: "fma", "fragments" or "memory".
+
+    Fragments are what mma.sync and AMD's matrix units take, operands in registers; wgmma (Hopper) and tcgen05
+    (Blackwell) take them from shared memory.
+    """
+    if shape.dtype == "float32" and config.precision == "ieee":
+        return "fma"
+    return "memory" if shape.capability >= 90 else "fragments"
+
+
+def shared_bytes(config: KernelConfig, shape: LaunchShape) -> int:
+    """Return the shared memory of one program in bytes: the pipeline's stages, then the outputs on their way.
+
+    Compiled: operands that are read from shared memory keep all their stages there, others one less, because
+    the stage at work is in registers.
+    """
+    from_memory = multiplies_by(config, shape) == "memory"
+    stages = config.num_stages if from_memory else max(1, config.num_stages - 1)
+    item = ITEM_BYTES[shape.dtype]
+    pipeline = stages * config.depth * (config.block_m + config.block_n) * item
+    return max(pipeline, config.block_m * config.block_n * (4 if shape.dtype == "int8" else item))
 
 
 def config_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
@@ -160,7 +185,49 @@ def _variant_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
     most = MAX_SPLITS if config.variant == "split" else 1
     if not least <= config.splits <= most:
         return f"splits is {config.splits} with variant {config.variant}: supported are {least} to {most}"
+    return _box_problem(config, shape) if config.variant == "box" else None
+
+
+def _box_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
+    """Return what rules tensor descriptors out: the device, the geometry, or alignment to 16 bytes."""
+    if shape.capability < 90:
+        return f"compute capability is {shape.capability / 10}: variant box needs 9.0 or more"
+    if shape.stride != (1, 1):
+        return f"stride is {list(shape.stride)}: variant box supports [1, 1]"
+    if shape.dtype not in ("float16", "bfloat16"):
+        return f"dtype is {shape.dtype}: variant box supports float16 and bfloat16"
+    if shape.in_channels % 8 or shape.tile_width % 8:
+        return (
+            f"in_channels is {shape.in_channels} and tile_width {shape.tile_width}: "
+            "variant box supports multiples of 8"
+        )
+    if shape.in_block % config.block_k or config.entries != 1:
+        return (
+            f"block_k is {config.block_k} with {config.entries} entries a step: variant box supports one "
+            f"and divisors of the in_block, here {shape.in_block}"
+        )
+    if 0 in shape.out_size or shape.total_entries == 0:
+        return "variant box needs a known output size and at least one entry"
     return None
+
+
+@functools.lru_cache(maxsize=1024)
+def best_box(block_m: int, shape: LaunchShape) -> tuple[int, int, int]:
+    """Return the box (images, rows, columns) of ``block_m`` outputs that covers the output in fewest boxes.
+
+    Sides are powers of two; among equals the widest box wins, because its rows are the longest copies.
+    """
+    sides = [1 << i for i in range(block_m.bit_length())]
+    boxes = [(block_m // (h * w), h, w) for w in sides for h in sides if h * w <= block_m]
+    return min(boxes, key=lambda box: (box_count(box, shape), -box[2], -box[1]))
+
+
+def box_count(box: tuple[int, int, int], shape: LaunchShape) -> int:
+    """Return how many boxes (images, rows, columns) cover the output of a known ``out_size``."""
+    height, width = shape.out_size
+    images = -(-shape.pixels // (height * width))
+    sizes = zip((images, height, width), box, strict=True)
+    return math.prod(-(-size // side) for size, side in sizes)
 
 
 def _resource_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
@@ -170,9 +237,9 @@ def _resource_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
             f"{config.block_m} x {config.block_n} outputs over {config.num_warps} warps need {accumulators} "
             f"accumulators a thread: supported are up to {MAX_ACCUMULATORS}, more would spill"
         )
-    needed = shared_bytes(config, shape.dtype)
+    needed = shared_bytes(config, shape)
     if needed > shape.shared_bytes:
-        return f"the pipeline needs {needed} bytes of shared memory: the device has {shape.shared_bytes}"
+        return f"a program needs {needed} bytes of shared memory: the device has {shape.shared_bytes}"
     return None
 
 

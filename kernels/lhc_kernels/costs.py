@@ -6,10 +6,12 @@ good for ranking the configs of one launch, not for promising its time.
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .configs import ITEM_BYTES, KernelConfig, LaunchShape, shared_bytes
+from .configs import ITEM_BYTES, KernelConfig, LaunchShape
+from .resources import occupancy, register_estimate, work_items
 
 MEMORY_BYTES_PER_US = 3.0e6
 """From memory, for the whole device."""
@@ -35,9 +37,6 @@ STEP_LATENCY_US = 0.7
 STEP_US = 0.1
 """A step's barrier, waits and address arithmetic, which no depth of the pipeline hides."""
 
-REGISTERS_PER_PROCESSOR = 65536
-WARPS_PER_PROCESSOR = 64
-
 
 @dataclass(frozen=True)
 class CostSheet:
@@ -49,7 +48,8 @@ class CostSheet:
         useful_macs: multiply-accumulates of the packed weights, padding of blocks left out.
         computed_macs: those that the programs carry out, with what their blocks waste.
         programs: work items (blocks of pixels and filters, times splits).
-        registers: estimate per thread.
+        steps: of one work item, on average over the tiles.
+        registers: estimate per thread; more than MAX_REGISTERS would spill.
         occupancy: programs that run on one multiprocessor at once; 0 where not even one fits.
         waves: programs / (multiprocessors * occupancy).
         predicted_us: by the roofline of these numbers.
@@ -60,20 +60,14 @@ class CostSheet:
     useful_macs: int
     computed_macs: int
     programs: int
+    steps: int
     registers: int
     occupancy: int
     waves: float
     predicted_us: float
 
 
-def register_estimate(config: KernelConfig, dtype: str) -> int:
-    """Return about how many registers a thread takes; fitted to code compiled for sm_90."""
-    threads = 32 * config.num_warps
-    accumulators = config.block_m * config.block_n // threads
-    loads = config.depth * (config.block_m + config.block_n) * ITEM_BYTES[dtype] // (16 * threads)
-    return min(255, 40 + accumulators + 4 * loads)
-
-
+@functools.lru_cache(maxsize=1024)
 def cost_sheet(config: KernelConfig, shape: LaunchShape) -> CostSheet:
     """Return the static costs of ``config`` on ``shape``, which ``config_problem`` finds valid.
 
@@ -82,71 +76,48 @@ def cost_sheet(config: KernelConfig, shape: LaunchShape) -> CostSheet:
         shape: its sizes.
     """
     item = ITEM_BYTES[shape.dtype]
-    filters = shape.tiles * shape.tile_width
-    blocks_m = max(1, -(-shape.pixels // config.block_m))
-    blocks_n = shape.tiles * -(-shape.tile_width // config.block_n)
-    programs = blocks_m * blocks_n * config.splits
-
+    programs = work_items(config, shape)
     chunks = -(-shape.in_block // config.block_k)
     tile_steps = max(1, -(-shape.total_entries * chunks // (shape.tiles * config.entries)))
     steps = -(-tile_steps // config.splits)
-    useful = shape.pixels * shape.total_entries * shape.in_block * shape.tile_width
-    computed = programs * steps * config.block_m * config.block_n * config.depth
 
+    outputs = shape.pixels * shape.tiles * shape.tile_width
+    out_bytes = outputs * (4 if shape.dtype == "int8" else item)
     taps = [min(k, s) for k, s in zip(shape.kernel, shape.stride, strict=True)]
-    out_bytes = shape.pixels * filters * (4 if shape.dtype == "int8" else item)
     read = shape.pixels * taps[0] * taps[1] * shape.in_channels * item
-    weights = shape.total_entries * shape.in_block * shape.tile_width * item
-    memory = read + weights + out_bytes
-    partial = 2 * 4 * shape.pixels * filters * config.splits if config.splits > 1 else 0
-    l2 = programs * steps * config.depth * (config.block_m + config.block_n) * item + out_bytes + partial
+    weights = shape.total_entries * shape.in_block * shape.tile_width
+    partial = 2 * 4 * outputs * config.splits if config.splits > 1 else 0
+    operands = programs * steps * config.depth * (config.block_m + config.block_n) * item
 
-    registers = register_estimate(config, shape.dtype)
-    occupancy = min(
-        (shape.shared_bytes + 1024) // (shared_bytes(config, shape.dtype) + 1024),
-        REGISTERS_PER_PROCESSOR // (-(-registers // 8) * 8 * 32 * config.num_warps),
-        WARPS_PER_PROCESSOR // config.num_warps,
-    )
-    waves = programs / (shape.processors * max(1, occupancy))
-    return CostSheet(
-        memory_bytes=memory,
-        l2_bytes=l2,
-        useful_macs=useful,
-        computed_macs=computed,
+    running = occupancy(config, shape)
+    sheet = CostSheet(
+        memory_bytes=read + weights * item + out_bytes,
+        l2_bytes=operands + out_bytes + partial,
+        useful_macs=shape.pixels * weights,
+        computed_macs=programs * steps * config.block_m * config.block_n * config.depth,
         programs=programs,
-        registers=registers,
-        occupancy=occupancy,
-        waves=waves,
-        predicted_us=_roofline(
-            config, shape, read + weights + out_bytes, l2, computed, steps, programs, waves
-        ),
+        steps=steps,
+        registers=register_estimate(config, shape),
+        occupancy=running,
+        waves=programs / (shape.processors * max(1, running)),
+        predicted_us=0.0,
     )
+    return replace(sheet, predicted_us=_roofline(config, shape, sheet))
 
 
-def _roofline(
-    config: KernelConfig,
-    shape: LaunchShape,
-    memory_bytes: int,
-    l2_bytes: int,
-    macs: int,
-    steps: int,
-    programs: int,
-    waves: float,
-) -> float:
+def _roofline(config: KernelConfig, shape: LaunchShape, sheet: CostSheet) -> float:
     """Return the longest of memory, L2, arithmetic and latency in us, with launch and steps on top."""
-    busy = programs / max(1, math.ceil(programs / shape.processors))
+    busy = sheet.programs / math.ceil(sheet.programs / shape.processors)
     unit = {"float32": config.precision, "int8": "int8"}.get(shape.dtype, "half")
     # A tensor core reads the pixels from shared memory once per 64 filters; fewer leave it waiting.
     rate = MACS_PER_US[unit] * (1.0 if unit == "ieee" else min(1.0, config.block_n / 64))
-    launches = LAUNCH_US * (2 if config.splits > 1 else 1)
-    serial_steps = math.ceil(waves) * steps
-    return (
-        launches
-        + serial_steps * STEP_US
-        + max(
-            memory_bytes / MEMORY_BYTES_PER_US,
-            l2_bytes / (L2_BYTES_PER_US * busy),
-            macs / (rate * busy),
-            serial_steps * STEP_LATENCY_US / max(1, config.num_stages - 1),
-        )
+    serial_steps = math.ceil(sheet.waves) * sheet.steps
+    longest = max(
+        sheet.memory_bytes / MEMORY_BYTES_PER_US,
+        sheet.l2_bytes / (L2_BYTES_PER_US * busy),
+        sheet.computed_macs / (rate * busy),
+        serial_steps * STEP_LATENCY_US / max(1, config.num_stages - 1),
     )
+    launches = 2 if config.splits > 1 else 1
+    step_us = STEP_US / 2 if config.variant == "box" else STEP_US  # one thread asks for a whole box
+    return launches * LAUNCH_US + serial_steps * step_us + longest

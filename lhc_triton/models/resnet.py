@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lhc_triton.models.vgg import Images, check_images, classes, init_convolutions
 
-STEM = 64  # filters of the first convolution
 WIDTHS = (64, 128, 256, 512)
 
 
@@ -101,9 +100,11 @@ class ResNet(nn.Module):
         images: "imagenet": a 7x7 stem of stride 2 and a max pooling; "cifar": a 3x3 stem at full size.
         num_classes: outputs; by default 1000 or 10.
         in_channels: channels of the images.
+        widths: filters of the four stages' 3x3 convolutions; the stem has the first one's.
 
     Raises:
-        ValueError: ``images`` is another one, there are not four depths, or a number is not positive.
+        ValueError: ``images`` is another one, there are not four depths and widths, or a number is not
+            positive.
     """
 
     def __init__(
@@ -113,26 +114,27 @@ class ResNet(nn.Module):
         images: Images = "imagenet",
         num_classes: int | None = None,
         in_channels: int = 3,
+        widths: Sequence[int] = WIDTHS,
     ) -> None:
         super().__init__()
         check_images(images)
         outputs = classes(images, num_classes)
-        if len(depths) != len(WIDTHS) or min(*depths, outputs, in_channels) < 1:
+        if len(depths) != 4 or len(widths) != 4 or min(*depths, *widths, outputs, in_channels) < 1:
             raise ValueError(
-                f"depths {tuple(depths)}, num_classes {outputs} and in_channels {in_channels}: expected four "
-                "depths, and positive numbers"
+                f"depths {tuple(depths)}, widths {tuple(widths)}, num_classes {outputs}, in_channels "
+                f"{in_channels}: expected four depths, four widths, and positive numbers"
             )
         imagenet = images == "imagenet"
         size, stride = (7, 2) if imagenet else (3, 1)
-        self.conv1 = nn.Conv2d(in_channels, STEM, size, stride, padding=size // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(STEM)
+        self.conv1 = nn.Conv2d(in_channels, widths[0], size, stride, padding=size // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, 2, padding=1) if imagenet else nn.Identity()
-        one, two, three, four = (width * block.expansion for width in WIDTHS)
-        self.layer1 = _stage(block, STEM, WIDTHS[0], depths[0], stride=1)
-        self.layer2 = _stage(block, one, WIDTHS[1], depths[1], stride=2)
-        self.layer3 = _stage(block, two, WIDTHS[2], depths[2], stride=2)
-        self.layer4 = _stage(block, three, WIDTHS[3], depths[3], stride=2)
+        one, two, three, four = (width * block.expansion for width in widths)
+        self.layer1 = _stage(block, widths[0], widths[0], depths[0], stride=1)
+        self.layer2 = _stage(block, one, widths[1], depths[1], stride=2)
+        self.layer3 = _stage(block, two, widths[2], depths[2], stride=2)
+        self.layer4 = _stage(block, three, widths[3], depths[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(four, outputs)
         init_convolutions(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .cost import CostModel, itemsize_of
@@ -59,11 +60,20 @@ def plan_layer(
     """
     check_backend(backend)
     itemsize = itemsize_of(dtype)
-    width, tiles, sparse = choose_tiles(topology, cost, itemsize)
+    width, tiles, _ = choose_tiles(topology, cost, itemsize)
+    planned = price_tiles(topology, tiles, width, cost, itemsize)
+    if backend != "auto":
+        return replace(planned, backend=backend, reason="forced")
+    return planned
+
+
+def price_tiles(
+    topology: LayerTopology, tiles: tuple[Tile, ...], width: int, cost: CostModel, itemsize: int = 4
+) -> LayerPlan:
+    """Plan one layer whose tiles are given: the cheaper of the model's sparse backend and "dense"."""
+    sparse = cost.sparse_us(topology, tiles, width, itemsize)
     dense = cost.dense_us(topology.geometry, itemsize)
     predicted = {"dense": dense, cost.sparse_backend: sparse}
-    if backend != "auto":
-        return LayerPlan(topology, tiles, width, backend, "forced", predicted)
     if sparse < cost.margin * dense:
         reason = f"predicted {dense / sparse:.1f}x faster than dense"
         return LayerPlan(topology, tiles, width, cost.sparse_backend, reason, predicted)

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from lhc_triton.planning import plan as make_plan
 from lhc_triton.planning.plan import LayerPlan, Plan
 from lhc_triton.runtime.accelerated import AcceleratedModel, LayerRow, Record, make_row
+from lhc_triton.runtime.calibration import cost_model
 from lhc_triton.runtime.checks import (
     check_convs,
     check_inputs,
@@ -23,13 +24,14 @@ from lhc_triton.runtime.checks import (
     strip_hooks,
     working_copy,
 )
-from lhc_triton.runtime.dispatch import choose_backend, supports
-from lhc_triton.runtime.epilogue import LAYOUTS
+from lhc_triton.runtime.dispatch import choose_backend, launch_config, supports
+from lhc_triton.runtime.epilogue import LAYOUTS, layer_layout
 from lhc_triton.runtime.fusion import fuse, swapped
 from lhc_triton.runtime.graph import Site, find_sites, is_fusible, rewrite
 from lhc_triton.runtime.modules import FusedConv2d
 from lhc_triton.runtime.timing import time_paired
 from lhc_triton.runtime.tracing import TraceError, record_shapes, trace
+from lhc_triton.runtime.tuning import deterministic
 from lhc_triton.runtime.verify import (
     Findings,
     compare_calls,
@@ -50,13 +52,13 @@ class Choice:
 
 
 def _layout_between(choices: Mapping[str, Choice]) -> str:
-    """Return the memory format between the layers; on the CPU tune="full" tries the other one as well.
+    """Return the memory format between the layers; on the CPU tune="full" tries the other ones as well.
 
-    The native kernel reads and writes planes. Without it, the small VGG ran up to twice as fast on
-    channels_last as on contiguous tensors on two CPU cores, dense and sparse alike.
+    Without the native kernel, the small VGG ran up to twice as fast on channels_last as on contiguous tensors
+    on two CPU cores, dense and sparse alike.
     """
     native = any(choice.backend == "native" for choice in choices.values())
-    return "contiguous" if native else "channels_last"
+    return "mixed" if native else "channels_last"
 
 
 def accelerate(
@@ -65,6 +67,7 @@ def accelerate(
     plan: Plan | None = None,
     tune: str = "cached",
     backend: str = "auto",
+    graphs: bool = True,
 ) -> AcceleratedModel:
     """Return a network for inference that computes what ``model`` computes, and skips its dead weights.
 
@@ -80,8 +83,11 @@ def accelerate(
             device. Later inputs may have other batch and image sizes; arguments that the example leaves out
             keep their defaults.
         plan: what ``lhc.plan`` made for this model; by default it is made here.
-        tune: "off" trusts the cost model, "cached" prefers stored measurements, "full" measures.
+        tune: "off" trusts the cost model and the kernels' heuristic, "cached" prefers stored measurements,
+            "full" measures, and stores. With LHC_TRITON_DETERMINISTIC=1 set, "off" whatever is asked for.
         backend: "auto", or one backend that every planned layer must use.
+        graphs: on a GPU, run the network in CUDA graphs, one for each signature of its inputs; see
+            ``AcceleratedModel``. Outputs are the caller's own either way.
 
     Raises:
         ValueError: the model has no convolution, NaN weights or an unfinished mask warm-up; it does not take
@@ -89,6 +95,8 @@ def accelerate(
         TypeError: an argument has another type.
     """
     check_names(tune, backend)
+    if deterministic():
+        tune = "off"
     inputs = check_inputs(model, example_input)
     work = working_copy(model)
     convs = check_convs(work)
@@ -98,13 +106,15 @@ def accelerate(
         notes.append("the model's forward hooks are not carried over")
 
     if plan is None:
-        plan = make_plan(work, inputs, backend=backend)
+        weight = next(iter(convs.values())).weight
+        cost = cost_model(backend, weight.dtype, weight.device, tune)
+        plan = make_plan(work, inputs, backend=backend, cost=cost)
     else:
         plan = fitting_plan(plan, convs)
     choices = _choose_all(plan, convs, tune, backend)
     notes += _remarks(work, plan, convs)
     job = _Job(work, inputs, reference, plan, choices, tune, backend, notes)
-    return job.run()
+    return job.run(graphs)
 
 
 class _Job:
@@ -137,7 +147,7 @@ class _Job:
         self.tolerance = network_tolerance(weight.dtype, weight.device)
         self.device = weight.device
 
-    def run(self) -> AcceleratedModel:
+    def run(self, graphs: bool) -> AcceleratedModel:
         traced, sites = self._trace()
         layout = _layout_between(self.choices)
         fused = {site.module: self._fuse(site, layout) for site in sites}
@@ -168,21 +178,27 @@ class _Job:
             )
             network, error = self.work, norm_error(run_model(self.work, self.inputs), self.reference)
             sites, traced = (), None
-        return AcceleratedModel(
-            network,
-            self._plan_in_force(),
-            Record(
-                type(self.work).__name__,
-                self.requested,
-                traced is not None,
-                layout,
-                sites,
-                rows,
-                tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in self.inputs),
-                error,
-                tuple(self.notes),
-            ),
+        record = Record(
+            type(self.work).__name__,
+            self.requested,
+            traced is not None,
+            layout,
+            sites,
+            rows,
+            tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in self.inputs),
+            error,
+            tuple(self.notes),
         )
+        fast = AcceleratedModel(network, self._plan_in_force(), record, graphs)
+        self._check_graphs(fast)
+        return fast
+
+    def _check_graphs(self, fast: AcceleratedModel) -> None:
+        """Capture the example's graph where graphs are used, and give them up if it computes otherwise."""
+        if fast.graphs is not None and fast.graphs.capture(fast.network, self.inputs):
+            error = norm_error(fast(*self.inputs), self.reference)
+            if error > self.tolerance:
+                fast.graphs.refuse(f"replayed, the output differs from the model's by {error:.1e}")
 
     def _trace(self) -> tuple[fx.GraphModule | None, tuple[Site, ...]]:
         """Return the traced network with its sites, or None with one plain site per convolution."""
@@ -209,19 +225,20 @@ class _Job:
         error: float,
         layout: str,
     ) -> tuple[nn.Module, float, str]:
-        """Try the other format between the layers of a network that works; return the faster one."""
-        other = next(name for name in LAYOUTS if name != layout)
-        rival, rival_error = self._assemble(
-            traced, sites, {site.module: self._fuse(site, other) for site in sites}
-        )
-        if rival_error > self.tolerance:
-            return network, error, layout
-        calls = {other: partial(rival, *self.inputs), layout: partial(network, *self.inputs)}
+        """Try the other formats between the layers of a network that works; return the fastest one."""
+        networks = {layout: (network, error)}
+        for other in LAYOUTS:
+            if other == layout:
+                continue
+            fused = {site.module: self._fuse(site, other) for site in sites}
+            rival, rival_error = self._assemble(traced, sites, fused)
+            if rival_error <= self.tolerance:
+                networks[other] = (rival, rival_error)
+        calls = {name: partial(rival, *self.inputs) for name, (rival, _) in networks.items()}
         with torch.no_grad():
             times = time_paired(calls, rounds=7, warmup=2, device=self.device)
-        if times[other].median_us < times[layout].median_us:
-            return rival, rival_error, other
-        return network, error, layout
+        fastest = min(times, key=lambda name: times[name].median_us)
+        return *networks[fastest], fastest
 
     def _fuse(self, site: Site, layout: str) -> FusedConv2d:
         conv = self.modules_by_name[site.layer]
@@ -233,7 +250,8 @@ class _Job:
             backend=self.choices[site.layer].backend,
             activation=site.activation,
             pool=site.pool,
-            layout=layout,
+            layout=layer_layout(layout, self.choices[site.layer].backend),
+            tune=self.tune,
         )
 
     def _refresh(
@@ -352,4 +370,6 @@ def choose(
     reason = supports(requested, layer, dtype, device)
     if reason is not None:
         raise ValueError(f"layer {layer.name!r} cannot run on the forced backend {requested!r}: {reason}")
+    if requested == "triton" and tune == "full":
+        launch_config(layer, dtype, device, tune)  # stores what the layer will look up
     return Choice(requested, "forced")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lhc_triton.planning.plan import LayerPlan, Plan
 from lhc_triton.runtime.graph import Site
+from lhc_triton.runtime.graphs import Graphs
 from lhc_triton.runtime.modules import FusedConv2d, check_move
 
 
@@ -57,7 +58,7 @@ class Record:
         model: class name of the model.
         requested: the backend that was asked for.
         traced: whether torch.fx could trace the model, so that epilogues were fused.
-        layout: memory format between the layers.
+        layout: memory format between the layers, one of ``epilogue.NETWORK_LAYOUTS``.
         sites: the calls that were replaced.
         rows: one per replaced convolution.
         inputs: (shape, dtype name) of each example input.
@@ -80,24 +81,31 @@ class AcceleratedModel(nn.Module):
     """A network for inference whose convolutions run as planned; made by ``accelerate`` and ``load``.
 
     It takes what the model took, any batch and image size included. It stays in eval mode and has no
-    gradients.
+    gradients. On a GPU it runs in CUDA graphs; see `graphs.Graphs` for who owns the output (the caller) and
+    what concurrent callers get (turns).
 
     Attributes:
         network: the rewritten network.
         plan: the plan in force.
         record: how it was made.
+        graphs: its CUDA graphs; None to launch every kernel by itself.
     """
 
-    def __init__(self, network: nn.Module, plan: Plan, record: Record) -> None:
+    def __init__(self, network: nn.Module, plan: Plan, record: Record, graphs: bool = True) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)
         self.plan = plan
         self.record = record
+        self.graphs = Graphs() if graphs else None
+        if self.graphs is not None:
+            self.network.register_load_state_dict_post_hook(self.graphs.clear)
         self.train(False)
 
     def forward(self, *inputs: Any) -> Any:
         """Run the network on what the model would take."""
-        return self.network(*inputs)
+        if self.graphs is None or torch.compiler.is_compiling():
+            return self.network(*inputs)
+        return self.graphs.run(self.network, inputs)
 
     def train(self, mode: bool = True) -> AcceleratedModel:
         """Stay in eval mode, whatever ``mode`` says: train the model, then accelerate it again."""
@@ -105,6 +113,8 @@ class AcceleratedModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AcceleratedModel:
         check_move(self, fn)  # all layers can follow, or none moves
+        if self.graphs is not None:
+            self.graphs.clear()
         return super()._apply(fn, recurse)
 
     def fused_layers(self) -> dict[str, FusedConv2d]:
@@ -141,8 +151,13 @@ class AcceleratedModel(nn.Module):
                 "measured_us": _sum([row.measured_us for row in record.rows]),
                 "rel_err": record.output_error,
             },
-            "notes": list(record.notes),
+            "notes": [*record.notes, *self._graph_notes()],
         }
+
+    def _graph_notes(self) -> list[str]:
+        if self.graphs is None or not self.graphs.problem:
+            return []
+        return [f"CUDA graphs are off: {self.graphs.problem}"]
 
     def explain(self) -> str:
         """Return ``report`` as a plain table for people."""

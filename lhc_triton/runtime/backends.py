@@ -10,13 +10,18 @@ import torch
 BACKENDS = ("reference", "torch", "native", "triton")
 """The backends that this version has."""
 
-DEVICES = {"reference": ("cpu", "cuda"), "torch": ("cpu", "cuda"), "native": ("cpu",), "triton": ("cpu", "cuda")}
+DEVICES = {
+    "reference": ("cpu", "cuda"),
+    "torch": ("cpu", "cuda"),
+    "native": ("cpu",),
+    "triton": ("cpu", "cuda"),
+}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {
-    "reference": (*FLOATS, torch.float64),
+    "reference": (*FLOATS, torch.float64, torch.int8),
     "torch": (*FLOATS, torch.float64),
     "native": (torch.float32,),
-    "triton": FLOATS,
+    "triton": (*FLOATS, torch.int8),
 }
 
 
@@ -49,7 +54,7 @@ def unavailable(backend: str, dtype: torch.dtype, device: torch.device | str) ->
 
 
 def _native_problem() -> str | None:
-    # Only a build tells whether a compiler works; it is kept for good, so that later processes merely load it.
+    # Only a build tells whether a compiler works; it is kept, so that later processes merely load it.
     from lhc_kernels.cpu import problem
 
     reason = problem()

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
-from lhc_triton.planning.plan import ConvGeometry, LayerPlan
+from lhc_triton.planning.cost import CostModel, itemsize_of
+from lhc_triton.planning.plan import LayerPlan
+from lhc_triton.planning.planner import price_tiles
 from lhc_triton.runtime.backends import BACKENDS, FLOATS, unavailable
-from lhc_triton.runtime.epilogue import LAYOUTS, MEMORY_FORMATS
-from lhc_triton.runtime.packing import pack
+from lhc_triton.runtime.cold import time_cold
+from lhc_triton.runtime.epilogue import LAYOUTS
 from lhc_triton.runtime.store import TimingStore, layer_key
-from lhc_triton.runtime.timing import time_paired
+from lhc_triton.runtime.timing import one_line, time_paired
+from lhc_triton.runtime.tuner import tune_layer
+from lhc_triton.runtime.tuning import deterministic, launch_key, look_up
+from lhc_triton.runtime.workload import Workload
 
-AUTO_BACKENDS = {"cpu": ("torch",), "cuda": ("triton",)}
-"""The sparse backends that "auto" considers on each device kind."""
+AUTO_BACKENDS = {"cpu": ("native", "torch"), "cuda": ("triton",)}
+"""The sparse backends of "auto" on each device kind, the fastest first: it takes the first that can serve."""
 
 ROUNDS = 9
 BUDGET_S = 0.3
@@ -41,6 +43,12 @@ class Decision:
     measured_us: dict[str, float]
 
 
+def auto_backend(dtype: torch.dtype, device: torch.device | str) -> str | None:
+    """Return the sparse backend that "auto" sets against dense on this device; None if there is none."""
+    names = AUTO_BACKENDS.get(torch.device(device).type, ())
+    return next((name for name in names if unavailable(name, dtype, device) is None), None)
+
+
 def supports(backend: str, layer: LayerPlan, dtype: torch.dtype, device: torch.device | str) -> str | None:
     """Say why a backend cannot run a layer in this type on this device; None if it can ("dense" always)."""
     return None if backend == "dense" else unavailable(backend, dtype, device)
@@ -53,14 +61,13 @@ def backend_status(device: torch.device | str) -> list[dict[str, str]]:
         One {"backend", "state"} per backend, "dense" first.
     """
     device = torch.device(device)
-    auto = AUTO_BACKENDS.get(device.type, ())
     rows = [{"backend": "dense", "state": 'available; "auto" takes it where no sparse backend is faster'}]
-    for name in (*BACKENDS, "native"):
+    for name in BACKENDS:
         reasons = {dtype: unavailable(name, dtype, device) for dtype in FLOATS}
         able = [str(dtype).removeprefix("torch.") for dtype, reason in reasons.items() if reason is None]
         if not able:
             state = next(iter(reasons.values())) or ""
-        elif name in auto:
+        elif name in {auto_backend(dtype, device) for dtype in FLOATS}:
             state = f'available for {", ".join(able)}; "auto" takes it where it is faster than dense'
         else:
             state = f"available for {', '.join(able)}; only on request"
@@ -83,9 +90,10 @@ def choose_backend(
         dtype: of the activations.
         device: of the activations.
         tune: "off" takes the plan's choice; "cached" a stored measurement where there is one; "full"
-            measures what is not stored, on random data of the planned shapes, and stores it.
+            measures what is not stored, on random data of the planned shapes, and stores it; the launch
+            configs of Triton's kernels are tuned before. LHC_TRITON_DETERMINISTIC=1 makes it "off".
         store: measured times; default the user's.
-        candidates: backends to choose from, "dense" always among them; default those of "auto" on the device.
+        candidates: backends to choose from, "dense" always among them; by default that of ``auto_backend``.
 
     Raises:
         ValueError: for an unknown ``tune``.
@@ -93,8 +101,11 @@ def choose_backend(
     if tune not in TUNES:
         raise ValueError(f"tune is {tune!r}; supported are {', '.join(TUNES)}")
     device = torch.device(device)
+    if deterministic():
+        tune = "off"
     if candidates is None:
-        candidates = AUTO_BACKENDS.get(device.type, ())
+        taken = auto_backend(dtype, device)
+        candidates = AUTO_BACKENDS.get(device.type, ()) if taken is None else (taken,)
     reasons = {name: supports(name, layer, dtype, device) for name in candidates if name != "dense"}
     able = [name for name, reason in reasons.items() if reason is None]
     if not able:
@@ -106,9 +117,12 @@ def choose_backend(
         # Equal times go to dense: it has the simpler code behind it.
         best = fastest if ratio > 1 else "dense"
         return Decision(best, f"measured: {fastest} has {ratio:.2f}x the speed of dense", times)
-    if supports(layer.backend, layer, dtype, device) is None:
-        return Decision(layer.backend, layer.reason, {})
-    return Decision("dense", supports(layer.backend, layer, dtype, device) or "", {})
+    if supports(layer.backend, layer, dtype, device) is not None:
+        # Planned for a backend that is not to be had here: the same tiles, priced for the one that is.
+        itemsize = itemsize_of(str(dtype).removeprefix("torch."))
+        cost = CostModel.for_device(device.type, able[0])
+        layer = price_tiles(layer.topology, layer.tiles, layer.tile_width, cost, itemsize)
+    return Decision(layer.backend, layer.reason, {})
 
 
 def _times(
@@ -120,20 +134,46 @@ def _times(
     store: TimingStore,
 ) -> dict[str, float]:
     """Return the time of each backend and of dense: stored, or measured if asked for, or nothing."""
-    key = layer_key(layer, dtype, device)
+    key, configs = layer_key(layer, dtype, device), {}
+    if "triton" in backends:
+        configs["triton"] = launch_config(layer, dtype, device, tune, store)
+        key = f"{key} | {launch_key(configs['triton'])}"
     stored = store.get(key)
     wanted = (*backends, "dense")
-    if all(name in stored for name in wanted):
-        return {name: stored[name] for name in wanted}
-    if tune != "full":
-        return {}
+    found = {name: stored.get(name) for name in wanted}
+    times = {name: time for name, time in found.items() if isinstance(time, int | float)}
+    if len(times) == len(wanted) or tune != "full":
+        return times if len(times) == len(wanted) else {}
     # All of them anew, and not only what is missing: only times of one run compare fairly.
-    times = measure(layer, dtype, device, backends)
     try:
+        times = measure(layer, dtype, device, backends, configs)
         store.put(key, times)
+    except RuntimeError as error:
+        # The plan's choice stands; accelerate runs the layer, and puts back what does not work.
+        warnings.warn(f"layer {layer.name!r} is not timed: {one_line(error)}", stacklevel=3)
+        return {}
     except OSError as error:
         warnings.warn(f"measured times are not kept: {error}", stacklevel=3)
     return times
+
+
+def launch_config(
+    layer: LayerPlan,
+    dtype: torch.dtype,
+    device: torch.device,
+    tune: str = "cached",
+    store: TimingStore | None = None,
+) -> tuple[int, ...]:
+    """Return the Triton kernels' launch config at a layer's planned sizes; tune="full" tunes it first."""
+    store = store or TimingStore()
+    if tune == "full" and device.type == "cuda":
+        try:
+            tune_layer(layer, dtype, device, store)
+        except OSError as error:
+            warnings.warn(f"tuned configs are not kept: {error}", stacklevel=3)
+    geometry = layer.topology.geometry
+    size = (geometry.out_height, geometry.out_width)
+    return look_up(layer, dtype, device, geometry.out_pixels, size, tune=tune, store=store).config
 
 
 def measure(
@@ -141,65 +181,38 @@ def measure(
     dtype: torch.dtype,
     device: torch.device | str,
     backends: Sequence[str],
+    configs: Mapping[str, Sequence[int]] | None = None,
     rounds: int = ROUNDS,
     budget_s: float | None = BUDGET_S,
 ) -> dict[str, float]:
     """Time a layer with bias and ReLU on random data of its planned shapes.
 
-    Each backend and the dense convolution run in both memory formats, interleaved; the faster one counts.
+    Each backend and the dense convolution run in both memory formats, interleaved; the faster one counts. On
+    a GPU they run channels_last, in CUDA graphs and with a cold L2 cache.
 
     Args:
         layer: the plan.
         dtype: of the activations.
         device: where to measure.
         backends: sparse backends to time beside dense.
+        configs: launch config by backend; a backend without one takes its own.
         rounds: samples of each.
         budget_s: seconds after which no further round begins; see ``timing.time_paired``.
 
     Returns:
         Median microseconds by backend name, "dense" among them.
     """
-    geometry, device = layer.topology.geometry, torch.device(device)
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    weight = random(geometry.out_channels, geometry.in_channels, *geometry.kernel)
-    x = random(geometry.batch, geometry.in_channels, geometry.height, geometry.width)
-    bias = random(geometry.out_channels)
+    device = torch.device(device)
+    work = Workload(layer, dtype, device)
     layouts = ("channels_last",) if device.type == "cuda" else LAYOUTS
-    functions = {}
+    calls = {}
     for layout in layouts:
-        functions["dense", layout] = _dense_call(geometry, layout, x, weight, bias)
+        calls[f"dense {layout}"] = work.dense(layout)
         for name in backends:
-            functions[name, layout] = _sparse_call(layer, name, layout, x, weight, bias)
-    calls = {" ".join(key): call for key, call in functions.items()}
-    found = time_paired(calls, rounds=rounds, warmup=2, device=device, budget_s=budget_s)
-    return {
-        name: min(found[f"{name} {layout}"].median_us for layout in layouts) for name in (*backends, "dense")
-    }
-
-
-def _dense_call(
-    geometry: ConvGeometry, layout: str, x: Tensor, weight: Tensor, bias: Tensor
-) -> Callable[[], Tensor]:
-    memory_format = MEMORY_FORMATS[layout]
-    top, bottom, left, right = geometry.padding
-    border = (top, left)
-    if (top, left) != (bottom, right):
-        x, border = F.pad(x, (left, right, top, bottom)), (0, 0)
-    x, weight = x.contiguous(memory_format=memory_format), weight.contiguous(memory_format=memory_format)
-    return lambda: F.conv2d(x, weight, bias, geometry.stride, border, geometry.dilation).relu_()
-
-
-def _sparse_call(
-    layer: LayerPlan, backend: str, layout: str, x: Tensor, weight: Tensor, bias: Tensor
-) -> Callable[[], Tensor]:
-    geometry = layer.topology.geometry
-    packed = pack(layer, weight, x.dtype, x.device, backend)
-    x = x.contiguous(memory_format=MEMORY_FORMATS[layout])
-    return lambda: torch.ops.lhc.grouped_conv2d(
-        x, packed.weight, packed.tables, bias, None, None, geometry.out_channels, geometry.kernel,
-        geometry.stride, geometry.padding, geometry.dilation, "relu", "none", layout, backend, [],
-    )  # fmt: skip
+            calls[f"{name} {layout}"] = work.sparse(name, layout, (configs or {}).get(name, ()))
+    if device.type == "cuda":
+        found = time_cold(calls, device, rounds)
+    else:
+        timings = time_paired(calls, rounds=rounds, warmup=2, device=device, budget_s=budget_s)
+        found = {name: timing.median_us for name, timing in timings.items()}
+    return {name: min(found[f"{name} {layout}"] for layout in layouts) for name in (*backends, "dense")}

@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .backends import BACKENDS, unavailable
+from .dispatch import backend_status
+from .store import cpu_name, package_version
 
 PACKAGES = ("lhc-triton", "torch", "triton", "numpy", "matplotlib", "safetensors", "torchvision", "timm")
 COMPILERS = ("c++", "g++", "clang++", "nvcc")
 VARIABLES = ("TRITON_INTERPRET", "LHC_TRITON_CACHE", "OMP_NUM_THREADS")
-PREFERRED = {"cpu": "torch", "cuda": "triton"}
-
-
-def cpu_name() -> str:
-    """Return the processor's model name, or its architecture where the system does not tell."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.machine()
 
 
 def package_versions() -> dict[str, str | None]:
     """Return the version of every package that matters; None where it is not installed."""
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+    return {name: package_version(name) for name in PACKAGES}
 
 
 def devices() -> list[dict[str, Any]]:
@@ -82,24 +63,6 @@ def _version_line(path: str) -> str:
         return f"does not run: {error}"
     lines = (done.stdout or done.stderr).strip().splitlines()
     return next((line for line in lines if "release" in line), lines[0] if lines else "no version printed")
-
-
-def backend_status(kind: str) -> list[dict[str, str]]:
-    """Say of every backend whether it can run float32 on a device kind, and what "auto" would take.
-
-    Args:
-        kind: "cpu" or "cuda".
-
-    Returns:
-        A row per backend: {"backend", "state"}.
-    """
-    preferred = PREFERRED[kind]
-    rows = [{"backend": "dense", "state": "ready; auto takes it where sparsity would not gain"}]
-    for name in (*BACKENDS, "native"):
-        reason = unavailable(name, torch.float32, kind)
-        chosen = "ready; auto takes it where a layer gains" if name == preferred else "ready; on request"
-        rows.append({"backend": name, "state": chosen if reason is None else reason})
-    return rows
 
 
 def diagnose() -> dict[str, Any]:

@@ -63,6 +63,7 @@ def fuse(
     activation: str,
     pool: str,
     layout: str,
+    tune: str = "cached",
 ) -> FusedConv2d:
     """Build the fused module of one convolution.
 
@@ -74,6 +75,7 @@ def fuse(
         activation: "none" or "relu".
         pool: "none" or "max2x2".
         layout: the output's memory format.
+        tune: "off" for the kernels' heuristic configs, see GroupedConv2d.
 
     Raises:
         ValueError: the backend cannot serve the weight's type and device.
@@ -92,7 +94,7 @@ def fuse(
             layout=layout,
         )
     return GroupedConv2d.from_weight(
-        layer, weight, bias, backend=backend, activation=activation, pool=pool, layout=layout
+        layer, weight, bias, backend=backend, activation=activation, pool=pool, layout=layout, tune=tune
     )
 
 

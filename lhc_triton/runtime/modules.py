@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
 from lhc_triton.planning.plan import LayerPlan
+from lhc_triton.runtime import prepacked
 from lhc_triton.runtime.backends import unavailable
 from lhc_triton.runtime.epilogue import ACTIVATIONS, LAYOUTS, MEMORY_FORMATS, POOLS
 from lhc_triton.runtime.packing import blocks_from_weight, pack_blocks, weight_from_blocks
+from lhc_triton.runtime.tuning import look_up, pixel_bucket
 
 _PACKED = ("packed", "tile_ptr", "entries", "filters")
 
@@ -24,7 +26,7 @@ class FusedConv2d(nn.Module):
     Attributes:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in nn.Conv2d, except
             that padding is (top, bottom, left, right).
-        activation: "none" or "relu"; pool: "none" or "max2x2"; layout: memory format of the output.
+        activation: "none", "relu" or "silu"; pool: "none" or "max2x2"; layout: memory format of the output.
         bias: [O] or None, a persistent buffer; batch norm is already folded into it.
     """
 
@@ -102,6 +104,8 @@ class FusedConv2d(nn.Module):
             y = y.add_(residual)
         if activation == "relu":
             y = y.relu_()
+        elif activation == "silu":
+            y = F.silu(y, inplace=True)
         return F.max_pool2d(y, 2) if pool == "max2x2" else y
 
     def _sum_shape(self, x: Tensor) -> tuple[Any, ...]:
@@ -163,6 +167,7 @@ class DenseConv2d(FusedConv2d):
             layout,
         )
         self.register_buffer("weight", weight.detach().clone(memory_format=MEMORY_FORMATS[layout]))
+        self._prepacked: tuple[Tensor, int, Tensor] | None = None
 
     def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, pool: str) -> Tensor:
         top, bottom, left, right = self.padding
@@ -170,8 +175,26 @@ class DenseConv2d(FusedConv2d):
         if (top, left) != (bottom, right):
             x, border = F.pad(x, (left, right, top, bottom)), (0, 0)
         x = x.contiguous(memory_format=MEMORY_FORMATS[self.layout])
-        y = F.conv2d(x, self.weight, self.bias, self.stride, border, self.dilation, self.groups)
+        options = (self.stride, border, self.dilation, self.groups)
+        if self.layout == "channels_last" and prepacked.serves(x):
+            y = prepacked.convolve(x, self._in_onednn_order(x, border), self.bias, *options)
+        else:
+            y = F.conv2d(x, self.weight, self.bias, *options)
         return self._finish(y, residual, activation, pool)
+
+    def _in_onednn_order(self, x: Tensor, border: tuple[int, int]) -> Tensor:
+        """Return the prepacked weight, made again whenever the weight is another one or was written to."""
+        weight = self.weight
+        version = 0 if weight.is_inference() else weight._version
+        kept = self._prepacked
+        if kept is None or kept[0] is not weight or kept[1] != version:
+            packed = prepacked.prepack(weight, self.stride, border, self.dilation, self.groups, x.shape)
+            kept = self._prepacked = (weight, version, packed)
+        return kept[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the prepacked weight out of copies: it is opaque, and made again."""
+        return {**super().__getstate__(), "_prepacked": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -184,7 +207,8 @@ class GroupedConv2d(FusedConv2d):
 
     Kept in the state_dict are ``blocks`` [pairs, out_block, in_block], the live weights independent of any
     tiling, and ``bias``. What the backend reads is packed from them and not stored; it is packed again when
-    the device or the type changes and after ``load_state_dict``.
+    the device or the type changes and after ``load_state_dict``. The launch config is looked up once for each
+    bucket of output pixels and image size, and kept; nothing is measured.
 
     Args:
         layer: the plan; its tiles decide the packing.
@@ -193,6 +217,7 @@ class GroupedConv2d(FusedConv2d):
         backend: "reference", "torch" or "triton".
         activation, pool: the epilogue, see FusedConv2d.
         layout: memory format of the output.
+        tune: "off" takes the kernels' heuristic config, "cached" and "full" a measured one where known.
 
     Raises:
         ValueError: the backend cannot serve the blocks' type and device, or sizes do not fit the plan.
@@ -214,6 +239,7 @@ class GroupedConv2d(FusedConv2d):
         activation: str = "none",
         pool: str = "none",
         layout: str = "channels_last",
+        tune: str = "cached",
     ) -> None:
         geometry = layer.topology.geometry
         super().__init__(
@@ -231,6 +257,8 @@ class GroupedConv2d(FusedConv2d):
         )
         self.layer = layer
         self.backend = backend
+        self.tune = tune
+        self._configs: dict[tuple[int, int, int], list[int]] = {}
         self.register_buffer("blocks", blocks.detach().clone())
         for name in _PACKED:
             self.register_buffer(name, None, persistent=False)
@@ -260,6 +288,10 @@ class GroupedConv2d(FusedConv2d):
             )
 
     def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, pool: str) -> Tensor:
+        config: list[int] = []
+        if self.backend == "triton":
+            images, _, height, width = self._sum_shape(x)
+            config = self._config(pixel_bucket(images * height * width), height, width)
         y: Tensor = torch.ops.lhc.grouped_conv2d(
             x,
             self.packed,
@@ -276,13 +308,27 @@ class GroupedConv2d(FusedConv2d):
             pool,
             self.layout,
             self.backend,
-            [],
+            config,
         )
         return y
+
+    def _config(self, bucket: int, height: int, width: int) -> list[int]:
+        """Return the launch config for so many output pixels, of images of OH x OW."""
+        place = (bucket, height, width)
+        if place not in self._configs:
+            home = self.packed
+            found = look_up(self.layer, home.dtype, home.device, bucket, (height, width), tune=self.tune)
+            self._configs[place] = list(found.config)
+        return self._configs[place]
+
+    # torch.compile calls it once and takes its answer for a constant. torch.compiler.assume_constant_result
+    # sets the same mark, but would import Triton together with this module.
+    _config._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _pack(self) -> None:
         if self.blocks.device.type == "meta":
             return  # no values to pack yet: load_state_dict(assign=True) brings them
+        self._configs.clear()
         packed = pack_blocks(self.layer, self.blocks, backend=self.backend)
         for name, tensor in zip(_PACKED, (packed.weight, *packed.tables), strict=True):
             setattr(self, name, tensor)

@@ -3,9 +3,10 @@
 Importing this module registers the operator with its implementation (which picks the backend by name), its
 fake kernel (torch.compile, torch.export), its refusal to differentiate, and its FLOP formula.
 
-The implementation here serves every device that has no more specific one. Loading the native kernel brings one
-for the CPU, in C++: it runs backend "native" itself, so that such a call costs microseconds, and hands any other
-call, and any it finds fault with, to ``lhc::grouped_conv2d_python``, which is the implementation here again.
+The implementation here serves every device that has no more specific one. Loading the native kernel brings
+one for the CPU, in C++: it runs backend "native" itself, so that such a call costs microseconds, and hands
+any other call, and any it finds fault with, to ``lhc::grouped_conv2d_python``, which is the implementation
+here again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from lhc_triton.runtime import reference, torch_backend
 from lhc_triton.runtime.backends import unavailable
-from lhc_triton.runtime.epilogue import ACTIVATIONS, LAYOUTS, MEMORY_FORMATS, POOLS, with_layout
+from lhc_triton.runtime.epilogue import ACTIVATIONS, LAYOUTS, MEMORY_FORMATS, POOLS, result_dtype, with_layout
 from lhc_triton.runtime.packing import check_tables
 
 SCHEMA = (
@@ -112,6 +113,8 @@ def _checked_size(
             raise ValueError(f"grouped_conv2d: {name}={choice!r}, expected one of {choices}")
     if out_channels < 1:
         raise ValueError(f"grouped_conv2d: out_channels={out_channels}, expected at least 1")
+    if x.dtype == torch.int8 and scale is None:
+        raise ValueError("grouped_conv2d: x is int8 and scale is None, expected a factor for each filter")
     for name, vector in (("bias", bias), ("scale", scale)):
         if vector is not None and vector.shape != (out_channels,):
             raise ValueError(
@@ -283,9 +286,13 @@ def _run_for_native(*arguments: Any) -> Tensor:
     _checked_size(*arguments[:-2])
     for name, tensor in zip(("bias", "residual", "scale"), vectors, strict=True):
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
-            raise TypeError(f"grouped_conv2d: {name} is {tensor.dtype} on {tensor.device}, x {x.dtype} on {x.device}")
+            raise TypeError(
+                f"grouped_conv2d: {name} is {tensor.dtype} on {tensor.device}, x {x.dtype} on {x.device}"
+            )
     if any(t.device.type != "cpu" for t in tables):
-        raise ValueError("grouped_conv2d: the tables are not in host memory, where the native kernel reads them")
+        raise ValueError(
+            "grouped_conv2d: the tables are not in host memory, where the native kernel reads them"
+        )
     in_blocks = -(-x.shape[1] // weight.shape[1])
     check_tables(*(t.tolist() for t in tables), math.prod(arguments[7]) * in_blocks, arguments[6])
     raise ValueError('grouped_conv2d: backend "native" takes plain tensors in host memory only')
@@ -332,7 +339,8 @@ def _fake(
     if pool == "max2x2":
         oh, ow = oh // 2, ow // 2
     shape = (x.shape[0], out_channels, oh, ow)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=MEMORY_FORMATS[layout])
+    dtype = result_dtype(x.dtype)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=MEMORY_FORMATS[layout])
 
 
 def _refuse_backward(ctx: Any, grad: Tensor) -> None:

@@ -153,7 +153,9 @@ def pack_blocks(
     weight = blocks.new_zeros((len(entries), layer.tile_width, topology.in_block))
     source = blocks[torch.from_numpy(exists).to(here)]
     weight[torch.from_numpy(rows).to(here), torch.from_numpy(columns).to(here)] = source
-    weight = weight.transpose(1, 2).to(device=device or here, dtype=dtype or blocks.dtype).contiguous()
+    weight = weight.to(device=device or here, dtype=dtype or blocks.dtype).transpose(1, 2)
+    if weight.dtype != torch.int8:  # whose kernel reads adjacent input channels, as they lie already
+        weight = weight.contiguous()
 
     host = torch.device("cpu")
     where = host if backend in HOST_TABLE_BACKENDS else weight.device

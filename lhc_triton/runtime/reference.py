@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lhc_triton.runtime.epilogue import finish
+from lhc_triton.runtime.epilogue import finish, result_dtype
 from lhc_triton.runtime.packing import check_tables
 
 
@@ -31,8 +31,8 @@ def grouped_conv2d(
 ) -> Tensor:
     """Run one grouped convolution, tile by tile and entry by entry.
 
-    Sums are kept in float32, or in float64 for float64 inputs. An infinite or NaN input reaches only the
-    filters of the tiles that hold its entry.
+    Sums are kept in float32; in float64 for float64 inputs and, so that they are exact, for int8. An infinite
+    or NaN input reaches only the filters of the tiles that hold its entry.
 
     Args:
         x: [N, C, H, W] in any memory format.
@@ -46,14 +46,14 @@ def grouped_conv2d(
         stride: (vertical, horizontal).
         padding: zero border in pixels as (top, bottom, left, right).
         dilation: (vertical, horizontal).
-        activation: "none" or "relu".
+        activation: "none", "relu" or "silu".
         pool: "none" or "max2x2".
         layout: "channels_last" or "contiguous".
 
     Returns:
-        [N, O, OH, OW] in x's type (halved sizes with pooling).
+        [N, O, OH, OW] in x's type, float32 for int8 (halved sizes with pooling).
     """
-    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sums = torch.float64 if x.dtype in (torch.float64, torch.int8) else torch.float32
     (kh, kw), (sh, sw), (dh, dw) = kernel_size, stride, dilation
     top, bottom, left, right = padding
     padded = F.pad(x.to(sums), (left, right, top, bottom))
@@ -83,4 +83,6 @@ def grouped_conv2d(
         for column, f in enumerate(filters):
             if f >= 0:
                 y[:, f] = total[:, column]
-    return finish(y, bias, residual, scale, activation=activation, pool=pool, layout=layout, dtype=x.dtype)
+    return finish(
+        y, bias, residual, scale, activation=activation, pool=pool, layout=layout, dtype=result_dtype(x.dtype)
+    )

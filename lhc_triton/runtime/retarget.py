@@ -7,10 +7,12 @@ import dataclasses
 import torch
 from torch import nn
 
-from lhc_triton.planning import CostModel, plan_layer
+from lhc_triton.planning import plan_layer
 from lhc_triton.planning.plan import LayerPlan, Plan
 from lhc_triton.runtime.accelerated import LayerRow, Record
+from lhc_triton.runtime.calibration import cost_model
 from lhc_triton.runtime.dispatch import choose_backend, supports
+from lhc_triton.runtime.epilogue import layer_layout
 from lhc_triton.runtime.modules import DenseConv2d, FusedConv2d, GroupedConv2d
 
 
@@ -58,7 +60,7 @@ def retarget(
             continue
         layer, backend, reason = _choose(layer, module, record.requested, device, moved)
         layers[site.layer] = layer
-        replacements[id(module)] = _rebuilt(module, layer, backend, layout, device)
+        replacements[id(module)] = _rebuilt(module, layer, backend, layer_layout(layout, backend), device)
         if site.module in rows:
             rows[site.module] = _updated(rows[site.module], layer, backend, reason)
     for parent in list(network.modules()):
@@ -86,8 +88,9 @@ def _choose(
     if requested != "auto" and problem is None:
         return dataclasses.replace(layer, backend=requested, reason="forced"), requested, "forced"
     problem = problem or _unavailable(module, layer, device)
-    cost = CostModel.for_device(device.type, requested)
-    layer = plan_layer(layer.topology, cost, dtype=str(dtype).removeprefix("torch."))
+    layer = plan_layer(
+        layer.topology, cost_model(requested, dtype, device), dtype=str(dtype).removeprefix("torch.")
+    )
     decision = choose_backend(layer, dtype, device)
     why = "loaded on another kind of device" if moved and problem is None else problem
     reason = f"{decision.reason} (chosen again: {why})"

@@ -1,4 +1,4 @@
-"""Measured times that outlive a process: one JSON file, shared, written whole."""
+"""Measurements that outlive a process: one JSON file, shared, written whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from lhc_triton.planning.plan import LayerPlan
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 MAX_BYTES = 64 * 2**20
 
 
@@ -35,12 +35,16 @@ def device_name(device: torch.device) -> str:
     """Name the hardware behind a device, threads included on the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name() -> str:
+    """Return the processor's model name, or its architecture where the system does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        model = platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads"
+        return platform.machine()
 
 
 def layer_key(layer: LayerPlan, dtype: torch.dtype, device: torch.device) -> str:
@@ -51,20 +55,29 @@ def layer_key(layer: LayerPlan, dtype: torch.dtype, device: torch.device) -> str
     )
     digest = hashlib.sha256((shape + json.dumps(tiles)).encode()).hexdigest()[:20]
     name = str(dtype).removeprefix("torch.")
-    versions = f"torch {torch.__version__}, triton {_version('triton')}, lhc-triton {_version('lhc-triton')}"
+    ours, triton = package_version("lhc-triton"), package_version("triton")
+    versions = f"torch {torch.__version__}, triton {triton}, lhc-triton {ours}"
     return f"{device_name(device)} | {versions} | {name} | {digest}"
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str | None:
+    """Return an installed package's version; None without one."""
     # Not `package.__version__`: importing Triton for its version would take long.
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "none"
+        return None
+
+
+Record = float | str
+"""What a measurement gave: microseconds, or the reason why it failed."""
 
 
 class TimingStore:
-    """Measured microseconds per layer and backend, in a JSON file that several processes may share.
+    """What was measured, by key and name, in a JSON file that several processes may share.
+
+    A key says what was measured and where (`layer_key`, `tuning.config_key`); a name tells the alternatives
+    apart (a backend, a kernel config). Each has one `Record`.
 
     Args:
         path: the file; default `default_path()`. It is made at the first `put`.
@@ -75,34 +88,34 @@ class TimingStore:
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = default_path() if path is None else Path(path)
 
-    def get(self, key: str) -> dict[str, float]:
-        """Return the times stored under a key, by backend; empty if there are none."""
-        return self._read().get(key, {})
+    def get(self, key: str) -> dict[str, Record]:
+        """Return the records stored under a key, by name; empty if there are none."""
+        return self.read().get(key, {})
 
-    def put(self, key: str, times_us: Mapping[str, float]) -> None:
-        """Add times to what is stored under a key.
+    def put(self, key: str, records: Mapping[str, Record]) -> None:
+        """Add records to what is stored under a key.
 
         Raises:
-            ValueError: if a time is not a positive finite number.
+            ValueError: if a record is neither a reason nor a positive finite time.
             OSError: if the file cannot be written.
         """
-        for backend, value in times_us.items():
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(
-                    f"the time of backend {backend!r} is {value}; it must be positive and finite"
-                )
+        for name, record in records.items():
+            if not _is_record(record):
+                raise ValueError(f"the time of {name!r} is {record}; it must be positive and finite")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.path}.lock", timeout=30):
-            records = self._read()
-            records[key] = {**records.get(key, {}), **times_us}
-            beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+            found = self.read()
+            found[key] = {**found.get(key, {}), **records}
+            # Only the lock's owner writes, so one name does; what a killed one left there is overwritten.
+            beside = self.path.with_name(f".{self.path.name}.tmp")
             try:
-                beside.write_text(json.dumps({"version": STORE_VERSION, "times_us": records}, indent=1))
+                beside.write_text(json.dumps({"version": STORE_VERSION, "records": found}, indent=1))
                 beside.replace(self.path)
             finally:
                 beside.unlink(missing_ok=True)
 
-    def _read(self) -> dict[str, dict[str, float]]:
+    def read(self) -> dict[str, dict[str, Record]]:
+        """Return everything stored, by key and name; empty, with a warning, if the file is damaged."""
         try:
             if self.path.stat().st_size > MAX_BYTES:
                 raise ValueError(f"larger than {MAX_BYTES} bytes")
@@ -114,17 +127,19 @@ class TimingStore:
             return {}
 
 
-def _checked(document: Any) -> dict[str, dict[str, float]]:
+def _checked(document: Any) -> dict[str, dict[str, Record]]:
     if not isinstance(document, dict) or document.get("version") != STORE_VERSION:
         raise ValueError(f"not a timing store of version {STORE_VERSION}")
-    records = document.get("times_us")
-    if not isinstance(records, dict):
+    found = document.get("records")
+    if not isinstance(found, dict):
         raise ValueError("its records are missing")
-    for times in records.values():
-        numbers = isinstance(times, dict) and all(
-            isinstance(t, int | float) and not isinstance(t, bool) and math.isfinite(t) and t > 0
-            for t in times.values()
-        )
-        if not numbers:
-            raise ValueError("a record holds something other than positive times")
-    return records
+    for records in found.values():
+        if not isinstance(records, dict) or not all(map(_is_record, records.values())):
+            raise ValueError("a record holds something other than a positive time or a reason")
+    return found
+
+
+def _is_record(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

@@ -13,6 +13,8 @@ PUBLISHED = {
     "resnet34-imagenet": (36, 3.66e9),
     "vgg16-cifar": (13, 0.313e9),
     "resnet34-cifar": (36, 1.16e9),
+    "resnet50-imagenet": (53, 4.09e9),
+    "resnet50-cifar": (53, 1.30e9),
 }
 
 
@@ -51,7 +53,24 @@ def test_the_quick_cases_are_eligible_and_mixed():
 
 def test_the_batch_follows_device_and_images():
     assert cases.batch_of("vgg16-imagenet", "cuda") == 64
-    assert cases.batch_of("vgg16-cifar", "cpu") == 16
+    assert cases.batch_of("vgg16-cifar", "cpu") == 8
+
+
+def test_no_shape_is_measured_twice_at_a_batch():
+    for device, found in (("cpu", cases.cpu_cases()), ("cuda", cases.gpu_cases())):
+        shapes = [(*case.shape, cases.batch_of(case.model, device)) for case in found]
+        assert len(set(shapes)) == len(shapes)
+        assert all(case.kernel == 3 and case.in_channels >= 64 for case in found)
+    # Every layer's shape is there all the same, under the first network that has it.
+    assert {case.shape for case in cases.eligible_cases(("resnet34-cifar",))} <= {
+        case.shape for case in cases.cpu_cases()
+    }
+
+
+def test_the_gpus_wide_layers_come_first():
+    widths = [case.in_channels for case in cases.gpu_cases()]
+    assert widths == sorted(widths, key=lambda width: width < 128)
+    assert any(case.model == "resnet50-imagenet" and case.stride == 2 for case in cases.gpu_cases())
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones():

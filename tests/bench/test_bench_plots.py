@@ -27,6 +27,26 @@ def test_a_missing_file_is_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def drawn(tmp_path, made):
+    path, _ = rows.write_results(tmp_path, rows.Results({}, tuple(made), rows.summarise(made)))
+    return [picture.name for picture in plots.draw(path, tmp_path / "out")]
+
+
+def test_layers_with_a_rate_get_the_picture_of_the_peak(tmp_path):
+    layer = replace(ROW, peak_share=0.5)
+    masks = [replace(layer, density=d, out_block=b) for d in (0.1, 0.5) for b in (16, 64, 128)]
+    rivals = [replace(layer, backend="narrow"), replace(layer, backend="2:4", density=0.5)]
+    assert drawn(tmp_path, [*masks, *rivals]) == ["speedup.png", "layers.png", "peak.png"]
+    assert drawn(tmp_path, [replace(layer, kernel=0, stride=0)]) == ["speedup.png", "layers.png"]
+
+
+def test_several_batches_or_threads_get_the_picture_of_scaling(tmp_path):
+    network = replace(ROW, kernel=0, stride=0, threads=2)
+    batches = [replace(network, batch=batch) for batch in (1, 8)]
+    assert drawn(tmp_path, batches) == ["scaling.png"]
+    assert drawn(tmp_path, [network, replace(network, threads=1, time_us=180.0)]) == ["scaling.png"]
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"env": {}, "rows": [{}], "summary": {}}'])
 def test_a_damaged_file_is_named_and_no_folder_is_made(tmp_path, text):
     path = tmp_path / "damaged.json"

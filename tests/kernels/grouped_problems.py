@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
 import lhc_kernels
-from lhc_kernels import KernelConfig
+from lhc_kernels import KernelConfig, LaunchShape, launch
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.int8: 1e-5}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,16 @@ class Conv:
     bias: bool = True
     scale: bool = False
     residual: bool = False
-    relu: bool = False
+    activation: str = "none"
     channels_last: bool = True
     scattered: bool = True
     roll: int = 0
     config: tuple[int, ...] = ()
     seed: int = 0
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        return torch.float32 if self.dtype == torch.int8 else self.dtype
 
 
 @dataclass
@@ -107,11 +116,18 @@ class Problem:
             y = y + self.bias.double().cpu()[:, None, None]
         if self.residual is not None:
             y = y + self.residual.double().cpu()
-        return y.relu() if conv.relu else y
+        return {"none": y, "relu": y.relu(), "silu": F.silu(y)}[conv.activation]
 
 
 def _moves(name: str) -> bool:
     return name in ("x", "weight", "bias", "scale", "residual")
+
+
+def draw_values(size: tuple[int, ...], dtype: torch.dtype, gen: torch.Generator) -> Tensor:
+    """Draw normal values, or the whole range of int8."""
+    if dtype == torch.int8:
+        return torch.randint(-128, 128, size, generator=gen, dtype=dtype)
+    return torch.randn(size, generator=gen).to(dtype)
 
 
 def make_problem(conv: Conv, patterns: list[list[int]] | None = None) -> Problem:
@@ -135,35 +151,37 @@ def make_problem(conv: Conv, patterns: list[list[int]] | None = None) -> Problem
             (r, s), first = divmod(entry // in_blocks, conv.kernel[1]), entry % in_blocks * conv.in_block
             channels = min(conv.in_block, conv.in_channels - first)
             block = torch.zeros(conv.in_block, conv.tile_width, dtype=conv.dtype)
-            drawn_block = torch.randn(channels, len(mine), generator=gen) / 8
-            block[:channels, : len(mine)] = drawn_block.to(conv.dtype)
+            values = draw_values((channels, len(mine)), conv.dtype, gen)
+            block[:channels, : len(mine)] = values if conv.dtype == torch.int8 else values / 8
             live[mine, first : first + channels, r, s] = True
             dense[mine, first : first + channels, r, s] = block[:channels, : len(mine)].double().T
             entries.append(entry)
             blocks.append(block)
         starts.append(len(entries))
     weight = torch.zeros(0, conv.in_block, conv.tile_width, dtype=conv.dtype)
-    x = torch.randn(conv.batch, conv.in_channels, conv.height, conv.width, generator=gen).to(conv.dtype)
+    x = draw_values((conv.batch, conv.in_channels, conv.height, conv.width), conv.dtype, gen)
     problem = Problem(
         conv,
         x=x.contiguous(memory_format=torch.channels_last) if conv.channels_last else x,
         weight=torch.stack(blocks) if blocks else weight,
         tables=[torch.tensor(t, dtype=torch.int32) for t in (starts, [*entries, 0])] + [filters],
         bias=torch.randn(conv.out_channels, generator=gen) if conv.bias else None,
-        scale=torch.randn(conv.out_channels, generator=gen) if conv.scale else None,
+        scale=torch.randn(conv.out_channels, generator=gen)
+        if conv.scale or conv.dtype == torch.int8
+        else None,
         residual=None,
         dense=dense,
         live=live,
     )
     if conv.residual:
-        problem.residual = torch.randn(problem.out_size(), generator=gen).to(conv.dtype)
+        problem.residual = torch.randn(problem.out_size(), generator=gen).to(conv.out_dtype)
     problem.options = {
         "out_channels": conv.out_channels,
         "kernel_size": conv.kernel,
         "stride": conv.stride,
         "padding": conv.padding,
         "dilation": conv.dilation,
-        "activation": "relu" if conv.relu else "none",
+        "activation": conv.activation,
         "config": conv.config,
     }
     return problem
@@ -172,7 +190,7 @@ def make_problem(conv: Conv, patterns: list[list[int]] | None = None) -> Problem
 def run(problem: Problem) -> Tensor:
     """Run the kernel into an output full of NaN, so that an element left unwritten shows."""
     p = problem
-    out = torch.full(p.out_size(), float("nan"), dtype=p.x.dtype, device=p.x.device)
+    out = torch.full(p.out_size(), float("nan"), dtype=p.conv.out_dtype, device=p.x.device)
     out = out.contiguous(memory_format=torch.channels_last)
     y = lhc_kernels.grouped_conv2d(p.x, p.weight, p.tables, p.bias, p.residual, p.scale, out=out, **p.options)
     assert y is out
@@ -235,10 +253,10 @@ CASES = {
     "uneven_stride_and_dilation": Conv(stride=(2, 1), dilation=(1, 2), padding=(1, 0, 2, 3)),
     "padding_wider_than_the_image": Conv(height=2, width=2, padding=(4, 3, 3, 4)),
     "dense": Conv(density=2.0),
-    "no_live_entry_at_all": Conv(density=0.0, residual=True, relu=True),
+    "no_live_entry_at_all": Conv(density=0.0, residual=True, activation="relu"),
     "no_epilogue": Conv(bias=False),
-    "whole_epilogue": Conv(scale=True, residual=True, relu=True),
-    "filters_in_aligned_runs": Conv(scattered=False, residual=True, relu=True),
+    "whole_epilogue": Conv(scale=True, residual=True, activation="relu"),
+    "filters_in_aligned_runs": Conv(scattered=False, residual=True, activation="relu"),
     "aligned_runs_beside_scattered": Conv(scattered=False, out_channels=32, tile_width=12, residual=True),
     "runs_off_alignment": Conv(scattered=False, roll=4, residual=True),
     "contiguous_input": Conv(channels_last=False),
@@ -246,9 +264,70 @@ CASES = {
     "two_entries_of_odd_channels": Conv(
         in_channels=50, in_block=16, tile_width=32, config=config(32, 32, 16, 4, 3, 2)
     ),
+    "no_padding": Conv(padding=(0, 0, 0, 0)),
+    "1x1_of_stride_2": Conv(kernel=(1, 1), stride=(2, 2), padding=(0, 0, 0, 0), density=0.6),
+    "silu": Conv(residual=True, activation="silu"),
     "one_stage": Conv(config=config(16, 16, 16, 1, 1)),
 }
 """Named convolutions that together reach every branch of the kernel."""
+
+
+def variant(name: str, *args: int, **kwargs: object) -> tuple[int, ...]:
+    """Return a small config of a variant as integers, of few pixels and 16 filters unless told."""
+    return config(*(args or ((16 if name == "persistent" else 32), 16, 32, 8, 3)), variant=name, **kwargs)
+
+
+HALF = Conv(dtype=torch.float16, residual=True, activation="silu", height=7, width=10)
+VARIANT_CASES = {
+    "persistent": Conv(batch=3, out_channels=40, config=variant("persistent")),
+    "persistent_two_entries": Conv(batch=3, config=variant("persistent", 16, 16, 32, 8, 3, 2)),
+    "persistent_wide_tiles": Conv(out_channels=60, tile_width=30, config=variant("persistent")),
+    "split_in_two": Conv(residual=True, activation="silu", config=variant("split", splits=2)),
+    "split_in_more_parts_than_entries": Conv(density=0.1, config=variant("split", splits=7)),
+    "split_two_entries": Conv(config=variant("split", 16, 16, 32, 4, 3, 2, splits=3)),
+    "split_without_entries": Conv(density=0.0, residual=True, config=variant("split", splits=2)),
+    "split_wide_odd_tiles": Conv(
+        in_channels=37, out_channels=50, tile_width=25, scattered=False, config=variant("split", splits=3)
+    ),
+    "split_1x1_of_stride_2": Conv(
+        kernel=(1, 1), stride=(2, 2), padding=(0, 0, 0, 0), density=0.8, config=variant("split", splits=2)
+    ),
+    "box": replace(HALF, config=variant("box")),
+    "box_of_several_images": replace(HALF, batch=5, height=2, width=2, config=variant("box", 32)),
+    "box_of_one_pixel": replace(HALF, height=1, width=1, density=0.8, config=variant("box")),
+    "box_dilated_with_uneven_padding": replace(
+        HALF, dilation=(1, 2), padding=(0, 2, 3, 1), config=variant("box")
+    ),
+    "box_1x1": replace(HALF, kernel=(1, 1), padding=(0, 0, 0, 0), density=0.7, config=variant("box")),
+    "box_without_padding": replace(HALF, padding=(0, 0, 0, 0), config=variant("box")),
+    "box_past_the_last_channel": replace(HALF, in_channels=40, config=variant("box")),
+    "box_of_several_steps": replace(HALF, in_channels=128, in_block=64, config=variant("box")),
+    "box_wide_odd_tiles": replace(HALF, out_channels=60, tile_width=24, config=variant("box")),
+}
+"""Convolutions that force each variant of the kernel beyond the plain grid."""
+
+
+def cases_by_dtype() -> list[tuple[str, Conv]]:
+    """Return every named convolution in every dtype that it supports, with readable names."""
+    dtypes = {"box": (torch.float16, torch.bfloat16)}
+    return [
+        (f"{name}-{str(dtype).removeprefix('torch.')}", replace(conv, dtype=dtype))
+        for name, conv in (CASES | VARIANT_CASES).items()
+        for dtype in dtypes.get(name[:3], TOLERANCE)
+    ]
+
+
+@contextmanager
+def few_processors(count: int = 1) -> Iterator[None]:
+    """Pretend that the device has few multiprocessors, so that persistent programs take several turns."""
+    real = launch.launch_shape
+
+    def shape(*args: Any) -> LaunchShape:
+        return replace(real(*args), processors=count)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "launch_shape", shape)
+        yield
 
 
 SPECIAL_CASES = {
@@ -256,18 +335,26 @@ SPECIAL_CASES = {
     "odd_channels": Conv(in_channels=37, density=0.15, residual=True),
     "padded_block": Conv(in_channels=72, in_block=24, density=0.15),
     "two_entries_a_step": Conv(density=0.15, config=config(64, 16, 32, 4, 3, 2)),
+    "no_border": Conv(density=0.15, padding=(0, 0, 0, 0)),
+    "silu": Conv(density=0.15, activation="silu"),
+    "persistent": Conv(batch=3, density=0.15, config=variant("persistent")),
+    "split": Conv(density=0.15, config=variant("split", splits=3)),
+    "box": Conv(density=0.15, dtype=torch.float16, config=variant("box")),
+    "box_past_the_last_channel": Conv(
+        density=0.15, in_channels=40, dtype=torch.float16, config=variant("box")
+    ),
 }
 """Convolutions whose masked reads touch foreign channels or entries: NaN there must not spread."""
 
 
 @st.composite
 def convs(draw: st.DrawFn) -> Conv:
-    """Draw a small convolution: sizes, options and dtype at random, at least one output pixel."""
+    """Draw a small convolution: sizes, options, dtype and variant at random, at least one output pixel."""
     kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
     dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
-    padding = draw(st.tuples(*[st.integers(0, 3)] * 4))
+    padding = draw(st.one_of(st.just((0, 0, 0, 0)), st.tuples(*[st.integers(0, 3)] * 4)))
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
-    return Conv(
+    conv = Conv(
         batch=draw(st.integers(1, 2)),
         in_channels=draw(st.integers(1, 70)),
         out_channels=draw(st.integers(1, 40)),
@@ -284,8 +371,23 @@ def convs(draw: st.DrawFn) -> Conv:
         bias=draw(st.booleans()),
         scale=draw(st.booleans()),
         residual=draw(st.booleans()),
-        relu=draw(st.booleans()),
+        activation=draw(st.sampled_from(("none", "relu", "silu"))),
         channels_last=draw(st.booleans()),
         scattered=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
+    )
+    name = draw(st.sampled_from(("heuristic", "persistent", "split", "box")))
+    if name == "heuristic":
+        return conv
+    if name != "box":
+        return replace(conv, config=variant(name, splits=3 if name == "split" else 1))
+    return replace(
+        conv,
+        in_channels=draw(st.sampled_from((8, 24, 40, 64))),
+        stride=(1, 1),
+        in_block=draw(st.sampled_from((16, 32, 64))),
+        tile_width=draw(st.sampled_from((8, 16, 24, 32))),
+        density=1.0,
+        dtype=draw(st.sampled_from((torch.float16, torch.bfloat16))),
+        config=variant("box", 16, 16, 16, 4, 3),
     )

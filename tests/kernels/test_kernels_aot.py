@@ -1,6 +1,7 @@
-"""What the compiler makes of the kernel for GPUs that need not be there: registers, copies, tensor cores."""
+"""What the compiler makes of the kernels for GPUs that need not be there: registers, copies, tensor cores."""
 
 import os
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 
-from lhc_kernels import KernelConfig, LaunchShape, choose_config
-from lhc_kernels.aot import CompileReport, compile_config
+from lhc_kernels import KernelConfig, LaunchShape, heuristic_config
+from lhc_kernels.aot import TARGETS, CompileReport, compile_config, compile_reduce
+from lhc_kernels.constants import Specialisation
 
 pytestmark = pytest.mark.aot
 
@@ -26,28 +28,27 @@ CEILING = {16: 80, 32: 100, 64: 128, 128: 128}
 """Registers by filters of a program, on sm_90 without a residual; at 128 two programs of eight warps fit."""
 
 
-def heuristic(dtype: str, in_block: int, tile_width: int, pixels: int, in_channels: int) -> KernelConfig:
-    shape = LaunchShape(pixels, in_channels, in_block, tile_width, 256 // tile_width, (3, 3), dtype)
-    return choose_config(shape)[0]
-
-
 def compiled(
     dtype: str,
     in_block: int,
     tile_width: int,
     pixels: int = MANY,
     in_channels: int = 256,
-    target: int = 90,
-    **options: Any,
+    *,
+    change: dict[str, Any] | None = None,
+    ones: tuple[str, ...] = ("pad_top", "pad_left"),
+    **facts: Any,
 ) -> CompileReport:
+    """Compile the heuristic's config with ``change`` for sm_90."""
+    # Entries are counted as four a tile, so that few pixels do not mean a split.
+    tiles = 256 // tile_width
+    shape = LaunchShape(pixels, in_channels, in_block, tile_width, tiles, (3, 3), dtype, entries=4 * tiles)
+    config = replace(heuristic_config(shape), **(change or {}))
     return compile_config(
-        heuristic(dtype, in_block, tile_width, pixels, in_channels),
-        target,
-        dtype,
-        in_channels=in_channels,
-        in_block=in_block,
-        tile_width=tile_width,
-        **options,
+        config,
+        "sm_90",
+        Specialisation(dtype, in_channels, in_block, tile_width, **facts),
+        ones=ones,
     )
 
 
@@ -86,16 +87,87 @@ def test_float32_is_pipelined_without_tensor_cores(in_block: int, tile_width: in
     assert report.registers <= SLACK * 112
 
 
+@pytest.mark.parametrize("in_block", [32, 128])
+def test_int8_weights_in_the_order_of_tensor_cores_are_pipelined_too(in_block: int) -> None:
+    report = compiled("int8", in_block, 64, scale=True)
+    assert report.wgmma
+    assert report.async_copy
+    assert report.copies_in_flight == 2 * (report.config.num_stages - 2)
+    assert report.stack_bytes == 0
+    assert report.registers <= SLACK * 128
+
+
+@pytest.mark.parametrize("tile_width", [16, 64, 128])
+def test_persistent_programs_keep_the_inner_loop_pipelined(tile_width: int) -> None:
+    grid, persistent = (
+        compiled("float16", 32, tile_width, change={"variant": variant}) for variant in ("grid", "persistent")
+    )
+    assert grid.ttgir.count("scf.for") == 1
+    assert persistent.ttgir.count("scf.for") == 2
+    assert persistent.wgmma
+    assert persistent.async_copy
+    assert persistent.copies_in_flight == grid.copies_in_flight > 0
+    assert persistent.stack_bytes == 0
+    assert grid.registers < persistent.registers <= SLACK * 192
+
+
+@pytest.mark.parametrize("tile_width", [16, 64, 128])
+def test_parts_of_a_split_store_whole_vectors_and_add_without_atomics(tile_width: int) -> None:
+    report = compiled("float16", 32, tile_width, FEW, change={"variant": "split", "splits": 4})
+    assert report.wgmma
+    assert report.async_copy
+    assert report.stack_bytes == 0
+    assert report.store_bytes == (16,)
+    reduce = compile_reduce(report.config, "sm_90", Specialisation(tile_width=tile_width, residual=True))
+    assert reduce.stack_bytes == 0
+    assert reduce.store_bytes == (2, 16)
+    for code in (report.assembly, reduce.assembly):
+        assert not re.search(r"\b(atom|red)\.", code)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    ("box", "options"),
+    [
+        ((2, 8, 8), {}),
+        ((1, 4, 32), {"in_block": 64, "tile_width": 128}),
+        ((128, 1, 1), {"dilation": (2, 2), "residual": True, "in_channels": 40}),
+        ((1, 8, 16), {"kernel": (1, 1), "dtype": "bfloat16", "index64": True, "activation": "silu"}),
+    ],
+    ids=["3x3", "wide", "dilated", "1x1"],
+)
+def test_boxes_come_by_bulk_copies_alone(
+    box: tuple[int, int, int], options: dict[str, Any], target: str
+) -> None:
+    facts = replace(Specialisation(tile_width=64), **options)
+    config = KernelConfig(128, facts.tile_width, min(64, facts.in_block), 8, 4, variant="box")
+    report = compile_config(config, target, facts, box=box)
+    assert report.bulk_copies
+    assert report.wgmma == (target == "sm_90")
+    assert report.mma
+    assert report.async_bytes == ()
+    assert report.stack_bytes == 0
+    assert report.registers <= SLACK * 160
+
+
 def test_tf32_runs_on_tensor_cores() -> None:
-    config = replace(heuristic("float32", 32, 64, MANY, 256), precision="tf32")
-    report = compile_config(config, 90, "float32", tile_width=64)
+    report = compiled("float32", 32, 64, change={"precision": "tf32", "block_m": 128, "num_warps": 8})
     assert report.wgmma
     assert report.stack_bytes == 0
 
 
+def test_a_layer_without_border_checks_no_pixel() -> None:
+    with_border, without = (
+        compiled("float16", 64, 64, kernel=(1, 1), border=border) for border in (True, False)
+    )
+    assert without.assembly.count("setp") < with_border.assembly.count("setp")
+    assert without.registers <= with_border.registers
+    assert without.async_copy
+
+
 @pytest.mark.parametrize("tile_width", [64, 128])
 def test_a_residual_and_int64_offsets_do_not_spill(tile_width: int) -> None:
-    for options in ({"residual": True, "scale": True}, {"index64": True}):
+    for options in ({"residual": True, "scale": True}, {"index64": True}, {"activation": "silu"}):
         report = compiled("float16", 32, tile_width, **options)
         assert report.stack_bytes == 0
         assert report.registers <= SLACK * 200
@@ -120,23 +192,12 @@ def test_odd_channels_do_not_spill(in_block: int, in_channels: int, tile_width: 
     assert report.registers <= SLACK * 128
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("target", [80, 89])
-def test_older_gpus_get_asynchronous_copies_and_no_stack(target: int, dtype: str) -> None:
-    report = compiled(dtype, 32, 64, target=target)
-    assert report.target == f"sm_{target}"
-    assert report.mma == (dtype == "float16")
-    assert not report.wgmma
-    assert report.async_copy
-    assert report.stack_bytes == 0
-
-
 @pytest.mark.parametrize(
     "options",
     [
-        {"kernel_size": (1, 1)},
-        {"kernel_size": (7, 7), "stride": (2, 2)},
-        {"bias": False, "relu": False, "out_channels": 250},
+        {"kernel": (1, 1)},
+        {"kernel": (7, 7), "stride": (2, 2)},
+        {"bias": False, "activation": "none", "out_channels": 250},
         {"ones": ("pixels", "tiles", "height", "width", "out_height", "out_width", "pad_top", "pad_left")},
         {"ones": ("pixels", "height", "width", "out_height", "out_width"), "index64": True},
         {"ones": ("out_channels",), "out_channels": 1},
@@ -152,11 +213,13 @@ def test_every_specialisation_of_a_launch_compiles(options: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_relu_compiles_to_nothing_that_drops_nan(dtype: str) -> None:
-    ptx = compiled(dtype, 32, 64).ptx
-    assert "max.f32" not in ptx
-    assert "max.f16" not in ptx
+    code = compiled(dtype, 32, 64).assembly
+    assert "max.f32" not in code
+    assert "max.f16" not in code
 
 
-def test_an_unknown_dtype_is_refused() -> None:
-    with pytest.raises(ValueError, match="dtype is 'float8': supported are float16, bfloat16, float32"):
-        compile_config(KernelConfig(), dtype="float8")
+def test_an_unknown_dtype_or_target_is_refused() -> None:
+    with pytest.raises(ValueError, match="dtype is 'float8': supported are float16, bfloat16, float32, int8"):
+        compile_config(KernelConfig(), facts=Specialisation("float8"))
+    with pytest.raises(ValueError, match=f"target is 'sm_70': supported are {', '.join(TARGETS)}"):
+        compile_config(KernelConfig(), "sm_70")

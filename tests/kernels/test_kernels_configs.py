@@ -18,10 +18,21 @@ from lhc_kernels import (
     source_digest,
     store_run,
 )
+from lhc_kernels.configs import best_box, box_count
 
 SHAPE = LaunchShape(
-    pixels=64 * 56 * 56, in_channels=256, in_block=32, tile_width=64, tiles=4, kernel=(3, 3), dtype="float16"
+    pixels=64 * 56 * 56,
+    in_channels=256,
+    in_block=32,
+    tile_width=64,
+    tiles=4,
+    kernel=(3, 3),
+    dtype="float16",
+    out_size=(56, 56),
 )
+
+
+BOX = KernelConfig(variant="box")
 
 
 def test_configs_survive_the_round_trip_through_integers() -> None:
@@ -59,6 +70,23 @@ def test_configs_are_frozen() -> None:
         (KernelConfig(), replace(SHAPE, kernel=(16, 16)), r"kernel_size is \[16, 16\]"),
         (KernelConfig(256, 256, 32, 8), SHAPE, "256 accumulators a thread"),
         (KernelConfig(128, 128, 64, 8, 8), SHAPE, "262144 bytes of shared memory: the device has 232448"),
+        (
+            KernelConfig(variant="rows"),
+            SHAPE,
+            "variant is 'rows': supported are grid, persist",
+        ),
+        (KernelConfig(variant="split"), SHAPE, "splits is 1 with variant split: supported are 2 to 16"),
+        (KernelConfig(splits=2), SHAPE, "splits is 2 with variant grid: supported are 1 to 1"),
+        (BOX, replace(SHAPE, capability=80), "capability is 8.0: variant box needs 9.0 or more"),
+        (BOX, replace(SHAPE, stride=(2, 1)), r"stride is \[2, 1\]: variant box supports \[1, 1\]"),
+        (BOX, replace(SHAPE, dtype="float32"), "dtype is float32: variant box supports float16"),
+        (
+            BOX,
+            replace(SHAPE, in_channels=36),
+            "in_channels is 36 and tile_width 64: variant box",
+        ),
+        (BOX, replace(SHAPE, in_block=24), "block_k is 32 with 1 entries a step: variant box supports one"),
+        (BOX, replace(SHAPE, entries=0), "variant box needs a known output size and at least one entry"),
     ],
 )
 def test_the_predicate_names_what_is_wrong(config: KernelConfig, shape: LaunchShape, words: str) -> None:
@@ -82,7 +110,7 @@ def test_a_good_config_has_no_problem() -> None:
         tile_width=st.integers(1, 512),
         tiles=st.integers(1, 256),
         kernel=st.tuples(st.integers(1, 15), st.integers(1, 15)),
-        dtype=st.sampled_from(("float16", "bfloat16", "float32")),
+        dtype=st.sampled_from(("float16", "bfloat16", "float32", "int8")),
         processors=st.integers(1, 200),
         shared_bytes=st.sampled_from((65536, 101376, 166912, 232448)),
     ),
@@ -99,13 +127,14 @@ def test_the_heuristic_is_always_valid(shape: LaunchShape, precision: str) -> No
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({}, "half: tensor cores; two entries a step"),
+        ({}, "tensor cores; two entries a step"),
         ({"dtype": "float32"}, "float32: FMA, small blocks"),
-        ({"in_block": 64}, "half: tensor cores"),
+        ({"in_block": 64}, "tensor cores"),
         ({"tile_width": 200}, "tile split into 128 filters"),
         ({"in_channels": 37}, "odd channels"),
         ({"in_block": 25, "in_channels": 100}, "odd channels"),
-        ({"pixels": 64}, "few pixels"),
+        ({"pixels": 64, "entries": 4}, "few pixels"),
+        ({"pixels": 64}, "few programs, many entries: split"),
         ({"shared_bytes": 101376}, "fewer stages"),
     ],
 )
@@ -130,7 +159,7 @@ def test_store_runs_need_aligned_rows() -> None:
         tile_width=st.integers(1, 300),
         tiles=st.integers(1, 64),
         kernel=st.sampled_from(((1, 1), (3, 3), (7, 7))),
-        dtype=st.sampled_from(("float16", "bfloat16", "float32")),
+        dtype=st.sampled_from(("float16", "bfloat16", "float32", "int8")),
         entries=st.none() | st.integers(0, 5000),
         stride=st.sampled_from(((1, 1), (2, 2))),
         out_size=st.sampled_from(((0, 0), (14, 14), (56, 56))),
@@ -154,7 +183,7 @@ def test_candidates_are_valid_distinct_and_led_by_the_heuristic(shape: LaunchSha
 def test_candidates_span_block_sizes_and_pipelines() -> None:
     candidates = candidate_configs(SHAPE)
     assert len(candidates) == 12
-    for name in ("block_m", "block_n", "num_stages"):
+    for name in ("block_m", "block_n", "num_stages", "variant"):
         assert len({getattr(config, name) for config in candidates}) > 1
 
 
@@ -176,3 +205,17 @@ def test_the_cost_sheet_counts_what_a_launch_moves_and_computes() -> None:
 def test_the_digest_of_the_sources_is_short_and_stable() -> None:
     assert re.fullmatch(r"[0-9a-f]{16}", source_digest())
     assert source_digest() == source_digest()
+
+
+def test_a_box_covers_the_output_in_as_few_programs_as_can_be() -> None:
+    assert best_box(128, SHAPE) == (2, 8, 8)
+    assert best_box(128, replace(SHAPE, pixels=4 * 64 * 64, out_size=(64, 64))) == (1, 2, 64)
+    assert best_box(128, replace(SHAPE, pixels=100, out_size=(1, 1))) == (128, 1, 1)
+    assert box_count((2, 8, 8), SHAPE) == 32 * 7 * 7
+
+
+def test_a_split_is_chosen_only_where_the_sheet_says_it_pays() -> None:
+    few = replace(SHAPE, pixels=49, entries=4 * 72)
+    assert heuristic_config(few).variant == "split"
+    assert heuristic_config(replace(few, entries=4 * 4)).variant == "grid"
+    assert heuristic_config(SHAPE).variant == "grid"

@@ -13,19 +13,24 @@ import numpy as np
 import torch
 import triton
 from grouped_problems import (
-    CASES,
+    FLOATS,
     SPECIAL_CASES,
     TOLERANCE,
+    VARIANT_CASES,
     Conv,
+    cases_by_dtype,
     check,
     check_special_values,
     convs,
+    few_processors,
     make_problem,
+    relative_error,
     run,
 )
 from hypothesis import given, settings
 
-from lhc_kernels import grouped_conv, grouped_conv2d, grouped_conv2d_fwd_kernel
+from lhc_kernels import KernelConfig, candidate_configs, cost_sheet, grouped_conv2d, launch
+from lhc_kernels.grouped_conv import grouped_conv2d_fwd_kernel
 
 OLD_TRITON = triton.__version__.startswith("3.6.")
 NEW_NUMPY = tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
@@ -34,36 +39,59 @@ pytestmark = [
     pytest.mark.skipif(OLD_TRITON and NEW_NUMPY, reason="Triton 3.6 interprets loops with numpy < 2.4 only"),
 ]
 
-DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in TOLERANCE]
+DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in FLOATS]
+NAMED = [pytest.param(conv, id=name) for name, conv in cases_by_dtype()]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
-def test_named_convolutions_match_the_dense_answer(name: str, dtype: torch.dtype) -> None:
-    check(replace(CASES[name], dtype=dtype))
+@pytest.mark.parametrize("conv", NAMED)
+def test_named_convolutions_match_the_dense_answer(conv: Conv) -> None:
+    with few_processors():
+        check(conv)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(convs())
 def test_random_convolutions_match_the_dense_answer(conv: Conv) -> None:
-    check(conv)
+    with few_processors():
+        check(conv)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+def test_candidates_match_the_dense_answer(dtype: torch.dtype) -> None:
+    conv = Conv(1, 64, 64, 9, 8, tile_width=32, density=0.2, residual=True, activation="silu", dtype=dtype)
+    problem = make_problem(conv)
+    size, expected = problem.out_size()[2:], problem.expected()
+    shape = launch.launch_shape(problem.x, problem.weight, 2, size, (3, 3), residual=True)
+    for candidate in candidate_configs(shape, 6):
+        problem.options["config"] = candidate.to_list()
+        error = relative_error(run(problem), expected)
+        assert error <= TOLERANCE[dtype], f"norm error {error:.3g} for {candidate}"
+
+
+def test_persistent_programs_take_several_turns() -> None:
+    problem = make_problem(VARIANT_CASES["persistent"])
+    with few_processors():
+        shape = launch.launch_shape(problem.x, problem.weight, 3, problem.out_size()[2:], (3, 3))
+    config = KernelConfig.from_list(VARIANT_CASES["persistent"].config)
+    sheet = cost_sheet(config, shape)
+    assert sheet.programs > 2 * sheet.occupancy * shape.processors
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_tile_without_entries_gives_the_epilogue_of_zero(dtype: torch.dtype) -> None:
-    check(Conv(dtype=dtype, scale=True, residual=True, relu=True), patterns=[[], [0, 4, 17]])
+    check(Conv(dtype=dtype, scale=True, residual=True, activation="relu"), patterns=[[], [0, 4, 17]])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, on inf - inf
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SPECIAL_CASES)
-def test_nan_and_infinity_spread_through_live_entries_only(name: str, dtype: torch.dtype) -> None:
-    check_special_values(replace(SPECIAL_CASES[name], dtype=dtype))
+def test_nan_and_infinity_spread_through_live_entries_only(name: str) -> None:
+    with few_processors():
+        check_special_values(SPECIAL_CASES[name])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_relu_keeps_nan(dtype: torch.dtype) -> None:
-    problem = make_problem(Conv(dtype=dtype, relu=True))
+    problem = make_problem(Conv(dtype=dtype, activation="relu"))
     assert problem.bias is not None
     problem.bias[3] = float("nan")
     y = run(problem)
@@ -79,10 +107,11 @@ def test_denormals_are_kept() -> None:
     assert torch.equal(run(problem), torch.full(problem.out_size(), 1e-40))
 
 
-def test_int64_offsets_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = make_problem(Conv(stride=(2, 1), residual=True))
+@pytest.mark.parametrize("conv", [Conv(stride=(2, 1), residual=True), *VARIANT_CASES.values()])
+def test_int64_offsets_give_the_same_bits(conv: Conv, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(conv)
     expected = run(problem)
-    monkeypatch.setattr(grouped_conv, "INT32_ELEMENTS", 0)
+    monkeypatch.setattr(launch, "INT32_ELEMENTS", 0)
     assert torch.equal(run(problem), expected)
 
 

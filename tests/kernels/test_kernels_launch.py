@@ -58,6 +58,15 @@ def no_tiles(p: Problem) -> None:
     p.tables = [p.tables[0][:1], p.tables[1], p.tables[2][:0]]
 
 
+def int8_without_scale(p: Problem) -> None:
+    p.x, p.weight = p.x.to(torch.int8), p.weight.to(torch.int8)
+
+
+def int8_with_half_residual(p: Problem) -> None:
+    int8_without_scale(p)
+    p.scale, p.residual = torch.ones(32), torch.zeros(p.out_size(), dtype=torch.float16)
+
+
 def weight_elsewhere(p: Problem) -> None:
     p.weight = p.weight.to("meta")
 
@@ -75,6 +84,8 @@ def weight_elsewhere(p: Problem) -> None:
         (unpadded_entries, ValueError, r"expected tile_ptr \[T \+ 1\], entries \[E \+ 1\]"),
         (narrow_filters, ValueError, r"filters \[T, tile_width\] for a weight"),
         (no_tiles, ValueError, "tables have shapes"),
+        (int8_without_scale, ValueError, "x is int8 and no scale is given: expected a floating scale"),
+        (int8_with_half_residual, ValueError, "residual is float16 .*: expected float32 of shape"),
         (weight_elsewhere, ValueError, "x is on cpu, other tensors on meta: move them"),
     ],
 )
@@ -102,7 +113,7 @@ IMAGE = "expected float32 of shape \\(2, 32, 6, 7\\)"
         ({"padding": (1, 1)}, r"padding is \[1, 1\]: expected four integers >= 0"),
         ({"padding": (1, 1, -1, 1)}, "top, bottom, left, right"),
         ({"kernel_size": (9, 3)}, "x of 6 x 7 pixels is smaller than the kernel"),
-        ({"activation": "gelu"}, "activation is 'gelu': supported are 'none' and 'relu'"),
+        ({"activation": "gelu"}, "activation is 'gelu': supported are 'none', 'relu', 'silu'"),
         ({"bias": torch.zeros(31)}, f"bias is float32 of shape \\(31,\\): {VECTOR}"),
         ({"scale": torch.zeros(32, dtype=torch.int32)}, f"scale is int32 of shape \\(32,\\): {VECTOR}"),
         ({"residual": torch.zeros(2, 32, 6, 6)}, f"residual is float32 .*: {IMAGE}"),
@@ -110,6 +121,8 @@ IMAGE = "expected float32 of shape \\(2, 32, 6, 7\\)"
         ({"out": torch.zeros(2, 32, 6, 8)}, f"out is float32 .*: {IMAGE}"),
         ({"out": torch.zeros(2, 32, 6, 7)}, "out is not channels_last: allocate it with memory_format"),
         ({"config": (128, 16)}, r"config is \[128, 16\]: expected nothing, or block_m"),
+        ({"config": tuple(KernelConfig(variant="box").to_list())}, "dtype is float32: variant box supports"),
+        ({"config": tuple(KernelConfig(splits=3).to_list())}, "splits is 3 with variant grid"),
         ({"config": tuple(KernelConfig(block_m=100).to_list())}, "block_m is 100: supported are the powers"),
     ],
 )

@@ -171,3 +171,40 @@ def test_the_cpu_model_is_near_what_was_measured(shape, sparse_us, dense_us):
     assert predicted == pytest.approx(sparse_us, rel=0.3)
     assert dense == pytest.approx(dense_us, rel=0.3)
     assert (predicted < CPU.margin * dense) == (sparse_us < dense_us)
+
+
+def test_a_strided_input_is_copied_once_for_each_kernel_column():
+    copied = dataclasses.replace(PLAIN, strided_gbs=2.0)
+    assert copied.layer_us(GEOMETRY) == PLAIN.layer_us(GEOMETRY)
+    strided = ConvGeometry(2, 64, 32, 10, 12, (3, 3), (2, 2))
+    copies = 2 * 64 * 10 * strided.out_width * 3 * 4 / 2e3
+    assert copied.layer_us(strided) == pytest.approx(PLAIN.layer_us(strided) + copies)
+
+
+# (in, out channels, size, kernel, stride), native at density 0.1 in blocks of 32x16, dense: us on 2 cores.
+NATIVE_MEASURED = [
+    ((64, 64, 56, 3, 1), 120, 736),
+    ((256, 256, 56, 3, 1), 1979, 11370),
+    ((512, 512, 14, 3, 1), 413, 3207),
+    ((128, 256, 28, 3, 2), 136, 453),
+    ((1024, 256, 14, 1, 1), 61, 387),
+    ((256, 512, 56, 1, 2), 251, 744),
+]
+
+
+@pytest.mark.parametrize(("shape", "sparse_us", "dense_us"), NATIVE_MEASURED)
+def test_the_native_model_is_near_what_was_measured(shape, sparse_us, dense_us):
+    channels, filters, size, kernel, stride = shape
+    geometry = ConvGeometry(
+        1, channels, filters, size, size, (kernel, kernel), (stride, stride), (kernel // 2,) * 4
+    )
+    native = CostModel.for_device("cpu", "native")
+    grid = (filters // 16, channels // 32, kernel, kernel)
+    live = max(1, round(0.1 * np.prod(grid[1:])))
+    mask = np.zeros((grid[0], int(np.prod(grid[1:]))), dtype=bool)
+    for row in mask:
+        row[np.random.default_rng(0).choice(len(row), live, replace=False)] = True
+    topology = LayerTopology.from_mask("a", geometry, 32, 16, mask.reshape(grid))
+    tiles = [Tile((group,), topology.pattern_of(group)) for group in range(topology.groups)]
+    assert native.sparse_us(topology, tiles, 16) == pytest.approx(sparse_us, rel=0.4)
+    assert native.dense_us(geometry) == pytest.approx(dense_us, rel=0.4)

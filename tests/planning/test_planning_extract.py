@@ -3,12 +3,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from planning_cases import CPU, CUDA
+from planning_cases import CUDA
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from lhc_triton import LHCConfig, LHCConv2d
-from lhc_triton.planning import plan
+from lhc_triton.planning import CostModel, plan
 from lhc_triton.planning.extract import read_model
 
 
@@ -48,7 +48,7 @@ def test_a_network_is_read_in_calling_order_with_its_geometry():
     reading = read_model(model, X)
     assert [topology.name for topology in reading.topologies] == ["3", "6"]
     assert reading.skipped == (("0", "no zeros"), ("5", "groups=4; only groups=1 is planned"))
-    assert (reading.dtype, reading.cost) == ("float32", CPU)
+    assert (reading.dtype, reading.cost) == ("float32", CostModel.for_device("cpu"))
     for topology in reading.topologies:
         conv = model[int(topology.name)]
         geometry = topology.geometry

@@ -130,6 +130,8 @@ class Problem:
             y = y + self.residual.double()
         if self.activation == "relu":
             y = y.relu()
+        elif self.activation == "silu":
+            y = F.silu(y)
         return F.max_pool2d(y, 2) if self.pool == "max2x2" else y
 
 

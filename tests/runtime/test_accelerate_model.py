@@ -429,9 +429,9 @@ WRONG: dict[str, tuple[Callable[[], AcceleratedModel], type[Exception], str]] = 
     "unknown tune": (lambda: accelerate(vgg(), image(), tune="max"), ValueError, "tune='max'"),
     "unknown backend": (lambda: accelerate(vgg(), image(), backend="tpu"), ValueError, "backend='tpu'"),
     "missing backend": (
-        lambda: accelerate(vgg(), image(), backend="native"),
+        lambda: accelerate(vgg(), image(), backend="triton"),
         ValueError,
-        "layer '3' cannot run on the forced backend 'native'",
+        "layer '3' cannot run on the forced backend 'triton'",
     ),
     "no plan": (lambda: accelerate(vgg(), image(), plan={}), TypeError, "plan is a dict"),
     "plan of missing layers": (

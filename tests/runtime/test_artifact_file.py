@@ -204,14 +204,14 @@ def test_a_missing_backend_falls_back_and_says_why(saved: Any, tmp_path: Path) -
     document, tensors = copy.deepcopy(saved)
     for spec in document["modules"].values():
         if spec["type"] == "GroupedConv2d":
-            spec["backend"] = "native"
-    document["record"]["requested"] = "native"
+            spec["backend"] = "triton"
+    document["record"]["requested"] = "triton"
     rewrite_file(tmp_path / "net", document, tensors)
     fast = load(tmp_path / "net")
     rows = [row for row in fast.report()["layers"] if row["patterns"] is not None]
     assert rows
-    assert all("native" in row["reason"] and row["backend"] in ("dense", "torch") for row in rows)
-    assert not any(m.backend == "native" for m in fast.modules() if isinstance(m, GroupedConv2d))
+    assert all("triton" in row["reason"] and row["backend"] in ("dense", "native", "torch") for row in rows)
+    assert not any(m.backend == "triton" for m in fast.modules() if isinstance(m, GroupedConv2d))
     expected = run(quick(vgg()), image())
     assert torch.allclose(run(fast, image()), expected, atol=1e-5)
     assert [layer.backend for layer in fast.plan.layers] == [row["backend"] for row in rows]
@@ -228,8 +228,8 @@ def test_backends_are_chosen_again_on_another_kind_of_device(
     fast = load(tmp_path / "net")
     rows = [row for row in fast.report()["layers"] if row["patterns"] is not None]
     if requested == "auto":
-        assert all("chosen again" in row["reason"] and row["backend"] == "dense" for row in rows)
-        assert not any(isinstance(module, GroupedConv2d) for module in fast.modules())
+        assert all("chosen again" in row["reason"] for row in rows)
+        assert {row["backend"] for row in rows} <= {"dense", "native", "torch"}
     else:
         assert {row["backend"] for row in rows} == {"torch"}
     assert torch.allclose(run(fast, image()), run(quick(vgg()), image()), atol=1e-5)

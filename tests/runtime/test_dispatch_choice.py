@@ -8,7 +8,14 @@ from op_problems import Problem
 
 from lhc_triton.planning.plan import ConvGeometry
 from lhc_triton.runtime import dispatch
-from lhc_triton.runtime.dispatch import backend_status, choose_backend, measure, supports
+from lhc_triton.runtime.calibration import cost_model
+from lhc_triton.runtime.dispatch import (
+    auto_backend,
+    backend_status,
+    choose_backend,
+    measure,
+    supports,
+)
 from lhc_triton.runtime.store import TimingStore, layer_key
 
 CPU = torch.device("cpu")
@@ -22,11 +29,17 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def measured(monkeypatch):
+def without_native(monkeypatch):
+    """A machine on which the native kernel cannot be built."""
+    monkeypatch.setattr("lhc_kernels.cpu.problem", lambda: "no C++ compiler")
+
+
+@pytest.fixture
+def measured(monkeypatch, without_native):
     """Stand in for the measurement; the list holds what it was asked."""
     calls = []
 
-    def fake(layer, dtype, device, backends):
+    def fake(layer, dtype, device, backends, configs):
         calls.append(tuple(backends))
         return {**dict.fromkeys(backends, 10.0), "dense": 30.0}
 
@@ -77,6 +90,25 @@ def test_full_measures_once_and_stores(store, measured):
     assert measured == [("torch",)]
 
 
+def test_auto_takes_the_native_kernel_where_it_can_serve(monkeypatch):
+    monkeypatch.setattr("lhc_kernels.cpu.problem", lambda: None)
+    assert auto_backend(torch.float32, CPU) == "native"
+    assert cost_model("auto", torch.float32, CPU, "off").sparse_backend == "native"
+    assert cost_model("torch", torch.float32, CPU, "off").sparse_backend == "torch"
+    assert auto_backend(torch.float64, CPU) == "torch"
+
+
+@pytest.mark.usefixtures("without_native")
+def test_without_a_compiler_torch_takes_the_native_kernel_s_place():
+    assert auto_backend(torch.float32, CPU) == "torch"
+    assert cost_model("auto", torch.float32, CPU, "off").sparse_backend == "torch"
+    wide = Problem(ConvGeometry(1, 256, 256, 28, 28, (3, 3)), in_block=64, out_block=64, density=0.1).layer
+    planned = dataclasses.replace(wide, backend="native", reason="elsewhere")
+    found = choose("off", None, planned)
+    assert found.backend == "torch"
+    assert "faster than dense" in found.reason
+
+
 def test_candidates_are_all_measured(store, measured):
     choose("full", store, candidates=("dense", "reference", "torch", "triton", "native"))
     assert measured == [("reference", "torch")]
@@ -100,6 +132,7 @@ def test_a_store_that_cannot_be_written_is_a_warning(tmp_path, measured):
         assert choose("full", TimingStore(tmp_path / "file" / "t.json")).backend == "torch"
 
 
+@pytest.mark.usefixtures("without_native")
 def test_the_user_s_store_is_the_default(tmp_path, monkeypatch):
     monkeypatch.setenv("LHC_TRITON_CACHE", str(tmp_path))
     TimingStore(tmp_path / "timings.json").put(KEY, {"torch": 1.0, "dense": 2.0})
@@ -128,7 +161,7 @@ def test_supports_names_the_reason_or_nothing(monkeypatch):
     assert supports("triton", LAYER, torch.float16, "cuda") is None
     assert "does not serve float64" in supports("triton", LAYER, torch.float64, "cuda")
     assert "needs a CUDA device" in supports("triton", LAYER, torch.float16, "cpu")
-    assert "is not available in this version" in supports("native", LAYER, torch.float32, "cpu")
+    assert "does not serve device type" in supports("native", LAYER, torch.float32, "cuda")
     assert "is unknown" in supports("cudnn", LAYER, torch.float32, "cuda")
     assert 'device type "mps"' in supports("torch", LAYER, torch.float32, "mps")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -138,5 +171,5 @@ def test_supports_names_the_reason_or_nothing(monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
 def test_the_status_has_a_line_for_every_backend(device):
     rows = backend_status(device)
-    assert [row["backend"] for row in rows] == ["dense", "reference", "torch", "triton", "native"]
+    assert [row["backend"] for row in rows] == ["dense", "reference", "torch", "native", "triton"]
     assert all(row["state"] for row in rows)

@@ -13,6 +13,7 @@ from runtime_networks import norm_error
 from torch import Tensor, nn
 
 from lhc_triton.planning import ConvGeometry, LayerPlan, LayerTopology, Tile
+from lhc_triton.runtime import prepacked
 from lhc_triton.runtime.modules import DenseConv2d, GroupedConv2d
 
 
@@ -187,3 +188,47 @@ def test_dense_weights_keep_their_layout_when_a_state_is_assigned() -> None:
     state = {"weight": module.weight.contiguous()}
     module.load_state_dict(state, assign=True)
     assert module.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def dense(dtype: torch.dtype = torch.float32, groups: int = 1) -> DenseConv2d:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(28, 20 // groups, 3, 3, generator=generator).to(dtype) / 13
+    bias = torch.linspace(-1, 1, 28, dtype=dtype)
+    return DenseConv2d(
+        weight, bias, stride=(2, 1), padding=(1, 1, 2, 2), dilation=(1, 2), groups=groups, activation="relu"
+    )
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_a_dense_layer_keeps_its_weight_in_onednn_s_order(dtype, limit, groups):
+    module, x = dense(dtype, groups), example(dtype)
+    assert prepacked.serves(x)
+    y = module(x)
+    assert module._prepacked is not None
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert norm_error(y, expected(module, x)) <= limit
+    other = example(dtype, seed=4)[:, :, :6].repeat(2, 1, 1, 1)
+    assert norm_error(module(other), expected(module, other)) <= limit
+
+
+def test_a_prepacked_weight_follows_its_weight():
+    module, x = dense(), example()
+    module(x)
+    with torch.no_grad():
+        module.weight.mul_(2)
+    assert norm_error(module(x), expected(module, x)) <= 1e-6
+    module.load_state_dict({name: value * 3 for name, value in module.state_dict().items()})
+    assert norm_error(module(x), expected(module, x)) <= 1e-6
+    copied = copy.deepcopy(module)
+    assert copied._prepacked is None
+    assert torch.equal(copied(x), module(x))
+    assert norm_error(module.double()(x.double()), expected(module, x.double())) <= 1e-12
+
+
+def test_nan_and_infinity_pass_a_prepacked_layer_as_they_pass_torch():
+    module, x = dense(), example()
+    x[0, 3, 4, 4], x[1, 7, 2, 2] = float("nan"), float("inf")
+    assert torch.equal(module(x).isnan(), expected(module, x).isnan())
+    assert torch.equal(module(x).isinf(), expected(module, x).isinf())

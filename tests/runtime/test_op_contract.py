@@ -160,7 +160,6 @@ WRONG = {
         lambda a: {**a, "x": a["x"][:, :, :1], "pool": "max2x2"}, ValueError, "too small",
     ),
     "unknown backend": (changed(backend="cudnn"), ValueError, '"cudnn" is unknown; use one of "reference"'),
-    "native": (changed(backend="native"), ValueError, '"native" is not available in this version; use one'),
     "triton on the CPU": (changed(backend="triton"), ValueError, "needs a CUDA device; on the CPU use"),
     "int8": (
         lambda a: {**a, "x": a["x"].to(torch.int8), "weight": a["weight"].to(torch.int8)},

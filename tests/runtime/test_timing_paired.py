@@ -28,7 +28,7 @@ class Clock:
 
 def test_medians_and_spread_come_from_the_rounds():
     clock = Clock()
-    warm_then = [0.9, 0.001, 0.002, 0.005, 0.003, 0.004]  # one warm-up, then five rounds
+    warm_then = [0.9, 0.001, 0.002, 0.005, 0.003, 0.004]  # one warm-up, too long for more, then five rounds
     found = time_paired({"a": clock.work("a", *warm_then)}, rounds=5, warmup=1, clock=clock)["a"]
     assert found.samples_us == pytest.approx((1000, 2000, 5000, 3000, 4000))
     assert found.median_us == pytest.approx(3000)
@@ -36,12 +36,21 @@ def test_medians_and_spread_come_from_the_rounds():
     assert found.p80_us == pytest.approx(4200)
 
 
-def test_every_round_calls_each_function_and_begins_with_another():
-    clock = Clock()
-    functions = {name: clock.work(name, 0.001) for name in "abc"}
-    found = time_paired(functions, rounds=3, warmup=2, clock=clock)
-    assert list(found) == ["a", "b", "c"]
-    assert "".join(clock.calls) == "aabbcc" + "abc" + "bca" + "cab"
+def test_every_round_calls_each_function_in_an_order_of_its_own():
+    def calls_of(rounds):
+        clock = Clock()
+        functions = {name: clock.work(name, 0.01) for name in "abcd"}
+        found = time_paired(functions, rounds=rounds, warmup=2, clock=clock)
+        assert list(found) == ["a", "b", "c", "d"]
+        return "".join(clock.calls)
+
+    calls = calls_of(20)
+    assert calls.startswith("aabbccdd")
+    rounds = [calls[start : start + 4] for start in range(8, 8 + 4 * 20, 4)]
+    assert all(sorted(order) == ["a", "b", "c", "d"] for order in rounds)
+    before_a = [order[order.index("a") - 1] for order in rounds if order[0] != "a"]
+    assert set(before_a) == {"b", "c", "d"}
+    assert calls_of(20) == calls
 
 
 def test_short_functions_are_repeated_within_a_sample():
@@ -49,7 +58,15 @@ def test_short_functions_are_repeated_within_a_sample():
     found = time_paired({"a": clock.work("a", 0.00001)}, rounds=2, warmup=1, clock=clock)["a"]
     assert found.repeats == 20
     assert found.samples_us == pytest.approx((10, 10))
-    assert len(clock.calls) == 1 + 2 * 20
+    assert len(clock.calls) == 1 + 2 * (1 + 20)
+
+
+def test_a_brief_function_runs_once_untimed_before_each_sample():
+    clock = Clock()
+    # Warm-up; then each round a call after something else, which is slow, and the one that counts.
+    times = [0.001, 0.005, 0.001, 0.006, 0.0012]
+    found = time_paired({"a": clock.work("a", *times)}, rounds=2, warmup=1, clock=clock)["a"]
+    assert found.samples_us == pytest.approx((1000, 1200))
 
 
 def test_a_budget_ends_the_rounds_early_but_leaves_three():

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "conv.h"
+#include "pool.h"
 
 namespace {
 
@@ -159,8 +160,14 @@ void grouped_conv2d(const c10::OperatorHandle&, c10::DispatchKeySet, Stack* stac
   conv.y = y.mutable_data_ptr<float>();
   uint32_t threads = 1;
   torch_get_num_threads(&threads);
-  lhc::grouped_conv2d(conv, {static_cast<int>(threads), run_threads});
-  if (call.pooled) y = at::max_pool2d(y, {2, 2});
+  const lhc::Threads pool{static_cast<int>(threads), run_threads};
+  lhc::grouped_conv2d(conv, pool);
+  if (call.pooled) {
+    const at::Tensor whole = y;
+    y = at::empty({conv.batch, conv.out_channels, conv.out_height / 2, conv.out_width / 2}, whole.options());
+    lhc::max_pool_2x2(conv.y, conv.batch * conv.out_channels, conv.out_height, conv.out_width,
+                      y.mutable_data_ptr<float>(), pool);
+  }
   if (call.channels_last) {
     at::Tensor out = at::empty(y.sizes(), y.options().memory_format(at::MemoryFormat::ChannelsLast));
     y = out.copy_(y);

@@ -110,7 +110,18 @@ def _compile(compiler: list[str], target: list[str], library: Path) -> None:
     descriptor, name = tempfile.mkstemp(".tmp", dir=library.parent)
     os.close(descriptor)
     try:
-        _run([*compiler, *FLAGS, *target, *_torch_flags(), *map(str, _sources(".cpp")), "-o", name, *_torch_libraries()])
+        _run(
+            [
+                *compiler,
+                *FLAGS,
+                *target,
+                *_torch_flags(),
+                *map(str, _sources(".cpp")),
+                "-o",
+                name,
+                *_torch_libraries(),
+            ]
+        )
         os.replace(name, library)
     finally:
         Path(name).unlink(missing_ok=True)

@@ -1,0 +1,120 @@
+"""What the command line shows: tables and JSON on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+
+@contextmanager
+def stages() -> Iterator[Any]:
+    """A spinner on stderr that names the stage at work."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+
+        def progress(stage: str) -> None:
+            if console.is_terminal:
+                status.update(stage)
+            else:
+                console.print(f"- {stage}", highlight=False, soft_wrap=True)
+
+        yield progress
+
+
+@contextmanager
+def counting(title: str) -> Iterator[Any]:
+    """A progress bar on stderr: called with (done, total, label)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[label]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None, label="")
+
+        def progress(done: int, total: int, label: str = "") -> None:
+            bar.update(task, completed=done, total=total, label=label)
+
+        yield progress
+
+
+def show_summary(summary: dict[str, Any]) -> None:
+    """Print a line for each backend, block size and density of a suite."""
+    rows = [
+        (
+            group["backend"],
+            f"{group['in_block']}x{group['out_block']}",
+            f"{group['density']:g}",
+            str(group["cases"]),
+            f"{group['speedup']:.2f}x",
+            f"{group['worst_speedup']:.2f}x  {group['worst_case']}",
+            f"{100 * group['floor_share']:.0f} %",
+            "" if group["peak_share"] is None else f"{100 * group['peak_share']:.0f} %",
+        )
+        for group in summary["groups"]
+    ]
+    head = ("backend", "blocks", "density", "cases", "speed-up", "least", "of the floor", "of a matmul")
+    print_table(head, rows)
+    typer.echo("Speed-up over the best dense form in the same run, geometric mean over the cases.")
+
+
+def show_kernels(rows: Sequence[dict[str, Any]]) -> None:
+    """Print what the compiler made of each kernel."""
+    head = ("target", "kernel", "layer", "dtype", "config", "registers", "stack", "shared", "wgmma", "async")
+    print_table(head, [_kernel_cells(row) for row in rows])
+    typer.echo("Registers and stack bytes of a thread, shared bytes of a program.")
+
+
+def _kernel_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    config = row["config"]
+    blocks = f"{config['block_m']}x{config['block_n']}x{config['block_k'] * config['entries']}"
+    splits = f" {config['splits']}" if config["splits"] > 1 else ""
+    depth = f"{config['num_warps']} warps, {config['num_stages']} stages"
+    return (
+        row["target"],
+        row["kernel"],
+        row["layer"],
+        row["dtype"],
+        f"{blocks}, {depth}, {config['variant']}{splits}",
+        *(str(row[name]) for name in ("registers", "stack_bytes", "shared_bytes")),
+        *("yes" if row[name] else "no" for name in ("wgmma", "async_copy")),
+    )
+
+
+def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print a table; its cells are taken as they are."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON for machines."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def times(ratio: float) -> str:
+    """Write a ratio for people."""
+    return f"{ratio:.2f}x"
+
+
+def glyph(taps: list[list[int]]) -> str:
+    """Draw a kernel's live taps, row by row."""
+    return "/".join("".join("■" if tap else "·" for tap in row) for row in taps)

@@ -29,7 +29,7 @@ def layer_layout(network_layout: str, backend: str, readers: Collection[str] = (
     if network_layout != "mixed":
         return network_layout
     # The native kernel reads and writes planes, and bringing 64 planes of 224x224 into that order takes
-    # several times as long as their dense convolution. Else dense layers and the pooling behind them are faster
+    # several times as long as their convolution. Else dense layers and the pooling behind them are faster
     # on channels_last: on two CPU cores a 3x3 max pool took a tenth of its time on planes.
     planes = backend == "native" or (bool(readers) and set(readers) == {"native"})
     return "contiguous" if planes else "channels_last"

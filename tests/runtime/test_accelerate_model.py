@@ -336,6 +336,16 @@ def test_an_accelerated_model_stays_in_eval_mode_without_gradients() -> None:
     assert not fast(image()).requires_grad
 
 
+@pytest.mark.parametrize("network", ["vgg", "resnet", "untraceable"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_under_autocast_sparse_layers_run_in_their_own_type(network: str, backend: str) -> None:
+    model = NETWORKS[network]()
+    fast = accelerate(model, image(), backend=backend, tune="off")
+    expected = run(model.double(), image().double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm_error(run(fast, image()).float(), expected) < 1e-2
+
+
 def test_a_move_that_one_layer_cannot_follow_moves_nothing() -> None:
     fast = accelerate(vgg(), image(), backend="torch", tune="off")
     with pytest.raises(ValueError, match="cannot move"):

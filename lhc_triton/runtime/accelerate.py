@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from lhc_triton.runtime.checks import (
     strip_hooks,
     working_copy,
 )
-from lhc_triton.runtime.dispatch import choose_backend, launch_config, supports
+from lhc_triton.runtime.dispatch import choose_backend, launch_config, passed_over, supports
 from lhc_triton.runtime.epilogue import LAYOUTS, layer_layout
 from lhc_triton.runtime.fusion import fuse, swapped
 from lhc_triton.runtime.graph import Site, direct_readers, find_sites, is_fusible, rewrite
@@ -75,7 +76,9 @@ def accelerate(
     it is faster, the others stay dense. Where torch.fx can trace the model, batch norm is folded and bias,
     residual, ReLU and 2x2 max pool run in the convolutions' epilogues. Every layer, and then the whole
     output, is compared with the model's on ``example_input``; what differs is put back to dense, and
-    ``explain()`` says so. The model is copied and left as it was; its hooks are not carried over.
+    ``explain()`` says so. The model is copied and left as it was; its hooks are not carried over. Where
+    backend="auto" has to do without the device's fastest kernel (no C++ compiler, for example), a warning
+    and a note give the reason.
 
     Args:
         model: any module; run in eval mode.
@@ -105,14 +108,19 @@ def accelerate(
     if strip_hooks(work):
         notes.append("the model's forward hooks are not carried over")
 
+    weight = next(module.weight for module in work.modules() if isinstance(module, nn.Conv2d))
     if plan is None:
-        weight = next(iter(convs.values())).weight
         cost = cost_model(backend, weight.dtype, weight.device, tune)
         plan = make_plan(work, inputs, backend=backend, cost=cost)
     else:
         plan = fitting_plan(plan, convs)
     choices = _choose_all(plan, convs, tune, backend)
     notes += _remarks(work, plan, convs)
+    if backend == "auto" and plan.layers:
+        slower = passed_over(weight.dtype, weight.device)
+        if slower is not None:
+            notes.append(f"the fastest sparse kernel is left out: {slower}")
+            warnings.warn(notes[-1], stacklevel=2)
     job = _Job(work, inputs, reference, plan, choices, tune, backend, notes)
     return job.run(graphs)
 

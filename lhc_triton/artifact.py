@@ -161,7 +161,7 @@ def load(
     target = check_device(device)
     try:
         document, tensors = _read(path)
-        return _rebuild(document, tensors, model, target, graphs)
+        network, plan, record = _rebuild(document, tensors, model)
     except ArtifactError as error:
         raise ArtifactError(f"{os.fspath(path)}: {error}") from error.__cause__
     except GraphError as error:
@@ -169,11 +169,14 @@ def load(
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         # the checks above name what they find; this is for damage that none of them thought of
         raise ArtifactError(f"{os.fspath(path)}: damaged ({type(error).__name__}); save it again") from error
+    # What fails from here on (memory, for example) is no fault of the file's.
+    network, plan, record = retarget(network, plan, record, str(document["device"]), target)
+    return AcceleratedModel(network, plan, record, graphs)
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return document and tensors of a file; ArtifactError if the file as such is not valid."""
-    if not Path(path).exists():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{os.fspath(path)}: there is no such file")
     try:
         with safe_open(path, framework="pt") as file:
@@ -205,12 +208,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
 
 
 def _rebuild(
-    document: dict[str, Any],
-    tensors: dict[str, Tensor],
-    model: nn.Module | None,
-    device: torch.device,
-    graphs: bool,
-) -> AcceleratedModel:
+    document: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module | None
+) -> tuple[nn.Module, Plan, Record]:
+    """Return the network on the CPU, its plan and its record; ArtifactError, among others, for damage."""
     try:
         plan = Plan.from_json(json.dumps(document["plan"]))
     except (ValueError, TypeError, KeyError) as error:
@@ -230,8 +230,7 @@ def _rebuild(
         places = {name: str(index) for index, name in enumerate(modules)}
         _assign(holder, {_moved(name, places): t for name, t in tensors.items()}, dtype)
         network = _into_model(model, record, modules)
-    network, plan, record = retarget(network, plan, record, str(document["device"]), device)
-    return AcceleratedModel(network, plan, record, graphs)
+    return network, plan, record
 
 
 def _belongs(name: str, modules: Mapping[str, nn.Module]) -> bool:

@@ -151,8 +151,12 @@ def train(
 @app.command(epilog="Example: `lhc-triton plan lhc --batch 8 --out plan.json`")
 def plan(
     network: Network,
-    batch: Annotated[int, typer.Option(help="Images per call that the plan is for.")] = 1,
-    backend: Annotated[str, typer.Option(help="auto, or one backend for every layer.")] = "auto",
+    batch: Annotated[
+        int | None, typer.Option(help="Images per call that the plan is for; default: 1, or the artefact's.")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="auto, or one backend for every layer; an artefact has its own.")
+    ] = "auto",
     out: Annotated[Path | None, typer.Option(help="Write the plan as JSON.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -267,7 +271,7 @@ def inspect(
     """Show what a network learned: density, patterns and kernel shapes of every layer."""
     from lhc_bench.topology_picture import draw_topology, topology_statistics
 
-    topologies = [layer.topology for layer in _plan_of(network, 1, "auto").layers]
+    topologies = [layer.topology for layer in _plan_of(network).layers]
     if not topologies:
         raise ValueError(
             f"no layer of {network!r} has a learned or sparse topology; there is nothing to show"
@@ -384,10 +388,17 @@ def _tuning_jobs(network: str | None, suite: str | None, batch: int | None, dtyp
     compute = compute_type(dtype)
     if network is None:
         return suite_jobs(suite or "", compute, batch)
-    return network_jobs(_plan_of(network, 64 if batch is None else batch, "auto", device, compute))
+    return network_jobs(_plan_of(network, batch, "auto", 64, device, compute))
 
 
-def _plan_of(network: str, batch: int, backend: str, device: Any = "cpu", dtype: Any = None) -> Any:
+def _plan_of(
+    network: str,
+    batch: int | None = None,
+    backend: str = "auto",
+    usual_batch: int = 1,
+    device: Any = "cpu",
+    dtype: Any = None,
+) -> Any:
     """Plan a shipped network or trained weights; an artefact brings its own plan."""
     import torch
 
@@ -395,7 +406,7 @@ def _plan_of(network: str, batch: int, backend: str, device: Any = "cpu", dtype:
     from lhc_triton.artifact import is_artifact
     from lhc_triton.models.pretrained import load_pretrained, load_vgg
 
-    if batch < 1:
+    if batch is not None and batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
     if network in SHIPPED:
         model = load_pretrained(network)  # type: ignore[arg-type]
@@ -404,11 +415,13 @@ def _plan_of(network: str, batch: int, backend: str, device: Any = "cpu", dtype:
             f"no network {network!r}; give one of {', '.join(SHIPPED)}, or an existing file"
         )
     elif is_artifact(network):
+        if batch is not None or backend != "auto":
+            raise ValueError(f"{network} brings its own plan: leave --batch and --backend out")
         return lhc.load(network, device=device).plan
     else:
         model = load_vgg(network)[0]
     channels = next(m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d))
-    image = torch.zeros(batch, channels, 28, 28, device=device, dtype=dtype)
+    image = torch.zeros(batch or usual_batch, channels, 28, 28, device=device, dtype=dtype)
     return lhc.plan(model.to(device, dtype), image, backend=backend)
 
 
@@ -419,7 +432,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("LHC_TRITON_DEBUG"):
             raise
-        _refuse(str(error))
+        _refuse(_told(error))
     except typer.Abort:
         typer.echo("lhc-triton: interrupted", err=True)
         raise SystemExit(INTERRUPTED) from None
@@ -427,8 +440,15 @@ def main() -> None:
         # The parser's own errors (unknown option, ...) share this method, and no public base class.
         if not hasattr(error, "format_message"):
             raise
-        _refuse(f"{error.format_message()} See lhc-triton --help.")
+        _refuse(f"{error.format_message().rstrip('.')}. See lhc-triton --help.")
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _told(error: Exception) -> str:
+    """Return an error's message; the system's own with the file first and without its number."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 def _refuse(message: str) -> NoReturn:

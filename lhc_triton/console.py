@@ -41,13 +41,18 @@ def counting(title: str) -> Iterator[Any]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[label]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None, label="")
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(title, total=None, label="")
 
-        def progress(done: int, total: int, label: str = "") -> None:
-            bar.update(task, completed=done, total=total, label=label)
+    def progress(done: int, total: int, label: str = "") -> None:
+        bar.start()  # only now, so that a mistake found before any work is one line; again, it does nothing
+        bar.update(task, completed=done, total=total, label=label)
 
+    try:
         yield progress
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def show_summary(summary: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from lhc_triton.runtime.timing import time_paired
 from lhc_triton.training.data import FashionMNIST, normalise
 
 from .demo_picture import draw_speedup
-from .files import write_beside
+from .files import made_folder, write_beside
 from .peers import compiled_or_reason
 from .topology_picture import draw_topology, topology_statistics
 
@@ -61,18 +61,19 @@ def run_demo(
         per layer.
 
     Raises:
-        ValueError: for a batch or a number of rounds below 1.
+        ValueError: for a batch or a number of rounds below 1, or a batch above the 10,000 test images.
         OSError: if the folder cannot be written.
     """
     for name, value in (("batch", batch), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-
-    progress("load the shipped networks and 10,000 test images")
-    sparse, dense = load_pretrained("lhc"), load_pretrained("dense")
     data = FashionMNIST.packaged().test
+    if batch > len(data.images):
+        raise ValueError(f"batch is {batch}; there are {len(data.images)} test images")
+    out = made_folder(out_dir)
+
+    progress("load the shipped networks")
+    sparse, dense = load_pretrained("lhc"), load_pretrained("dense")
     images = normalise(data.images)
     example = images[:batch]
 

@@ -23,10 +23,22 @@ def write_beside(path: str | Path, text: str) -> Path:
     return replace_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
+def made_folder(path: str | Path) -> Path:
+    """Return a folder, made where it does not exist; OSError if it cannot be, or is a file."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{path} cannot be a folder: a file has its name or a parent's") from None
+    return path
+
+
 def replace_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Let ``write`` make a temporary file beside ``path``, then rename it; nothing is left after an error."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made_folder(path.parent)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(beside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,10 +25,10 @@ from lhc_triton.runtime.checks import (
     strip_hooks,
     working_copy,
 )
-from lhc_triton.runtime.dispatch import choose_backend, launch_config, supports
+from lhc_triton.runtime.dispatch import choose_backend, launch_config, passed_over, supports
 from lhc_triton.runtime.epilogue import LAYOUTS, layer_layout
 from lhc_triton.runtime.fusion import fuse, swapped
-from lhc_triton.runtime.graph import Site, find_sites, is_fusible, rewrite
+from lhc_triton.runtime.graph import Site, direct_readers, find_sites, is_fusible, rewrite
 from lhc_triton.runtime.modules import FusedConv2d
 from lhc_triton.runtime.timing import time_paired
 from lhc_triton.runtime.tracing import TraceError, record_shapes, trace
@@ -75,7 +76,9 @@ def accelerate(
     it is faster, the others stay dense. Where torch.fx can trace the model, batch norm is folded and bias,
     residual, ReLU and 2x2 max pool run in the convolutions' epilogues. Every layer, and then the whole
     output, is compared with the model's on ``example_input``; what differs is put back to dense, and
-    ``explain()`` says so. The model is copied and left as it was; its hooks are not carried over.
+    ``explain()`` says so. The model is copied and left as it was; its hooks are not carried over. Where
+    backend="auto" has to do without the device's fastest kernel (no C++ compiler, for example), a warning
+    and a note give the reason.
 
     Args:
         model: any module; run in eval mode.
@@ -105,14 +108,19 @@ def accelerate(
     if strip_hooks(work):
         notes.append("the model's forward hooks are not carried over")
 
+    weight = next(module.weight for module in work.modules() if isinstance(module, nn.Conv2d))
     if plan is None:
-        weight = next(iter(convs.values())).weight
         cost = cost_model(backend, weight.dtype, weight.device, tune)
         plan = make_plan(work, inputs, backend=backend, cost=cost)
     else:
         plan = fitting_plan(plan, convs)
     choices = _choose_all(plan, convs, tune, backend)
     notes += _remarks(work, plan, convs)
+    if backend == "auto" and plan.layers:
+        slower = passed_over(weight.dtype, weight.device)
+        if slower is not None:
+            notes.append(f"the fastest sparse kernel is left out: {slower}")
+            warnings.warn(notes[-1], stacklevel=2)
     job = _Job(work, inputs, reference, plan, choices, tune, backend, notes)
     return job.run(graphs)
 
@@ -141,6 +149,7 @@ class _Job:
         self.requested = requested
         self.notes = notes
         self.changed = False
+        self.readers: Mapping[str, frozenset[str]] = {}
         self.modules_by_name = dict(work.named_modules())
         weight = next(m.weight for m in work.modules() if isinstance(m, nn.Conv2d))
         self.layer_tolerance = layer_tolerance(weight.dtype, weight.device)
@@ -149,6 +158,8 @@ class _Job:
 
     def run(self, graphs: bool) -> AcceleratedModel:
         traced, sites = self._trace()
+        if traced is not None:
+            self.readers = direct_readers(traced, sites)
         layout = _layout_between(self.choices)
         fused = {site.module: self._fuse(site, layout) for site in sites}
         findings = self._compare(traced, sites, fused)
@@ -243,14 +254,16 @@ class _Job:
     def _fuse(self, site: Site, layout: str) -> FusedConv2d:
         conv = self.modules_by_name[site.layer]
         assert isinstance(conv, nn.Conv2d)
+        backend = self.choices[site.layer].backend
+        readers = [self.choices[name].backend for name in self.readers.get(site.module, ())]
         return fuse(
             conv,
             self.modules_by_name[site.norm] if site.norm else None,
             layer=self.layers.get(site.layer),
-            backend=self.choices[site.layer].backend,
+            backend=backend,
             activation=site.activation,
             pool=site.pool,
-            layout=layer_layout(layout, self.choices[site.layer].backend),
+            layout=layer_layout(layout, backend, readers),
             tune=self.tune,
         )
 

@@ -11,7 +11,7 @@ import torch
 from lhc_triton.planning.cost import CostModel, itemsize_of
 from lhc_triton.planning.plan import LayerPlan
 from lhc_triton.planning.planner import price_tiles
-from lhc_triton.runtime.backends import BACKENDS, FLOATS, unavailable
+from lhc_triton.runtime.backends import BACKENDS, DTYPES, FLOATS, unavailable
 from lhc_triton.runtime.cold import time_cold
 from lhc_triton.runtime.epilogue import LAYOUTS
 from lhc_triton.runtime.store import TimingStore, layer_key
@@ -47,6 +47,17 @@ def auto_backend(dtype: torch.dtype, device: torch.device | str) -> str | None:
     """Return the sparse backend that "auto" sets against dense on this device; None if there is none."""
     names = AUTO_BACKENDS.get(torch.device(device).type, ())
     return next((name for name in names if unavailable(name, dtype, device) is None), None)
+
+
+def passed_over(dtype: torch.dtype, device: torch.device | str) -> str | None:
+    """Say why "auto" does without the device's fastest sparse backend; None if it has it here.
+
+    None, too, where that backend does not serve the type at all: nothing is amiss then.
+    """
+    best = next(iter(AUTO_BACKENDS.get(torch.device(device).type, ())), None)
+    if best is None or dtype not in DTYPES[best]:
+        return None
+    return unavailable(best, dtype, device)
 
 
 def supports(backend: str, layer: LayerPlan, dtype: torch.dtype, device: torch.device | str) -> str | None:

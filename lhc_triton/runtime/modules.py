@@ -166,7 +166,9 @@ class DenseConv2d(FusedConv2d):
             pool,
             layout,
         )
-        self.register_buffer("weight", weight.detach().clone(memory_format=MEMORY_FORMATS[layout]))
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be kept prepacked
+            kept = weight.detach().clone(memory_format=MEMORY_FORMATS[layout])
+        self.register_buffer("weight", kept)
         self._prepacked: tuple[Tensor, int, Tensor] | None = None
 
     def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, pool: str) -> Tensor:
@@ -184,13 +186,15 @@ class DenseConv2d(FusedConv2d):
 
     def _in_onednn_order(self, x: Tensor, border: tuple[int, int]) -> Tensor:
         """Return the prepacked weight, made again whenever the weight is another one or was written to."""
-        weight = self.weight
-        version = 0 if weight.is_inference() else weight._version
-        kept = self._prepacked
-        if kept is None or kept[0] is not weight or kept[1] != version:
-            packed = prepacked.prepack(weight, self.stride, border, self.dilation, self.groups, x.shape)
-            kept = self._prepacked = (weight, version, packed)
-        return kept[2]
+        weight, kept = self.weight, self._prepacked
+        # A tensor of inference mode does not tell when it was written to.
+        version = None if weight.is_inference() else weight._version
+        if version is not None and kept is not None and kept[0] is weight and kept[1] == version:
+            return kept[2]
+        packed = prepacked.prepack(weight, self.stride, border, self.dilation, self.groups, x.shape)
+        if version is not None:
+            self._prepacked = (weight, version, packed)
+        return packed
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the prepacked weight out of copies: it is opaque, and made again."""
@@ -288,6 +292,10 @@ class GroupedConv2d(FusedConv2d):
             )
 
     def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, pool: str) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            # Dense layers run in autocast's type; this one's weights are packed in its own.
+            x = x.to(self.packed.dtype)
+            residual = None if residual is None else residual.to(self.packed.dtype)
         config: list[int] = []
         if self.backend == "triton":
             images, _, height, width = self._sum_shape(x)

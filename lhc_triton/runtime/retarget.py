@@ -22,7 +22,9 @@ def check_device(device: torch.device | str) -> torch.device:
         target = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={device!r} is not known; use 'cpu' or 'cuda'") from error
-    if target.type == "cuda" and not torch.cuda.is_available():
+    if target.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={str(device)!r} is not supported; use 'cpu' or 'cuda'")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={str(device)!r} is not available on this machine; use 'cpu'")
     return target
 

@@ -250,6 +250,25 @@ def test_a_model_with_several_inputs_and_outputs() -> None:
     assert torch.equal(mine["best"], theirs["best"])
 
 
+def test_a_model_without_one_plain_convolution_runs_as_it_is() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")).eval()
+    fast = accelerate(model, image(), tune="off")
+    assert torch.equal(run(fast, image()), run(model, image()))
+    assert fast.report()["layers"] == []
+
+
+def test_without_a_compiler_one_warning_says_so_and_torch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lhc_kernels.cpu.problem", lambda: "no C++ compiler is on the PATH")
+    model = vgg()
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler") as seen:
+        fast = accelerate(model, image())
+    assert len(seen) == 1
+    assert "no C++ compiler is on the PATH" in fast.explain()
+    assert norm_error(run(fast, image()), run(model, image())) < 1e-5
+    accelerate(model, image(), backend="torch", tune="off")  # asked for: nothing to warn of
+    accelerate(model.double(), image().double(), tune="off")  # a type that no compiler would bring
+
+
 def test_grouped_and_odd_convolutions_stay_as_they_are() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -334,6 +353,16 @@ def test_an_accelerated_model_stays_in_eval_mode_without_gradients() -> None:
     assert not any(module.training for module in fast.modules())
     assert not any(parameter.requires_grad for parameter in fast.parameters())
     assert not fast(image()).requires_grad
+
+
+@pytest.mark.parametrize("network", ["vgg", "resnet", "untraceable"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_under_autocast_sparse_layers_run_in_their_own_type(network: str, backend: str) -> None:
+    model = NETWORKS[network]()
+    fast = accelerate(model, image(), backend=backend, tune="off")
+    expected = run(model.double(), image().double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm_error(run(fast, image()).float(), expected) < 1e-2
 
 
 def test_a_move_that_one_layer_cannot_follow_moves_nothing() -> None:
@@ -470,3 +499,15 @@ def test_wrong_channels_at_run_time_are_one_clear_error() -> None:
     fast = accelerate(vgg(), image(), backend="torch", tune="off")
     with pytest.raises(ValueError, match=r"expected \[N, 3, H, W\]"):
         fast(image(channels=5))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_every_mode_of_autograd_gives_the_same_plain_tensor(mode: Any) -> None:
+    fast = accelerate(resnet(), image(), backend="torch", tune="off")
+    with mode():
+        y = fast(image())
+    assert not y.requires_grad
+    assert torch.equal(y, fast(image()))
+    x = image().requires_grad_()
+    with pytest.raises(RuntimeError, match="inference only"):
+        fast(x).sum().backward()

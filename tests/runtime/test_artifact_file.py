@@ -245,7 +245,7 @@ def test_dense_layers_with_a_plan_may_turn_sparse_on_another_device(tmp_path: Pa
     assert torch.allclose(run(fast, image()), run(vgg(), image()), atol=1e-5)
 
 
-@pytest.mark.parametrize("device", ["cuda", "sofa", 3.5])
+@pytest.mark.parametrize("device", ["cuda", "cuda:99", "meta", "mps", "sofa", 3.5])
 def test_a_device_that_is_not_there_is_one_clear_error(device: Any, tmp_path: Path) -> None:
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -286,6 +286,18 @@ def test_save_takes_accelerated_networks_only(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
         load(tmp_path / "nothing.safetensors")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load(tmp_path)
+
+
+def test_a_device_that_fails_is_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    save(quick(vgg()), tmp_path / "net")
+    monkeypatch.setattr("lhc_triton.artifact.retarget", full)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
+        load(tmp_path / "net")
 
 
 def test_truncated_files_and_strangers_are_refused(tmp_path: Path) -> None:

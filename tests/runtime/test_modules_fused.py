@@ -227,6 +227,19 @@ def test_a_prepacked_weight_follows_its_weight():
     assert norm_error(module.double()(x.double()), expected(module, x.double())) <= 1e-12
 
 
+def test_a_weight_written_to_in_inference_mode_is_not_taken_for_the_old_one():
+    with torch.inference_mode():
+        module, x = dense(), example()
+        module(x)
+        module.weight.mul_(2)
+        assert norm_error(module(x), expected(module, x)) <= 1e-6
+        module.to(torch.float64).to(torch.float32)  # now its tensors are of inference mode, too
+        assert module.weight.is_inference()
+        module(x)
+        module.weight.mul_(2)
+        assert norm_error(module(x), expected(module, x)) <= 1e-6
+
+
 def test_nan_and_infinity_pass_a_prepacked_layer_as_they_pass_torch():
     module, x = dense(), example()
     x[0, 3, 4, 4], x[1, 7, 2, 2] = float("nan"), float("inf")

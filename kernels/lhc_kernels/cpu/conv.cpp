@@ -8,12 +8,12 @@
 #include "conv.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <memory>
 
 #include "planes.h"
+#include "threads.h"
 #include "vectors.h"
 
 namespace lhc {
@@ -306,20 +306,6 @@ void run_cells(const Job& job, int64_t begin_cost, int64_t end_cost) {
     cell.tile = cell.chunk + 1 < static_cast<int64_t>(job.chunks.size()) ? job.chunks[cell.chunk]
                                                                         : job.conv.tiles;
   }
-}
-
-// Calls body(0) ... body(items - 1), each once, on as many threads as there are; items are handed out one by
-// one, so that a thread that is held up takes fewer.
-void for_each(const Threads& threads, int64_t items, const std::function<void(int64_t)>& body) {
-  const int workers = static_cast<int>(std::min<int64_t>(threads.count, items));
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(i);
-  };
-  if (workers <= 1)
-    work();
-  else
-    threads.run(workers, work);
 }
 
 // Memory for planes. It stays with the calling thread: giving it back after every call would cost a page

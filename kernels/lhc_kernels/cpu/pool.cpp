@@ -4,7 +4,6 @@
 #include "pool.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "vectors.h"
 
@@ -40,21 +39,13 @@ void max_pool_2x2(const float* x, int64_t planes, int64_t height, int64_t width,
   const int64_t out_height = height / 2, out_width = width / 2, rows = planes * out_height;
   const int64_t rows_per_item = std::max<int64_t>(1, kItemPixels / std::max<int64_t>(2 * width, 1));
   const int64_t items = (rows + rows_per_item - 1) / rows_per_item;
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t item; (item = next++) < items;) {
-      const int64_t end = std::min(rows, (item + 1) * rows_per_item);
-      for (int64_t row = item * rows_per_item; row < end; ++row) {
-        const float* above = x + row / out_height * height * width + row % out_height * 2 * width;
-        pool_row(above, above + width, out_width, y + row * out_width);
-      }
+  for_each(threads, items, [&](int64_t item) {
+    const int64_t end = std::min(rows, (item + 1) * rows_per_item);
+    for (int64_t row = item * rows_per_item; row < end; ++row) {
+      const float* above = x + row / out_height * height * width + row % out_height * 2 * width;
+      pool_row(above, above + width, out_width, y + row * out_width);
     }
-  };
-  const int64_t workers = std::min<int64_t>(threads.count, items);
-  if (workers > 1)
-    threads.run(static_cast<int>(workers), work);
-  else
-    work();
+  });
 }
 
 }  // namespace lhc

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "conv.h"
+#include "threads.h"
 
 namespace lhc {
 

@@ -25,6 +25,8 @@ constexpr int64_t kPlanesFloats = 3 << 17;
 // Weights that stay in a core's second-level cache while strips pass by.
 constexpr int64_t kWeightFloats = 1 << 18;
 constexpr int64_t kItemsPerThread = 8;
+// Planes a multiple of this apart share a quarter of the sets of a first-level cache, or fewer.
+constexpr int64_t kCrowdedFloats = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -56,14 +58,15 @@ struct Job {
   std::vector<int64_t> cost;     // of the tiles before each tile, for one strip
 };
 
-// Adds one entry's products to the sums of F filters and V vectors.
+// Adds one entry's products to the sums of F filters and V vectors, and asks for the pixels at `next`.
 template <int F, int V, bool kMasked>
 [[gnu::always_inline]] inline void add_entry(const float* const (&x)[V], const Mask* masks, int64_t channel_step,
                                              const float* w, int64_t width, int32_t channels,
-                                             Vec (&sums)[F * V]) {
+                                             const float* next, Vec (&sums)[F * V]) {
   int64_t at = 0;
   for (int32_t c = 0; c < channels; ++c, at += channel_step, w += width) {
     Vec pixels[V];
+    unrolled<V>([&](auto v) { __builtin_prefetch(next + at + v * kLanes); });
     unrolled<V>([&](auto v) { pixels[v] = kMasked ? load(x[v] + at, masks[v]) : load(x[v] + at); });
     unrolled<F>([&](auto f) {
       const Vec factor = broadcast(w[f]);
@@ -81,17 +84,22 @@ template <int F, int V>
   Vec sums[F * V];
   unrolled<F * V>([&](auto i) { sums[i] = out[i]; });
   const int64_t width = conv.tile_width, channel_step = job.planes.channel_step;
+  const bool crowded = channel_step % kCrowdedFloats == 0;
   for (int32_t e = conv.tile_ptr[tile]; e < conv.tile_ptr[tile + 1]; ++e) {
     const Step& step = job.planes.steps[conv.entries[e]];
     const float* w = conv.weight + e * conv.in_block * width + column;
+    // The next entry's pixels enter the first-level cache meanwhile (3 to 10 % faster), unless planes lie so that
+    // they would push out this entry's (then 5 % slower).
+    const bool stay = crowded || e + 1 == conv.tile_ptr[tile + 1];
+    const float* next = job.data + strip.x[0] + job.planes.steps[conv.entries[stay ? e : e + 1]].offset;
     const float* x[V];
     for (int v = 0; v < V; ++v) x[v] = job.data + strip.x[v] + step.offset;
     const Mask* masks = &borders.masks[step.tap * kVectors];
     // A masked load takes a slot of the units that multiply: 8 to 10 % of the whole where all are masked.
     if (!kFreeMasks || borders.whole[step.tap])
-      add_entry<F, V, false>(x, masks, channel_step, w, width, step.channels, sums);
+      add_entry<F, V, false>(x, masks, channel_step, w, width, step.channels, next, sums);
     else
-      add_entry<F, V, true>(x, masks, channel_step, w, width, step.channels, sums);
+      add_entry<F, V, true>(x, masks, channel_step, w, width, step.channels, next, sums);
   }
   unrolled<F * V>([&](auto i) { out[i] = sums[i]; });
 }

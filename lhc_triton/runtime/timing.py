@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lhc_triton.runtime.errors import one_line
+
 MIN_SAMPLE_US = 200.0  # a sample repeats its function until it lasts about this long
 BRIEF_US = 2000.0  # shorter functions feel what ran before them
 MIN_ROUNDS = 3  # what a time budget leaves at the least
@@ -142,12 +144,6 @@ def race(
             medians = {name: statistics.median(samples[name]) for name in running}
             running = [name for name in running if medians[name] <= margin * min(medians.values())]
     return {name: failed.get(name) or statistics.median(samples[name]) for name in samplers}
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error as one line: its type and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _host_sample(function: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:

@@ -28,7 +28,7 @@ from lhc_triton.runtime.checks import (
 from lhc_triton.runtime.dispatch import choose_backend, launch_config, passed_over, supports
 from lhc_triton.runtime.epilogue import LAYOUTS, layer_layout
 from lhc_triton.runtime.fusion import fuse, swapped
-from lhc_triton.runtime.graph import Site, find_sites, is_fusible, rewrite
+from lhc_triton.runtime.graph import Site, direct_readers, find_sites, is_fusible, rewrite
 from lhc_triton.runtime.modules import FusedConv2d
 from lhc_triton.runtime.timing import time_paired
 from lhc_triton.runtime.tracing import TraceError, record_shapes, trace
@@ -149,6 +149,7 @@ class _Job:
         self.requested = requested
         self.notes = notes
         self.changed = False
+        self.readers: Mapping[str, frozenset[str]] = {}
         self.modules_by_name = dict(work.named_modules())
         weight = next(m.weight for m in work.modules() if isinstance(m, nn.Conv2d))
         self.layer_tolerance = layer_tolerance(weight.dtype, weight.device)
@@ -157,6 +158,8 @@ class _Job:
 
     def run(self, graphs: bool) -> AcceleratedModel:
         traced, sites = self._trace()
+        if traced is not None:
+            self.readers = direct_readers(traced, sites)
         layout = _layout_between(self.choices)
         fused = {site.module: self._fuse(site, layout) for site in sites}
         findings = self._compare(traced, sites, fused)
@@ -251,14 +254,16 @@ class _Job:
     def _fuse(self, site: Site, layout: str) -> FusedConv2d:
         conv = self.modules_by_name[site.layer]
         assert isinstance(conv, nn.Conv2d)
+        backend = self.choices[site.layer].backend
+        readers = [self.choices[name].backend for name in self.readers.get(site.module, ())]
         return fuse(
             conv,
             self.modules_by_name[site.norm] if site.norm else None,
             layer=self.layers.get(site.layer),
-            backend=self.choices[site.layer].backend,
+            backend=backend,
             activation=site.activation,
             pool=site.pool,
-            layout=layer_layout(layout, self.choices[site.layer].backend),
+            layout=layer_layout(layout, backend, readers),
             tune=self.tune,
         )
 

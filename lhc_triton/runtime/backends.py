@@ -20,7 +20,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {
     "reference": (*FLOATS, torch.float64, torch.int8),
     "torch": (*FLOATS, torch.float64),
-    "native": (torch.float32,),
+    "native": FLOATS,
     "triton": (*FLOATS, torch.int8),
 }
 

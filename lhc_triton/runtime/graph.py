@@ -133,6 +133,20 @@ def find_sites(traced: fx.GraphModule, shapes: Shapes) -> tuple[Site, ...]:
     return tuple(sites)
 
 
+def direct_readers(traced: fx.GraphModule, sites: Sequence[Site]) -> dict[str, frozenset[str]]:
+    """Return, by fused module, the layers that read its output; none where anything else reads it, too."""
+    owner = {node: site.layer for site in sites for node in site.nodes}
+    nodes = {node.name: node for node in traced.graph.nodes}
+    readers: dict[str, list[str | None]] = {}
+    for site in sites:
+        users = [owner.get(user.name) for user in nodes[site.nodes[-1]].users]
+        readers.setdefault(site.module, []).extend(users)
+    return {
+        module: frozenset(name for name in found if name is not None) if None not in found else frozenset()
+        for module, found in readers.items()
+    }
+
+
 class _Finder:
     """Grows one site at a time; holds what it must know about the whole graph."""
 

@@ -294,7 +294,8 @@ def _run_for_native(*arguments: Any) -> Tensor:
             "grouped_conv2d: the tables are not in host memory, where the native kernel reads them"
         )
     in_blocks = -(-x.shape[1] // weight.shape[1])
-    check_tables(*(t.tolist() for t in tables), math.prod(arguments[7]) * in_blocks, arguments[6])
+    tile_ptr, entries, filters = (t.tolist() for t in tables)
+    check_tables(tile_ptr, entries, filters, math.prod(arguments[7]) * in_blocks, arguments[6])
     raise ValueError('grouped_conv2d: backend "native" takes plain tensors in host memory only')
 
 

@@ -24,7 +24,7 @@ def serves(x: Tensor) -> bool:
         and x.dtype in DTYPES
         and x.numel() > 0
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -499,3 +499,15 @@ def test_wrong_channels_at_run_time_are_one_clear_error() -> None:
     fast = accelerate(vgg(), image(), backend="torch", tune="off")
     with pytest.raises(ValueError, match=r"expected \[N, 3, H, W\]"):
         fast(image(channels=5))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_every_mode_of_autograd_gives_the_same_plain_tensor(mode: Any) -> None:
+    fast = accelerate(resnet(), image(), backend="torch", tune="off")
+    with mode():
+        y = fast(image())
+    assert not y.requires_grad
+    assert torch.equal(y, fast(image()))
+    x = image().requires_grad_()
+    with pytest.raises(RuntimeError, match="inference only"):
+        fast(x).sum().backward()

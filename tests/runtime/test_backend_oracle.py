@@ -1,13 +1,14 @@
-"""Both torch backends against a dense convolution in float64."""
+"""The backends of the host against a dense convolution in float64."""
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from op_problems import TOLERANCE, Problem, problems, relative_error
 
 from lhc_triton.planning.plan import ConvGeometry
+from lhc_triton.runtime.backends import DTYPES
 
-HOST = ("reference", "torch")
+HOST = ("reference", "torch", "native")
 many = settings(max_examples=120, deadline=None)
 some = settings(max_examples=40, deadline=None)
 
@@ -26,6 +27,7 @@ def check(problem: Problem, backend: str) -> None:
 @many
 @given(problem=problems((torch.float32, torch.float64)))
 def test_any_layer_equals_the_dense_convolution(backend, problem):
+    assume(problem.dtype in DTYPES[backend])
     check(problem, backend)
 
 

@@ -3,7 +3,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/max_pool2d.h>
+#include <ATen/ops/silu.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "conv.h"
+#include "pool.h"
 
 namespace {
 
@@ -40,6 +41,13 @@ bool is_host(const at::Tensor& t, at::ScalarType type) {
   return t.device().is_cpu() && t.layout() == at::kStrided && t.scalar_type() == type;
 }
 
+bool is_served(at::ScalarType type) {
+  return type == at::kFloat || type == at::kHalf || type == at::kBFloat16;
+}
+
+// Contiguous and in float32, in which everything is computed; the tensor itself where it is that already.
+at::Tensor computable(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
+
 // Whether the values of the tables fit the layer: no index may reach foreign memory, and every filter must be
 // computed once.
 bool tables_fit(const lhc::Conv& conv, int64_t entry_count) {
@@ -66,12 +74,8 @@ bool tables_fit(const lhc::Conv& conv, int64_t entry_count) {
 struct Call {
   lhc::Conv conv{};
   at::Tensor x, weight, tables[3], bias, scale, residual;
-  bool pooled = false, channels_last = false;
-
-  const at::Tensor& keep(const at::Tensor& given, at::Tensor& kept) {
-    kept = given.contiguous();
-    return kept;
-  }
+  at::ScalarType type = at::kFloat;  // of x and of the result
+  bool silu = false, pooled = false, channels_last = false;
 };
 
 bool read_pair(const c10::IValue& value, int64_t least, int64_t (&out)[2]) {
@@ -82,11 +86,12 @@ bool read_pair(const c10::IValue& value, int64_t least, int64_t (&out)[2]) {
   return true;
 }
 
-bool read_optional(const c10::IValue& value, c10::IntArrayRef shape, at::Tensor& kept, const float*& out) {
+bool read_optional(const c10::IValue& value, at::ScalarType type, c10::IntArrayRef shape, at::Tensor& kept,
+                   const float*& out) {
   if (value.isNone()) return true;
   const at::Tensor& given = value.toTensor();
-  if (!is_host(given, at::kFloat) || given.sizes() != shape) return false;
-  kept = given.contiguous();
+  if (!is_host(given, type) || given.sizes() != shape) return false;
+  kept = computable(given);
   out = kept.const_data_ptr<float>();
   return true;
 }
@@ -96,7 +101,9 @@ bool read(const Stack& stack, Call& call) {
   const auto argument = [&](Argument i) -> const c10::IValue& { return torch::jit::peek(stack, i, kArguments); };
   lhc::Conv& conv = call.conv;
   const at::Tensor &x = argument(kX).toTensor(), &weight = argument(kWeight).toTensor();
-  if (!is_host(x, at::kFloat) || x.dim() != 4 || !is_host(weight, at::kFloat) || weight.dim() != 3) return false;
+  call.type = x.scalar_type();
+  if (!is_served(call.type) || !is_host(x, call.type) || x.dim() != 4) return false;
+  if (!is_host(weight, call.type) || weight.dim() != 3) return false;
   conv.batch = x.size(0), conv.channels = x.size(1), conv.height = x.size(2), conv.width = x.size(3);
   conv.in_block = weight.size(1), conv.tile_width = weight.size(2);
   conv.out_channels = argument(kOutChannels).toInt();
@@ -134,18 +141,19 @@ bool read(const Stack& stack, Call& call) {
   const auto &activation = argument(kActivation).toStringRef(), &pool = argument(kPool).toStringRef();
   const auto& layout = argument(kLayout).toStringRef();
   conv.relu = activation == "relu";
+  call.silu = activation == "silu";
   call.pooled = pool == "max2x2";
   call.channels_last = layout == "channels_last";
-  if ((!conv.relu && activation != "none") || (!call.pooled && pool != "none") ||
+  if ((!conv.relu && !call.silu && activation != "none") || (!call.pooled && pool != "none") ||
       (!call.channels_last && layout != "contiguous") ||
       (call.pooled && (conv.out_height < 2 || conv.out_width < 2)))
     return false;
-  if (!read_optional(argument(kBias), {conv.out_channels}, call.bias, conv.bias) ||
-      !read_optional(argument(kScale), {conv.out_channels}, call.scale, conv.scale) ||
-      !read_optional(argument(kResidual), {conv.batch, conv.out_channels, conv.out_height, conv.out_width},
-                     call.residual, conv.residual))
+  if (!read_optional(argument(kBias), call.type, {conv.out_channels}, call.bias, conv.bias) ||
+      !read_optional(argument(kScale), call.type, {conv.out_channels}, call.scale, conv.scale) ||
+      !read_optional(argument(kResidual), call.type,
+                     {conv.batch, conv.out_channels, conv.out_height, conv.out_width}, call.residual, conv.residual))
     return false;
-  call.x = x.contiguous(), call.weight = weight.contiguous();
+  call.x = computable(x), call.weight = computable(weight);
   conv.x = call.x.const_data_ptr<float>(), conv.weight = call.weight.const_data_ptr<float>();
   return true;
 }
@@ -155,16 +163,23 @@ void grouped_conv2d(const c10::OperatorHandle&, c10::DispatchKeySet, Stack* stac
   if (torch::jit::peek(*stack, kBackend, kArguments).toStringRef() != "native" || !read(*stack, call))
     return run_python(stack);
   lhc::Conv& conv = call.conv;
-  at::Tensor y = at::empty({conv.batch, conv.out_channels, conv.out_height, conv.out_width}, call.x.options());
+  const auto options = call.x.options();
+  at::Tensor y = at::empty({conv.batch, conv.out_channels, conv.out_height, conv.out_width}, options);
   conv.y = y.mutable_data_ptr<float>();
-  uint32_t threads = 1;
-  torch_get_num_threads(&threads);
-  lhc::grouped_conv2d(conv, {static_cast<int>(threads), run_threads});
-  if (call.pooled) y = at::max_pool2d(y, {2, 2});
-  if (call.channels_last) {
-    at::Tensor out = at::empty(y.sizes(), y.options().memory_format(at::MemoryFormat::ChannelsLast));
-    y = out.copy_(y);
+  uint32_t count = 1;
+  torch_get_num_threads(&count);
+  const lhc::Threads threads{static_cast<int>(count), run_threads};
+  lhc::grouped_conv2d(conv, threads);
+  if (call.silu) at::silu_(y);
+  if (call.pooled) {
+    at::Tensor pooled = at::empty({conv.batch, conv.out_channels, conv.out_height / 2, conv.out_width / 2}, options);
+    lhc::max_pool_2x2(conv.y, conv.batch * conv.out_channels, conv.out_height, conv.out_width,
+                      pooled.mutable_data_ptr<float>(), threads);
+    y = pooled;
   }
+  const auto format = call.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  if (call.channels_last || call.type != at::kFloat)
+    y = at::empty(y.sizes(), options.dtype(call.type).memory_format(format)).copy_(y);
   torch::jit::drop(*stack, kArguments);
   torch::jit::push(*stack, std::move(y));
 }

@@ -2,7 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
+
+#include "threads.h"
 
 namespace lhc {
 
@@ -23,12 +24,6 @@ struct Conv {
   const float* residual;                 // like y, or null
   bool relu;
   float* y;                              // [batch, out_channels, out_height, out_width]
-};
-
-// How the caller runs code on several threads: `run(workers, work)` calls `work` up to `workers` times at once.
-struct Threads {
-  int count;
-  std::function<void(int workers, const std::function<void()>& work)> run;
 };
 
 void grouped_conv2d(const Conv& conv, const Threads& threads);

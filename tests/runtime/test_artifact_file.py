@@ -7,6 +7,7 @@ import json
 import os
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,19 @@ def test_a_failed_save_leaves_the_old_file_and_no_rest(
     with pytest.raises(OSError, match=r"cannot write .*net: No space left"):
         save(quick(resnet()), tmp_path / "net")
     assert (tmp_path / "net").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["net"]
+
+
+def test_threads_may_save_and_load_one_file(tmp_path: Path) -> None:
+    fast = quick(vgg())
+    expected = run(fast, image())
+
+    def turn(_: int) -> bool:
+        save(fast, tmp_path / "net")
+        return torch.equal(run(load(tmp_path / "net"), image()), expected)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(turn, range(12)))
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["net"]
 
 

@@ -80,7 +80,7 @@ def run_demo(
     progress("plan and pack the learned topology, measuring each layer's backends")
     fast = lhc.accelerate(sparse, example, tune="full")
     counts = lhc.summary(sparse, tuple(example.shape)).converted
-    topologies = [layer.topology for layer in fast.plan.layers]
+    topologies = [layer.topology for layer in fast.plan.layers if layer.topology.density < 1]
 
     progress("prepare the dense twin: batch norm folded, eager and compiled")
     peers, skipped = _dense_peers(dense, example)

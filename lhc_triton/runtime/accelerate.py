@@ -30,8 +30,9 @@ from lhc_triton.runtime.epilogue import LAYOUTS, layer_layout
 from lhc_triton.runtime.fusion import fuse, swapped
 from lhc_triton.runtime.graph import Site, direct_readers, find_sites, is_fusible, rewrite
 from lhc_triton.runtime.modules import FusedConv2d
+from lhc_triton.runtime.planes import REASON, plan_plane_writers
 from lhc_triton.runtime.timing import time_paired
-from lhc_triton.runtime.tracing import TraceError, record_shapes, trace
+from lhc_triton.runtime.tracing import Shapes, TraceError, record_shapes, trace
 from lhc_triton.runtime.tuning import deterministic
 from lhc_triton.runtime.verify import (
     Findings,
@@ -158,8 +159,6 @@ class _Job:
 
     def run(self, graphs: bool) -> AcceleratedModel:
         traced, sites = self._trace()
-        if traced is not None:
-            self.readers = direct_readers(traced, sites)
         layout = _layout_between(self.choices)
         fused = {site.module: self._fuse(site, layout) for site in sites}
         findings = self._compare(traced, sites, fused)
@@ -219,7 +218,11 @@ class _Job:
             error = norm_error(output, self.reference)
             if error > self.tolerance:
                 raise TraceError(f"the traced network's output differs from the model's by {error:.1e}")
-            return traced, find_sites(traced, shapes)
+            sites = find_sites(traced, shapes)
+            self.readers = direct_readers(traced, sites)
+            if self.requested == "auto":
+                self._let_native_write_planes(traced, sites, shapes)
+            return traced, sites
         except TraceError as failure:
             self.notes.append(
                 f"torch.fx could not trace the model ({failure}): convolutions are swapped in place, "
@@ -227,6 +230,22 @@ class _Job:
             )
             names = (name for name, module in self.modules_by_name.items() if is_fusible(module))
             return None, tuple(Site(name, name) for name in names)
+
+    def _let_native_write_planes(self, traced: fx.GraphModule, sites: Sequence[Site], shapes: Shapes) -> None:
+        """Let the native kernel run small dense layers that only native layers read."""
+        backends = {name: choice.backend for name, choice in self.choices.items()}
+        if "native" not in backends.values():
+            return
+        dtype = next(iter(shapes.values()))[1]
+        cost = cost_model("native", dtype, self.device, self.tune)
+        found = plan_plane_writers(traced, sites, shapes, backends, cost)
+        for name, layer in found.items():
+            self.layers[name] = layer
+            self.choices[name] = Choice("native", REASON)
+        order = {site.layer: place for place, site in enumerate(sites)}
+        layers = sorted(self.layers.values(), key=lambda layer: order.get(layer.name, len(order)))
+        skipped = tuple(pair for pair in self.plan.skipped if pair[0] not in found)
+        self.plan = dataclasses.replace(self.plan, layers=tuple(layers), skipped=skipped)
 
     def _faster_layout(
         self,

@@ -50,6 +50,11 @@ class LayerRow:
     rel_err: float | None
     epilogue: str = "-"
 
+    @property
+    def runs_sparse(self) -> bool:
+        """Whether dead weights are skipped; a sparse backend may run a layer that has none."""
+        return self.backend != "dense" and self.density < 1
+
 
 @dataclass(frozen=True)
 class Record:
@@ -106,8 +111,8 @@ class AcceleratedModel(nn.Module):
         """Run the network on what the model would take."""
         if torch.compiler.is_compiling():
             return self.network(*inputs)
-        # Under no_grad an operator whose backward is written in Python, as ours is, would still spend 10 us in
-        # autograd's layer at every call.
+        # Under no_grad an operator whose backward is written in Python, as ours is, would still spend 10 us
+        # in autograd's layer at every call.
         skip = contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
         with skip:
             if self.graphs is None:
@@ -149,7 +154,7 @@ class AcceleratedModel(nn.Module):
             "layers": [dataclasses.asdict(row) for row in record.rows],
             "totals": {
                 "layers": len(record.rows),
-                "sparse_layers": sum(row.backend != "dense" for row in record.rows),
+                "sparse_layers": sum(row.runs_sparse for row in record.rows),
                 "macs": macs,
                 "live_macs": sum(row.live_macs for row in record.rows),
                 "planned_macs": planned,
@@ -186,7 +191,7 @@ class AcceleratedModel(nn.Module):
 
     def extra_repr(self) -> str:
         """Say how many layers run sparse."""
-        sparse = sum(row.backend != "dense" for row in self.record.rows)
+        sparse = sum(row.runs_sparse for row in self.record.rows)
         return f"{sparse} of {len(self.record.rows)} convolutions sparse"
 
 

@@ -322,7 +322,7 @@ def test_full_tuning_measures_and_cached_tuning_remembers() -> None:
     assert all(row["measured_us"] is None for row in cold.report()["layers"])
     full = accelerate(model, image(), tune="full").report()["layers"]
     warm = accelerate(model, image(), tune="cached").report()["layers"]
-    planned = [row for row in full if row["patterns"] is not None]
+    planned = [row for row in full if row["density"] < 1]
     assert planned
     assert all(row["measured_us"] > 0 for row in planned)
     assert [row["backend"] for row in warm] == [row["backend"] for row in full]

@@ -161,15 +161,3 @@ def _cuda_sample(function: Callable[[], object], repeats: int, _clock: Callable[
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / repeats * 1e3
-
-
-def paired_ratio(numerator: Timing, denominator: Timing) -> float:
-    """Return the median over the rounds of numerator / denominator; both from the same `time_paired` call.
-
-    Raises:
-        ValueError: if they have different numbers of rounds.
-    """
-    if len(numerator.samples_us) != len(denominator.samples_us):
-        raise ValueError("the timings have different numbers of rounds: they are not from one run")
-    pairs = zip(numerator.samples_us, denominator.samples_us, strict=True)
-    return statistics.median(a / b for a, b in pairs)

@@ -15,6 +15,7 @@ from lhc_triton.planning.cost import CostModel
 from lhc_triton.planning.plan import ConvGeometry, LayerPlan, LayerTopology
 from lhc_triton.planning.planner import plan_layer
 from lhc_triton.runtime.dispatch import choose_backend, launch_config, supports
+from lhc_triton.runtime.epilogue import MEMORY_FORMATS
 from lhc_triton.runtime.packing import pack
 from lhc_triton.runtime.tuning import launch_shape, pixel_bucket
 
@@ -22,7 +23,7 @@ from .cases import LayerCase
 from .graphs import reason_of
 from .masks import expand, random_mask
 from .measure import LIMITS, Call, Contender, Setting, Sparse
-from .peers import LAYOUTS, dense_peers, layouts, norm_error
+from .peers import dense_peers, layouts, norm_error
 from .rivals import SEMI_STRUCTURED_DENSITY, block_sparse, narrow, semi_structured
 
 CANDIDATES = 48  # launch configs among which a variant's best is looked for
@@ -156,7 +157,7 @@ class LayerSubject:
         self, backend: str, layout: str, weight: Tensor, tables: list[Tensor], config: Sequence[int]
     ) -> Callable[[], Tensor]:
         geometry, bias, codes = self.geometry, self.bias, list(config)
-        x = self.x.contiguous(memory_format=LAYOUTS[layout])
+        x = self.x.contiguous(memory_format=MEMORY_FORMATS[layout])
 
         def call() -> Tensor:
             y: Tensor = torch.ops.lhc.grouped_conv2d(

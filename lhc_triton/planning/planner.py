@@ -39,11 +39,6 @@ def choose_tiles(
     return width, tiles, predicted
 
 
-def choose_tile_width(topology: LayerTopology, cost: CostModel, itemsize: int = 4) -> int:
-    """Return the tile width, in filters, at which the layer's predicted time is the least."""
-    return choose_tiles(topology, cost, itemsize)[0]
-
-
 def plan_layer(
     topology: LayerTopology, cost: CostModel, *, backend: str = "auto", dtype: str = "float32"
 ) -> LayerPlan:

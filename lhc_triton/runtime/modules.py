@@ -292,7 +292,7 @@ class GroupedConv2d(FusedConv2d):
             )
 
     def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, pool: str) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             # Dense layers run in autocast's type; this one's weights are packed in its own.
             x = x.to(self.packed.dtype)
             residual = None if residual is None else residual.to(self.packed.dtype)

@@ -38,7 +38,11 @@ _PLAIN: Mapping[type[nn.Module], Mapping[str, str]] = {
         "track_running_stats": "bool",
     },
     nn.ReLU: {"inplace": "bool"},
+    nn.ReLU6: {"inplace": "bool"},
     nn.SiLU: {"inplace": "bool"},
+    nn.Hardswish: {"inplace": "bool"},
+    nn.Hardsigmoid: {"inplace": "bool"},
+    nn.Sigmoid: {},
     nn.MaxPool2d: {
         "kernel_size": "pair",
         "stride": "pair",

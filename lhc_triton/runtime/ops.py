@@ -289,14 +289,12 @@ def _run_for_native(*arguments: Any) -> Tensor:
             raise TypeError(
                 f"grouped_conv2d: {name} is {tensor.dtype} on {tensor.device}, x {x.dtype} on {x.device}"
             )
-    if any(t.device.type != "cpu" for t in tables):
-        raise ValueError(
-            "grouped_conv2d: the tables are not in host memory, where the native kernel reads them"
-        )
     in_blocks = -(-x.shape[1] // weight.shape[1])
-    tile_ptr, entries, filters = (t.tolist() for t in tables)
+    tile_ptr, entries, filters = (table.tolist() for table in tables)
     check_tables(tile_ptr, entries, filters, math.prod(arguments[7]) * in_blocks, arguments[6])
-    raise ValueError('grouped_conv2d: backend "native" takes plain tensors in host memory only')
+    raise ValueError(
+        'grouped_conv2d: backend "native" takes dense tensors in host memory, of sizes below 2**30'
+    )
 
 
 torch.library.impl("lhc::grouped_conv2d_python", "default", _run_for_native)

@@ -7,7 +7,9 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
-#include <optional>
+#include <algorithm>
+#include <atomic>
+#include <exception>
 #include <vector>
 
 #include "conv.h"
@@ -28,13 +30,28 @@ void run_python(Stack* stack) {
   op.callBoxed(stack);
 }
 
-void run_threads(int workers, const std::function<void()>& work) {
+struct Work {
+  const std::function<void()>& run;
+  std::exception_ptr error;
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+};
+
+void run_threads(int workers, const std::function<void()>& run) {
   // The stable function reaches torch's own pool; at::parallel_for is inlined here and, compiled without
-  // OpenMP, would run serially.
+  // OpenMP, would run serially. It reports a failure by a number, so the exception goes around it.
+  Work work{run, nullptr};
   torch_parallel_for(
       0, workers, 1,
-      [](int64_t, int64_t, void* context) { (*static_cast<const std::function<void()>*>(context))(); },
-      const_cast<std::function<void()>*>(&work));
+      [](int64_t, int64_t, void* context) {
+        Work& work = *static_cast<Work*>(context);
+        try {
+          work.run();
+        } catch (...) {
+          if (!work.failed.test_and_set()) work.error = std::current_exception();
+        }
+      },
+      &work);
+  if (work.error) std::rethrow_exception(work.error);
 }
 
 bool is_host(const at::Tensor& t, at::ScalarType type) {
@@ -78,11 +95,15 @@ struct Call {
   bool silu = false, pooled = false, channels_last = false;
 };
 
-bool read_pair(const c10::IValue& value, int64_t least, int64_t (&out)[2]) {
+// Sizes are multiplied in 64 bits and added in 32.
+constexpr int64_t kMaxSize = int64_t{1} << 30;
+
+template <size_t N>
+bool read_list(const c10::IValue& value, int64_t least, int64_t (&out)[N]) {
   const auto list = value.toIntList();
-  if (list.size() != 2) return false;
-  for (int i = 0; i < 2; ++i)
-    if ((out[i] = list.get(i)) < least) return false;
+  if (list.size() != N) return false;
+  for (size_t i = 0; i < N; ++i)
+    if ((out[i] = list.get(i)) < least || out[i] > kMaxSize) return false;
   return true;
 }
 
@@ -109,17 +130,14 @@ bool read(const Stack& stack, Call& call) {
   conv.out_channels = argument(kOutChannels).toInt();
   if (conv.channels < 1 || conv.in_block < 1 || conv.tile_width < 1 || conv.out_channels < 1) return false;
 
-  if (!read_pair(argument(kKernelSize), 1, conv.kernel) || !read_pair(argument(kStride), 1, conv.stride) ||
-      !read_pair(argument(kDilation), 1, conv.dilation))
+  int64_t padding[4];
+  if (!read_list(argument(kKernelSize), 1, conv.kernel) || !read_list(argument(kStride), 1, conv.stride) ||
+      !read_list(argument(kDilation), 1, conv.dilation) || !read_list(argument(kPadding), 0, padding))
     return false;
-  const auto padding = argument(kPadding).toIntVector();
-  if (padding.size() != 4) return false;
-  for (const int64_t p : padding)
-    if (p < 0) return false;
   conv.top = padding[0], conv.left = padding[2];
   const int64_t rows = conv.height + padding[0] + padding[1] - conv.dilation[0] * (conv.kernel[0] - 1) - 1;
   const int64_t columns = conv.width + padding[2] + padding[3] - conv.dilation[1] * (conv.kernel[1] - 1) - 1;
-  if (rows < 0 || columns < 0) return false;
+  if (rows < 0 || columns < 0 || std::max(rows, columns) >= kMaxSize) return false;
   conv.out_height = rows / conv.stride[0] + 1, conv.out_width = columns / conv.stride[1] + 1;
 
   const auto tables = argument(kTables).toTensorVector();

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from .build import BuildError, build
+from .building import BuildError, build
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, fx, nn
 
-from lhc_triton.planning.plan import Plan
+from lhc_triton.planning.schema import Plan
 from lhc_triton.runtime.accelerated import AcceleratedModel, LayerRow, Record
 from lhc_triton.runtime.checks import working_copy
 from lhc_triton.runtime.epilogue import NETWORK_LAYOUTS

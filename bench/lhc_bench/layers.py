@@ -12,8 +12,8 @@ from torch import Tensor
 
 import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
 from lhc_triton.planning.cost import CostModel
-from lhc_triton.planning.plan import ConvGeometry, LayerPlan, LayerTopology
 from lhc_triton.planning.planner import plan_layer
+from lhc_triton.planning.schema import ConvGeometry, LayerPlan, LayerTopology
 from lhc_triton.runtime.dispatch import choose_backend, launch_config, supports
 from lhc_triton.runtime.epilogue import MEMORY_FORMATS
 from lhc_triton.runtime.packing import pack

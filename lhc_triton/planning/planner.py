@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cost import CostModel, itemsize_of
 from .grouping import candidate_widths, form_tiles
-from .plan import LayerPlan, LayerTopology, Plan, Tile
+from .schema import LayerPlan, LayerTopology, Plan, Tile
 
 if TYPE_CHECKING:
     from torch import nn

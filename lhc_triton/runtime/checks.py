@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lhc_triton.layers import LHCConv2d
-from lhc_triton.planning.plan import LayerTopology, Plan
+from lhc_triton.planning.schema import LayerTopology, Plan
 from lhc_triton.runtime.backends import BACKENDS
 from lhc_triton.runtime.dispatch import TUNES
 from lhc_triton.runtime.errors import first_line

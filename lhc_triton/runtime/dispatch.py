@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from lhc_triton.planning.cost import CostModel, itemsize_of
-from lhc_triton.planning.plan import LayerPlan
 from lhc_triton.planning.planner import price_tiles
+from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.backends import BACKENDS, DTYPES, FLOATS, unavailable
 from lhc_triton.runtime.cold import time_cold
 from lhc_triton.runtime.epilogue import LAYOUTS

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from lhc_triton.planning.plan import LayerPlan
+from lhc_triton.planning.schema import LayerPlan
 
 STORE_VERSION = 2
 MAX_BYTES = 64 * 2**20

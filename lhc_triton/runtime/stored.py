@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lhc_triton.planning.plan import LayerPlan
+from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.modules import DenseConv2d, FusedConv2d, GroupedConv2d
 from lhc_triton.runtime.opset import (
     MAX_ITEMS,

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from lhc_triton.planning.plan import LayerPlan
+from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.cold import ColdTimer
 from lhc_triton.runtime.errors import one_line
 from lhc_triton.runtime.store import Record, TimingStore

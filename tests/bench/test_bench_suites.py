@@ -12,8 +12,8 @@ from lhc_bench.cases import LayerCase
 from lhc_bench.rows import read_results
 from lhc_kernels.configs import VARIANTS, KernelConfig
 from lhc_triton.planning.cost import CostModel
-from lhc_triton.planning.plan import LayerTopology
 from lhc_triton.planning.planner import plan_layer
+from lhc_triton.planning.schema import LayerTopology
 from lhc_triton.runtime.dispatch import Decision
 from lhc_triton.runtime.timing import Timing
 

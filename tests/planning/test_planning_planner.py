@@ -126,4 +126,4 @@ def test_unknown_names_are_refused(call):
 
 def test_the_function_plan_and_the_module_of_that_name_are_both_at_hand():
     assert callable(plan)
-    assert sys.modules["lhc_triton.planning.plan"].Plan is Plan
+    assert sys.modules["lhc_triton.planning.schema"].Plan is Plan

@@ -1,8 +1,4 @@
-"""Plans: which filters run together, on which backend, and why. Pure Python and numpy.
-
-The names below are the interface; import them from here. (The function ``plan`` hides the submodule of
-the same name as an attribute; ``from lhc_triton.planning.schema import ...`` works all the same.)
-"""
+"""Plans: which filters run together, on which backend, and why. Pure Python and numpy."""
 
 from .cost import COST_MODELS, CostModel
 from .planner import plan, plan_layer, plan_topologies

@@ -16,6 +16,7 @@ from lhc_triton.planning.planner import plan_layer
 from lhc_triton.planning.schema import ConvGeometry, LayerPlan, LayerTopology
 from lhc_triton.runtime.dispatch import choose_backend, launch_config, supports
 from lhc_triton.runtime.epilogue import MEMORY_FORMATS
+from lhc_triton.runtime.modules import DenseConv2d
 from lhc_triton.runtime.packing import pack
 from lhc_triton.runtime.tuning import launch_shape, pixel_bucket
 
@@ -138,7 +139,7 @@ class LayerSubject:
         if reason is not None:
             raise ValueError(reason)
         if backend == "dense":
-            forms = dense_peers(self.geometry, self.x, weight, self.bias)[0]
+            forms = {layout: self._dense_call(layout, weight) for layout in layouts(device.type)}
         else:
             config: Sequence[int] = ()
             if variant:
@@ -167,6 +168,20 @@ class LayerSubject:
             return y
 
         return call
+
+    def _dense_call(self, layout: str, weight: Tensor) -> Callable[[], Tensor]:
+        """Return the dense convolution as an accelerated network runs it."""
+        geometry = self.geometry
+        conv = DenseConv2d(
+            weight,
+            self.bias,
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            activation="relu",
+            layout=layout,
+        )
+        return partial(conv, self.x.contiguous(memory_format=MEMORY_FORMATS[layout]))
 
     def _expected(self, weight: Tensor) -> Tensor:
         geometry = self.geometry

@@ -139,7 +139,7 @@ class LayerSubject:
         if reason is not None:
             raise ValueError(reason)
         if backend == "dense":
-            forms = {layout: self._dense_call(layout, weight) for layout in layouts(device.type)}
+            forms = {f"dense {layout}": self._dense_call(layout, weight) for layout in layouts(device.type)}
         else:
             config: Sequence[int] = ()
             if variant:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, fx, nn
 
-from lhc_triton.planning.plan import Plan
+from lhc_triton.planning.schema import Plan
 from lhc_triton.runtime.accelerated import AcceleratedModel, LayerRow, Record
 from lhc_triton.runtime.checks import working_copy
 from lhc_triton.runtime.epilogue import NETWORK_LAYOUTS
@@ -112,7 +113,7 @@ def save(fast: AcceleratedModel, path: str | os.PathLike[str]) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         try:
             beside.write_bytes(content)

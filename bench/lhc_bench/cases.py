@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lhc_triton.planning.plan import ConvGeometry
+from lhc_triton.planning.schema import ConvGeometry
 
 CPU_BATCH = {"cifar": 8, "imagenet": 1}
 GPU_BATCH = {"cifar": 256, "imagenet": 64}

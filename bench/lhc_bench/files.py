@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def replace_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     made_folder(path.parent)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         write(beside)
         beside.replace(path)

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from lhc_triton.runtime.errors import first_line, one_line
+from lhc_triton.runtime.graphs import capture
+
 Call = Callable[[], Any]
-WARM_CALLS = 3
 
 
 def replayed(call: Call, device: str) -> tuple[Call, str | None]:
@@ -25,15 +27,7 @@ def replayed(call: Call, device: str) -> tuple[Call, str | None]:
         return call, None
     try:
         with torch.inference_mode():
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_CALLS):
-                    call()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                output = call()
+            graph, output = capture(call)
     # Whatever the call does may be forbidden while recording, and each library says so in its own way.
     except Exception as error:
         return call, reason_of(error)
@@ -47,5 +41,4 @@ def replayed(call: Call, device: str) -> tuple[Call, str | None]:
 
 def reason_of(error: Exception) -> str:
     """Return an error as one line: its message's first, after its type where it is not meant for users."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    return lines[0] if isinstance(error, ValueError) else f"{type(error).__name__}: {lines[0]}"
+    return first_line(error) if isinstance(error, ValueError) else one_line(error)

@@ -65,9 +65,13 @@ def is_store(path: Path) -> bool:
 
 
 def landscapes(store: TimingStore) -> list[Landscape]:
-    """Read the landscapes off a store, one for each device, kernels, Triton and dtype, in that order."""
+    """Read the landscapes off a store, one for each device, kernels, Triton and dtype, in that order.
+
+    Raises:
+        ValueError, OSError: as TimingStore.read_checked.
+    """
     groups: dict[tuple[str, ...], list[tuple[int, Mapping[str, Record]]]] = defaultdict(list)
-    for key, records in store.read().items():
+    for key, records in store.read_checked().items():
         parts = key_parts(key)
         if parts is not None and parts.tile_width:
             groups[parts[:4]].append((parts.tile_width, records))
@@ -120,7 +124,10 @@ def draw_landscapes(store_path: str | Path, out_dir: str | Path) -> list[Path]:
         ValueError: the store holds no measured config, or cannot be read. Nothing is made then.
         OSError: if the folder cannot be written.
     """
-    found = landscapes(TimingStore(store_path))
+    try:
+        found = landscapes(TimingStore(store_path))
+    except ValueError as error:
+        raise ValueError(f"{store_path} is not a store of `lhc-triton tune`: {error}") from None
     if not found:
         raise ValueError(f"{store_path} holds no measured config: run lhc-triton tune")
     paths: dict[Path, Landscape] = {}

@@ -12,9 +12,11 @@ from torch import Tensor
 
 import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
 from lhc_triton.planning.cost import CostModel
-from lhc_triton.planning.plan import ConvGeometry, LayerPlan, LayerTopology
 from lhc_triton.planning.planner import plan_layer
+from lhc_triton.planning.schema import ConvGeometry, LayerPlan, LayerTopology
 from lhc_triton.runtime.dispatch import choose_backend, launch_config, supports
+from lhc_triton.runtime.epilogue import MEMORY_FORMATS
+from lhc_triton.runtime.modules import DenseConv2d
 from lhc_triton.runtime.packing import pack
 from lhc_triton.runtime.tuning import launch_shape, pixel_bucket
 
@@ -22,7 +24,7 @@ from .cases import LayerCase
 from .graphs import reason_of
 from .masks import expand, random_mask
 from .measure import LIMITS, Call, Contender, Setting, Sparse
-from .peers import LAYOUTS, dense_peers, layouts, norm_error
+from .peers import dense_peers, layouts, norm_error
 from .rivals import SEMI_STRUCTURED_DENSITY, block_sparse, narrow, semi_structured
 
 CANDIDATES = 48  # launch configs among which a variant's best is looked for
@@ -137,7 +139,7 @@ class LayerSubject:
         if reason is not None:
             raise ValueError(reason)
         if backend == "dense":
-            forms = dense_peers(self.geometry, self.x, weight, self.bias)[0]
+            forms = {f"dense {layout}": self._dense_call(layout, weight) for layout in layouts(device.type)}
         else:
             config: Sequence[int] = ()
             if variant:
@@ -156,7 +158,7 @@ class LayerSubject:
         self, backend: str, layout: str, weight: Tensor, tables: list[Tensor], config: Sequence[int]
     ) -> Callable[[], Tensor]:
         geometry, bias, codes = self.geometry, self.bias, list(config)
-        x = self.x.contiguous(memory_format=LAYOUTS[layout])
+        x = self.x.contiguous(memory_format=MEMORY_FORMATS[layout])
 
         def call() -> Tensor:
             y: Tensor = torch.ops.lhc.grouped_conv2d(
@@ -166,6 +168,20 @@ class LayerSubject:
             return y
 
         return call
+
+    def _dense_call(self, layout: str, weight: Tensor) -> Callable[[], Tensor]:
+        """Return the dense convolution as an accelerated network runs it."""
+        geometry = self.geometry
+        conv = DenseConv2d(
+            weight,
+            self.bias,
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            activation="relu",
+            layout=layout,
+        )
+        return partial(conv, self.x.contiguous(memory_format=MEMORY_FORMATS[layout]))
 
     def _expected(self, weight: Tensor) -> Tensor:
         geometry = self.geometry

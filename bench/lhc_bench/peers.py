@@ -13,19 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lhc_triton.planning.plan import ConvGeometry
+from lhc_triton.planning.schema import ConvGeometry
+from lhc_triton.runtime.epilogue import MEMORY_FORMATS
 
 from .graphs import reason_of
 
 Call = Callable[[], Tensor]
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}  # norm error against eager; other types: 2e-2
 WARM_CALLS = 3
 
 
 def layouts(device: str) -> dict[str, torch.memory_format]:
     """Return the memory formats to try on a device kind: both on "cpu", the only fast one on "cuda"."""
-    return {name: LAYOUTS[name] for name in (("channels_last",) if device == "cuda" else LAYOUTS)}
+    names = ("channels_last",) if device == "cuda" else ("contiguous", "channels_last")
+    return {name: MEMORY_FORMATS[name] for name in names}
 
 
 class _ConvReLU(nn.Module):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lhc_triton.planning.plan import ConvGeometry
+from lhc_triton.planning.schema import ConvGeometry
 
 from .measure import Contender
 from .peers import layouts, norm_error

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TALL, ACROSS = 3.0, 4.3
-Curve = dict[int, float]
 
 
 def scales(results: Results) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lhc_triton.planning.plan import LayerTopology
+from lhc_triton.planning.schema import LayerTopology
 
 from .files import replace_whole
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from lhc_triton.planning.cost import CostModel
-from lhc_triton.planning.plan import ConvGeometry, LayerPlan, LayerTopology, Plan, Tile
 from lhc_triton.planning.planner import plan_layer
+from lhc_triton.planning.schema import ConvGeometry, LayerPlan, LayerTopology, Plan, Tile
 from lhc_triton.runtime.tuner_jobs import Job
 
 from .cases import batch_of, eligible_cases

@@ -1,12 +1,8 @@
-"""Plans: which filters run together, on which backend, and why. Pure Python and numpy.
-
-The names below are the interface; import them from here. (The function ``plan`` hides the submodule of
-the same name as an attribute; ``from lhc_triton.planning.plan import ...`` works all the same.)
-"""
+"""Plans: which filters run together, on which backend, and why. Pure Python and numpy."""
 
 from .cost import COST_MODELS, CostModel
-from .plan import ConvGeometry, LayerPlan, LayerTopology, Plan, Tile
 from .planner import plan, plan_layer, plan_topologies
+from .schema import ConvGeometry, LayerPlan, LayerTopology, Plan, Tile
 
 __all__ = [
     "COST_MODELS",

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 if TYPE_CHECKING:
-    from .plan import ConvGeometry, LayerTopology, Tile
+    from .schema import ConvGeometry, LayerTopology, Tile
 
 _T = TypeVar("_T")
 

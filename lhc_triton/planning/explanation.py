@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .plan import LayerPlan, Plan
+from .schema import LayerPlan, Plan
 
 HEADER = (
     "layer",

@@ -16,7 +16,7 @@ from lhc_triton.layers import LHCConv2d
 
 from .cost import CostModel, itemsize_of
 from .patterns import infer_blocks
-from .plan import ConvGeometry, LayerTopology
+from .schema import ConvGeometry, LayerTopology
 
 # Wider blocks of a mask are split: no tile has room for more filters, and no kernel wants longer entries.
 MAX_BLOCK = 128

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .cost import CostModel
-from .plan import LayerTopology, Tile
+from .schema import LayerTopology, Tile
 
 TILE_WIDTHS = (16, 32, 64, 128)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cost import CostModel, itemsize_of
 from .grouping import candidate_widths, form_tiles
-from .plan import LayerPlan, LayerTopology, Plan, Tile
+from .schema import LayerPlan, LayerTopology, Plan, Tile
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,11 +37,6 @@ def choose_tiles(
         choices.append(((predicted, work, width), tiles))
     (predicted, _, width), tiles = min(choices, key=lambda choice: choice[0])
     return width, tiles, predicted
-
-
-def choose_tile_width(topology: LayerTopology, cost: CostModel, itemsize: int = 4) -> int:
-    """Return the tile width, in filters, at which the layer's predicted time is the least."""
-    return choose_tiles(topology, cost, itemsize)[0]
 
 
 def plan_layer(

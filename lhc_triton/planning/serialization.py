@@ -8,8 +8,8 @@ from itertools import pairwise
 from typing import Any
 
 from .cost import ITEMSIZES
-from .plan import ConvGeometry, LayerPlan, LayerTopology, Plan, Tile
 from .planner import BACKENDS
+from .schema import ConvGeometry, LayerPlan, LayerTopology, Plan, Tile
 
 PLAN_VERSION = 1
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lhc_triton.planning import plan as make_plan
-from lhc_triton.planning.plan import LayerPlan, Plan
+from lhc_triton.planning.schema import LayerPlan, Plan
 from lhc_triton.runtime.accelerated import AcceleratedModel, LayerRow, Record, make_row
 from lhc_triton.runtime.calibration import cost_model
 from lhc_triton.runtime.checks import (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lhc_triton.planning.plan import LayerPlan, Plan
+from lhc_triton.planning.schema import LayerPlan, Plan
 from lhc_triton.runtime.graph import Site
 from lhc_triton.runtime.graphs import Graphs
 from lhc_triton.runtime.modules import FusedConv2d, check_move

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from lhc_triton.planning.cost import CostModel
-from lhc_triton.planning.plan import ConvGeometry, LayerPlan, LayerTopology
 from lhc_triton.planning.planner import plan_layer
+from lhc_triton.planning.schema import ConvGeometry, LayerPlan, LayerTopology
 from lhc_triton.runtime.dispatch import auto_backend
 from lhc_triton.runtime.epilogue import LAYOUTS
 from lhc_triton.runtime.store import TimingStore, device_name, package_version

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lhc_triton.layers import LHCConv2d
-from lhc_triton.planning.plan import LayerTopology, Plan
+from lhc_triton.planning.schema import LayerTopology, Plan
+from lhc_triton.runtime.backends import BACKENDS
+from lhc_triton.runtime.dispatch import TUNES
+from lhc_triton.runtime.errors import first_line
 from lhc_triton.runtime.fusion import border, conv_weight
 from lhc_triton.runtime.graph import is_fusible
 
-TUNES = ("off", "cached", "full")
-REQUESTS = ("auto", "dense", "reference", "torch", "native", "triton")
+REQUESTS = ("auto", "dense", *BACKENDS)
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -73,7 +75,7 @@ def working_copy(model: nn.Module) -> nn.Module:
     try:
         work = copy.deepcopy(model, memo)
     except Exception as error:  # a model may hold anything, and any of it may refuse
-        raise ValueError(f"{type(model).__name__} cannot be copied: {_line(error)}") from error
+        raise ValueError(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
     return (nn.Sequential(work) if isinstance(work, nn.Conv2d) else work).eval()
 
 
@@ -118,7 +120,7 @@ def run_model(model: nn.Module, inputs: Sequence[Tensor]) -> Any:
     except Exception as error:  # foreign code: whatever it raises, the user sees one line
         shapes = ", ".join(f"{tuple(value.shape)} {value.dtype}" for value in inputs)
         raise ValueError(
-            f"{type(model).__name__} does not take example_input {shapes}: {_line(error)}"
+            f"{type(model).__name__} does not take example_input {shapes}: {first_line(error)}"
         ) from error
 
 
@@ -165,8 +167,3 @@ def _misfit(topology: LayerTopology, conv: nn.Conv2d | None) -> str | None:
     mask = mask.repeat_interleave(topology.out_block, 0).repeat_interleave(topology.in_block, 1)
     lost = int((live & ~mask[: conv.out_channels, : conv.in_channels]).sum())
     return f"has {lost} live weights that the plan drops" if lost else None
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

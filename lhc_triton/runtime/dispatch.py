@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from lhc_triton.planning.cost import CostModel, itemsize_of
-from lhc_triton.planning.plan import LayerPlan
 from lhc_triton.planning.planner import price_tiles
+from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.backends import BACKENDS, DTYPES, FLOATS, unavailable
 from lhc_triton.runtime.cold import time_cold
 from lhc_triton.runtime.epilogue import LAYOUTS
+from lhc_triton.runtime.errors import one_line
 from lhc_triton.runtime.store import TimingStore, layer_key
-from lhc_triton.runtime.timing import one_line, time_paired
+from lhc_triton.runtime.timing import time_paired
 from lhc_triton.runtime.tuner import tune_layer
 from lhc_triton.runtime.tuning import deterministic, launch_key, look_up
 from lhc_triton.runtime.workload import Workload

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lhc_triton.layers import LHCConv2d
-from lhc_triton.planning.plan import LayerPlan
+from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.modules import DenseConv2d, FusedConv2d, GroupedConv2d
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lhc_triton.runtime.errors import one_line
+
 MAX_GRAPHS = 8
 MAX_SEEN = 64
 _PLAIN = (Tensor, bool, int, float, str, type(None))
@@ -108,9 +110,12 @@ class Graphs:
     def clear(self, *_: Any) -> None:
         """Drop all graphs, when the network's tensors move or are replaced; also a hook, hence `_`."""
         with self._lock:
-            self._device.finish()
-            self._graphs.clear()
-            self._seen.clear()
+            self._drop()
+
+    def _drop(self) -> None:
+        self._device.finish()
+        self._graphs.clear()
+        self._seen.clear()
 
     def _applies(self, inputs: tuple[Any, ...]) -> bool:
         if self.problem or not inputs or not all(type(x) in (Tensor, nn.Parameter) for x in inputs):
@@ -128,8 +133,8 @@ class Graphs:
             if odd:
                 raise TypeError(f"the output holds a {odd[0]}")
         except Exception as error:  # foreign code: whatever it raises, the network still runs without graphs
-            lines = str(error).strip().splitlines()
-            self.problem = f"capture failed ({type(error).__name__}: {lines[0] if lines else ''})"
+            self.problem = f"capture failed ({one_line(error)})"
+            self._drop()  # no call will use them any more, nor their memory
             return False
         if len(self._graphs) == self._limit:
             self._device.wait()  # a replay on another stream may still need the memory that is freed

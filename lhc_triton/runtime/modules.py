@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
-from lhc_triton.planning.plan import LayerPlan
+from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime import prepacked
 from lhc_triton.runtime.backends import unavailable
 from lhc_triton.runtime.epilogue import ACTIVATIONS, LAYOUTS, MEMORY_FORMATS, POOLS
@@ -292,7 +292,7 @@ class GroupedConv2d(FusedConv2d):
             )
 
     def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, pool: str) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             # Dense layers run in autocast's type; this one's weights are packed in its own.
             x = x.to(self.packed.dtype)
             residual = None if residual is None else residual.to(self.packed.dtype)

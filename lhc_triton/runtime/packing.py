@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lhc_triton.planning.plan import LayerPlan, LayerTopology
+from lhc_triton.planning.schema import LayerPlan, LayerTopology
 
 # These backends loop over the tiles on the host, so their tables stay in its memory: reading them from a GPU
 # would stall it on every call.

@@ -15,8 +15,8 @@ import torch
 from torch import fx, nn
 
 from lhc_triton.planning.cost import CostModel
-from lhc_triton.planning.plan import ConvGeometry, LayerPlan, LayerTopology
 from lhc_triton.planning.planner import plan_layer
+from lhc_triton.planning.schema import ConvGeometry, LayerPlan, LayerTopology
 from lhc_triton.runtime.fusion import border
 from lhc_triton.runtime.graph import Site, direct_readers
 from lhc_triton.runtime.tracing import Shapes

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lhc_triton.planning import plan_layer
-from lhc_triton.planning.plan import LayerPlan, Plan
+from lhc_triton.planning.schema import LayerPlan, Plan
 from lhc_triton.runtime.accelerated import LayerRow, Record
 from lhc_triton.runtime.calibration import cost_model
 from lhc_triton.runtime.dispatch import choose_backend, supports

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from lhc_triton.planning.plan import LayerPlan
+from lhc_triton.planning.schema import LayerPlan
 
 STORE_VERSION = 2
 MAX_BYTES = 64 * 2**20
@@ -117,14 +117,26 @@ class TimingStore:
     def read(self) -> dict[str, dict[str, Record]]:
         """Return everything stored, by key and name; empty, with a warning, if the file is damaged."""
         try:
-            if self.path.stat().st_size > MAX_BYTES:
-                raise ValueError(f"larger than {MAX_BYTES} bytes")
-            return _checked(json.loads(self.path.read_text()))
+            return self.read_checked()
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             warnings.warn(f"{self.path} is skipped: {error}; measured times start anew", stacklevel=3)
             return {}
+
+    def read_checked(self) -> dict[str, dict[str, Record]]:
+        """Return everything stored, by key and name.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is damaged, too large, or no store of this version.
+        """
+        if self.path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"larger than {MAX_BYTES} bytes")
+        try:
+            return _checked(json.loads(self.path.read_text()))
+        except RecursionError:
+            raise ValueError("nested too deep") from None
 
 
 def _checked(document: Any) -> dict[str, dict[str, Record]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lhc_triton.planning.plan import LayerPlan
+from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.modules import DenseConv2d, FusedConv2d, GroupedConv2d
 from lhc_triton.runtime.opset import (
     MAX_ITEMS,
@@ -38,7 +38,11 @@ _PLAIN: Mapping[type[nn.Module], Mapping[str, str]] = {
         "track_running_stats": "bool",
     },
     nn.ReLU: {"inplace": "bool"},
+    nn.ReLU6: {"inplace": "bool"},
     nn.SiLU: {"inplace": "bool"},
+    nn.Hardswish: {"inplace": "bool"},
+    nn.Hardsigmoid: {"inplace": "bool"},
+    nn.Sigmoid: {},
     nn.MaxPool2d: {
         "kernel_size": "pair",
         "stride": "pair",

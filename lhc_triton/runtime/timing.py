@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lhc_triton.runtime.errors import one_line
+
 MIN_SAMPLE_US = 200.0  # a sample repeats its function until it lasts about this long
 BRIEF_US = 2000.0  # shorter functions feel what ran before them
 MIN_ROUNDS = 3  # what a time budget leaves at the least
@@ -144,12 +146,6 @@ def race(
     return {name: failed.get(name) or statistics.median(samples[name]) for name in samplers}
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error as one line: its type and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
 def _host_sample(function: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
     start = clock()
     for _ in range(repeats):
@@ -165,15 +161,3 @@ def _cuda_sample(function: Callable[[], object], repeats: int, _clock: Callable[
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / repeats * 1e3
-
-
-def paired_ratio(numerator: Timing, denominator: Timing) -> float:
-    """Return the median over the rounds of numerator / denominator; both from the same `time_paired` call.
-
-    Raises:
-        ValueError: if they have different numbers of rounds.
-    """
-    if len(numerator.samples_us) != len(denominator.samples_us):
-        raise ValueError("the timings have different numbers of rounds: they are not from one run")
-    pairs = zip(numerator.samples_us, denominator.samples_us, strict=True)
-    return statistics.median(a / b for a, b in pairs)

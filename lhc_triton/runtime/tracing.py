@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lhc_triton.runtime.errors import one_line
+
 Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
 
 
@@ -42,7 +44,7 @@ def trace(model: nn.Module, arity: int | None = None) -> fx.GraphModule:
             _drop_inputs(graph, arity or 0)
         return fx.GraphModule(model, graph, type(model).__name__)
     except Exception as error:  # tracing runs foreign code: anything may come out of it
-        raise TraceError(_line(error)) from error
+        raise TraceError(one_line(error)) from error
 
 
 def _defaults(model: nn.Module, arity: int) -> dict[str, Any]:
@@ -63,11 +65,6 @@ def _drop_inputs(graph: fx.Graph, arity: int) -> None:
             doomed[node] = None
     for node in reversed(doomed):
         graph.erase_node(node)
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 class _ShapeRecorder(fx.Interpreter):
@@ -96,5 +93,5 @@ def record_shapes(traced: fx.GraphModule, example: Sequence[torch.Tensor]) -> tu
         with torch.no_grad():
             output = recorder.run(*[value.clone() for value in example])
     except Exception as error:  # the model's own code, once more
-        raise TraceError(f"the traced network does not run: {_line(error)}") from error
+        raise TraceError(f"the traced network does not run: {one_line(error)}") from error
     return recorder.seen, output

@@ -11,10 +11,11 @@ from typing import Protocol
 
 import torch
 
-from lhc_triton.planning.plan import LayerPlan
+from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.cold import ColdTimer
+from lhc_triton.runtime.errors import one_line
 from lhc_triton.runtime.store import Record, TimingStore
-from lhc_triton.runtime.timing import one_line, race
+from lhc_triton.runtime.timing import race
 from lhc_triton.runtime.tuning import PRECISION, config_name, planned
 from lhc_triton.runtime.verify import layer_tolerance, norm_error
 from lhc_triton.runtime.workload import Workload

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from lhc_triton.planning.plan import LayerPlan
+from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.dispatch import choose_backend
+from lhc_triton.runtime.errors import one_line
 from lhc_triton.runtime.store import TimingStore, device_name, layer_key
-from lhc_triton.runtime.timing import one_line
 from lhc_triton.runtime.tuner import LIMIT, Benches, GpuBench, Tuned, tune_layer
 from lhc_triton.runtime.tuning import (
     DETERMINISTIC,

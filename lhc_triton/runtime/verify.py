@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lhc_triton.runtime.errors import one_line
 from lhc_triton.runtime.graph import Site, conv_input
 
 _LAYER_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -85,8 +86,7 @@ def _run(module: nn.Module, *inputs: Tensor) -> Tensor | str:
         result: Tensor = module(*inputs)
         return result
     except Exception as error:  # whatever a backend raises means that it cannot serve this layer
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        return one_line(error)
 
 
 class Findings:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
-from lhc_triton.planning.plan import LayerPlan
+from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.epilogue import MEMORY_FORMATS
 from lhc_triton.runtime.modules import DenseConv2d
 from lhc_triton.runtime.packing import blocks_from_weight, pack, weight_from_blocks

@@ -66,6 +66,9 @@ def test_a_store_without_configs_is_refused_and_nothing_is_made(tmp_path):
     TimingStore(path).put("cpu | torch", {"torch": 1.0})
     with pytest.raises(ValueError, match="holds no measured config: run lhc-triton tune"):
         draw_landscapes(path, tmp_path / "out")
+    path.write_text('{"version": 1, "records": {}}')
+    with pytest.raises(ValueError, match=r"times\.json is not a store of .*: not a timing store of version"):
+        draw_landscapes(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from lhc_bench import graphs, memory, networks, rivals, suites
 from lhc_bench.networks import NetworkCase
 from lhc_triton.models import VGG
-from lhc_triton.planning.plan import ConvGeometry
+from lhc_triton.planning.schema import ConvGeometry
 from lhc_triton.runtime.timing import Timing
 
 

@@ -17,7 +17,7 @@ from lhc_triton.planning import (
     plan_layer,
     plan_topologies,
 )
-from lhc_triton.planning.planner import BACKENDS, choose_tile_width
+from lhc_triton.planning.planner import BACKENDS, choose_tiles
 
 
 @QUICK
@@ -70,12 +70,12 @@ def test_a_forced_backend_is_kept_whatever_it_costs(backend):
 
 def test_shared_patterns_make_wide_tiles_and_scattered_ones_narrow_tiles_on_a_gpu():
     shared = layer([[0, 3]] * 16, size=56, batch=64)
-    assert choose_tile_width(shared, CUDA, 2) == 128
+    assert choose_tiles(shared, CUDA, 2)[0] == 128
     rng = np.random.default_rng(0)
     mask = rng.random((16, 64, 1, 1)) < 0.05
     geometry = ConvGeometry(64, 64 * 32, 256, 56, 56, (1, 1), padding=(0, 0, 0, 0))
     scattered = LayerTopology.from_mask("a", geometry, 32, 16, mask)
-    assert choose_tile_width(scattered, CUDA, 2) < 128
+    assert choose_tiles(scattered, CUDA, 2)[0] < 128
 
 
 def test_a_layer_of_empty_patterns_is_planned():
@@ -126,4 +126,4 @@ def test_unknown_names_are_refused(call):
 
 def test_the_function_plan_and_the_module_of_that_name_are_both_at_hand():
     assert callable(plan)
-    assert sys.modules["lhc_triton.planning.plan"].Plan is Plan
+    assert sys.modules["lhc_triton.planning.schema"].Plan is Plan

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from op_problems import Problem
 
-from lhc_triton.planning.plan import ConvGeometry, LayerPlan
+from lhc_triton.planning.schema import ConvGeometry, LayerPlan
 from lhc_triton.runtime.tuning import config_name, launch_shape, pixel_bucket
 
 CPU = torch.device("cpu")

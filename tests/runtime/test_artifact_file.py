@@ -7,6 +7,7 @@ import json
 import os
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ class Everything(nn.Module):
         self.b = nn.Conv2d(16, 24, 3, padding="same", groups=2)
         self.free = nn.BatchNorm2d(16, track_running_stats=False)
         self.norm = nn.BatchNorm2d(40)
-        self.silu = nn.SiLU()
+        self.silu = nn.Sequential(nn.SiLU(), nn.ReLU6(), nn.Hardswish(inplace=True), nn.Identity())
+        self.gate = nn.Sequential(nn.Hardsigmoid(), nn.Sigmoid())
         self.pool = nn.MaxPool2d(3, 2, 1)
         self.mean = nn.AvgPool2d(2)
         self.adaptive = nn.AdaptiveAvgPool2d((2, None))
@@ -64,7 +66,8 @@ class Everything(nn.Module):
     def forward(self, x: Tensor, gain: Tensor) -> dict[str, Any]:
         y = self.free(self.a(x) * self.scale + self.offset)
         z = torch.cat([y, self.b(x)], dim=1)
-        z = self.pool(self.silu(self.norm(z)))
+        z = self.pool(self.silu(self.norm(z)) * self.gate(z))
+        z = F.hardswish(F.relu6(z)) + F.hardsigmoid(z, inplace=False)
         z = F.max_pool2d(F.relu(z), 2) + F.avg_pool2d(z, kernel_size=2)
         z = z * F.adaptive_avg_pool2d(z, 1)
         z = self.id(z[:, :, 0:2]).contiguous()
@@ -267,6 +270,19 @@ def test_a_failed_save_leaves_the_old_file_and_no_rest(
     with pytest.raises(OSError, match=r"cannot write .*net: No space left"):
         save(quick(resnet()), tmp_path / "net")
     assert (tmp_path / "net").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["net"]
+
+
+def test_threads_may_save_and_load_one_file(tmp_path: Path) -> None:
+    fast = quick(vgg())
+    expected = run(fast, image())
+
+    def turn(_: int) -> bool:
+        save(fast, tmp_path / "net")
+        return torch.equal(run(load(tmp_path / "net"), image()), expected)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(turn, range(12)))
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["net"]
 
 

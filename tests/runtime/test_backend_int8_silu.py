@@ -7,7 +7,7 @@ import torch
 from op_problems import Problem, relative_error
 from torch import Tensor
 
-from lhc_triton.planning.plan import ConvGeometry
+from lhc_triton.planning.schema import ConvGeometry
 
 GEOMETRY = ConvGeometry(2, 12, 10, 9, 8, (3, 3), (2, 1), (1, 2, 0, 1))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given, settings
 from op_problems import TOLERANCE, Problem, problems, relative_error
 
-from lhc_triton.planning.plan import ConvGeometry
+from lhc_triton.planning.schema import ConvGeometry
 from lhc_triton.runtime.backends import DTYPES
 
 HOST = ("reference", "torch", "native")

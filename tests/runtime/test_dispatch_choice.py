@@ -6,7 +6,7 @@ import pytest
 import torch
 from op_problems import Problem
 
-from lhc_triton.planning.plan import ConvGeometry
+from lhc_triton.planning.schema import ConvGeometry
 from lhc_triton.runtime import dispatch
 from lhc_triton.runtime.calibration import cost_model
 from lhc_triton.runtime.dispatch import (

@@ -169,12 +169,16 @@ def test_concurrent_callers_take_turns_and_get_their_own_results(device):
     assert device.captures == 2
 
 
-def test_a_capture_that_fails_leaves_the_network_as_it_runs_and_says_why():
-    device = PaperDevice(fails=RuntimeError("operation not permitted\nwhen stream is capturing"))
+def test_a_capture_that_fails_leaves_the_network_as_it_runs_and_says_why(device):
     graphs, network = Graphs(device=device), Double()
+    for _ in range(2):
+        graphs.run(network, (row(0, 8),))
+    assert len(graphs) == 1
+    device.fails = RuntimeError("operation not permitted\nwhen stream is capturing")
     for value in range(4):
         assert float(graphs.run(network, (row(value),))[0, 0]) == 2 * value
-    assert device.captures == 1
+    assert device.captures == 2
+    assert (len(graphs), device.finishes) == (0, 1)  # their memory is free again
     assert graphs.problem == "capture failed (RuntimeError: operation not permitted)"
 
 

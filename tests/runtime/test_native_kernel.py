@@ -16,7 +16,7 @@ from op_problems import Problem, relative_error
 
 from lhc_kernels.cpu import problem
 from lhc_kernels.cpu.building import SOURCES
-from lhc_triton.planning.plan import ConvGeometry
+from lhc_triton.planning.schema import ConvGeometry
 
 pytestmark = pytest.mark.skipif(problem() is not None, reason=str(problem()))
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -10,7 +10,7 @@ from op_problems import Problem, relative_error
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lhc_triton.planning.plan import ConvGeometry
+from lhc_triton.planning.schema import ConvGeometry
 from lhc_triton.runtime import ops
 
 HOST = ("reference", "torch", "native")

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from op_problems import Problem, plan_by_hand, problems
 
-from lhc_triton.planning.plan import ConvGeometry, LayerPlan, LayerTopology, Tile
+from lhc_triton.planning.schema import ConvGeometry, LayerPlan, LayerTopology, Tile
 from lhc_triton.runtime.packing import (
     blocks_from_weight,
     live_pairs,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from op_problems import Problem
 
-from lhc_triton.planning.plan import ConvGeometry
+from lhc_triton.planning.schema import ConvGeometry
 from lhc_triton.runtime.store import TimingStore, default_path, layer_key
 
 CPU = torch.device("cpu")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lhc_triton.runtime.timing import Timing, paired_ratio, time_paired
+from lhc_triton.runtime.timing import time_paired
 
 
 class Clock:
@@ -83,15 +83,6 @@ def test_functions_run_in_inference_mode():
     seen = []
     time_paired({"a": lambda: seen.append(torch.is_inference_mode_enabled())}, rounds=1, warmup=1)
     assert all(seen)
-
-
-def test_the_ratio_is_taken_round_by_round():
-    # The machine slows down twofold halfway: the ratio of medians would be off, the median ratio is not.
-    fast, slow = Timing((10.0, 10.0, 20.0, 20.0, 20.0)), Timing((30.0, 30.0, 60.0, 60.0, 60.0))
-    assert paired_ratio(slow, fast) == 3.0
-    assert paired_ratio(Timing((1.0, 4.0, 9.0)), Timing((1.0, 2.0, 3.0))) == 2.0
-    with pytest.raises(ValueError, match="different numbers of rounds"):
-        paired_ratio(fast, Timing((1.0,)))
 
 
 @pytest.mark.parametrize(

@@ -182,18 +182,29 @@ void grouped_conv2d(const c10::OperatorHandle&, c10::DispatchKeySet, Stack* stac
     return run_python(stack);
   lhc::Conv& conv = call.conv;
   const auto options = call.x.options();
-  at::Tensor y = at::empty({conv.batch, conv.out_channels, conv.out_height, conv.out_width}, options);
-  conv.y = y.mutable_data_ptr<float>();
   uint32_t count = 1;
   torch_get_num_threads(&count);
   const lhc::Threads threads{static_cast<int>(count), run_threads};
-  lhc::grouped_conv2d(conv, threads);
-  if (call.silu) at::silu_(y);
-  if (call.pooled) {
-    at::Tensor pooled = at::empty({conv.batch, conv.out_channels, conv.out_height / 2, conv.out_width / 2}, options);
-    lhc::max_pool_2x2(conv.y, conv.batch * conv.out_channels, conv.out_height, conv.out_width,
-                      pooled.mutable_data_ptr<float>(), threads);
-    y = pooled;
+  const auto empty = [&](int64_t height, int64_t width) {
+    return at::empty({conv.batch, conv.out_channels, height, width}, options);
+  };
+  const int64_t pooled_height = conv.out_height / 2, pooled_width = conv.out_width / 2;
+  at::Tensor y;
+  if (call.pooled && !call.silu && lhc::pools_in_bands(conv)) {
+    y = empty(pooled_height, pooled_width);
+    conv.y = y.mutable_data_ptr<float>();
+    lhc::pooled_conv2d(conv, threads);
+  } else {
+    y = empty(conv.out_height, conv.out_width);
+    conv.y = y.mutable_data_ptr<float>();
+    lhc::grouped_conv2d(conv, threads);
+    if (call.silu) at::silu_(y);
+    if (call.pooled) {
+      const at::Tensor pooled = empty(pooled_height, pooled_width);
+      lhc::max_pool_2x2(conv.y, conv.batch * conv.out_channels, conv.out_height, conv.out_width,
+                        pooled.mutable_data_ptr<float>(), pooled_height * pooled_width, threads);
+      y = pooled;
+    }
   }
   const auto format = call.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   if (call.channels_last || call.type != at::kFloat)

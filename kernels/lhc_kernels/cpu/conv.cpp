@@ -13,6 +13,7 @@
 #include <memory>
 
 #include "planes.h"
+#include "pool.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -24,6 +25,8 @@ namespace {
 constexpr int64_t kPlanesFloats = 3 << 17;
 // Weights that stay in a core's second-level cache while strips pass by.
 constexpr int64_t kWeightFloats = 1 << 18;
+// Outputs that stay in a core's second-level cache until they are pooled.
+constexpr int64_t kPooledFloats = 1 << 17;
 constexpr int64_t kItemsPerThread = 8;
 // Planes a multiple of this apart share a quarter of the sets of a first-level cache, or fewer.
 constexpr int64_t kCrowdedFloats = 256;
@@ -406,6 +409,33 @@ void grouped_conv2d(const Conv& conv, const Threads& threads) {
     for_each(threads, groups, [&](int64_t item) { run(item, {1, {}}); });
   else
     for (int64_t item = 0; item < groups; ++item) run(item, threads);
+}
+
+bool pools_in_bands(const Conv& conv) {
+  // Smaller outputs are still in the caches when they are pooled.
+  const bool large = conv.batch * conv.out_channels * conv.out_height * conv.out_width > 2 * kPooledFloats;
+  return large && reads_directly(conv) && !conv.residual;
+}
+
+void pooled_conv2d(const Conv& conv, const Threads& threads) {
+  const int64_t height = conv.out_height / 2, width = conv.out_width / 2, step = height * width;
+  const int64_t fitting = kPooledFloats / (conv.out_channels * 2 * conv.out_width);
+  const int64_t pairs = std::clamp<int64_t>(fitting, 1, ceil_div(height, threads.count));
+  const int64_t bands = ceil_div(height, pairs);
+  for_each(threads, conv.batch * bands, [&](int64_t item) {
+    const int64_t image = item / bands, pair = item % bands * pairs;
+    // The band as a convolution of its own: fewer output rows, and a border that begins as much higher.
+    Conv band = conv;
+    band.batch = 1;
+    band.out_height = 2 * std::min(pairs, height - pair);
+    band.top = conv.top - 2 * pair;
+    band.x = conv.x + image * conv.channels * conv.height * conv.width;
+    band.y = scratch(conv.out_channels * band.out_height * conv.out_width);
+    const Threads alone{1, {}};
+    run_group(band, {0, 1, 0, band.out_height}, alone);
+    float* y = conv.y + image * conv.out_channels * step + pair * width;
+    max_pool_2x2(band.y, conv.out_channels, band.out_height, conv.out_width, y, step, alone);
+  });
 }
 
 }  // namespace lhc

@@ -28,4 +28,11 @@ struct Conv {
 
 void grouped_conv2d(const Conv& conv, const Threads& threads);
 
+// Whether pooled_conv2d serves the convolution, and is faster than pooling its output afterwards.
+bool pools_in_bands(const Conv& conv);
+
+// grouped_conv2d and max_pool_2x2, one band of rows after the other; y is [batch, out_channels, out_height / 2,
+// out_width / 2].
+void pooled_conv2d(const Conv& conv, const Threads& threads);
+
 }  // namespace lhc

@@ -34,7 +34,7 @@ void pool_row(const float* above, const float* below, int64_t width, float* y) {
 
 }  // namespace
 
-void max_pool_2x2(const float* x, int64_t planes, int64_t height, int64_t width, float* y,
+void max_pool_2x2(const float* x, int64_t planes, int64_t height, int64_t width, float* y, int64_t step,
                   const Threads& threads) {
   const int64_t out_height = height / 2, out_width = width / 2, rows = planes * out_height;
   const int64_t rows_per_item = std::max<int64_t>(1, kItemPixels / std::max<int64_t>(2 * width, 1));
@@ -42,8 +42,9 @@ void max_pool_2x2(const float* x, int64_t planes, int64_t height, int64_t width,
   for_each(threads, items, [&](int64_t item) {
     const int64_t end = std::min(rows, (item + 1) * rows_per_item);
     for (int64_t row = item * rows_per_item; row < end; ++row) {
-      const float* above = x + row / out_height * height * width + row % out_height * 2 * width;
-      pool_row(above, above + width, out_width, y + row * out_width);
+      const int64_t plane = row / out_height, i = row % out_height;
+      const float* above = x + (plane * height + 2 * i) * width;
+      pool_row(above, above + width, out_width, y + plane * step + i * out_width);
     }
   });
 }

@@ -24,6 +24,9 @@ from lhc_triton.runtime.workload import Workload
 AUTO_BACKENDS = {"cpu": ("native", "torch"), "cuda": ("triton",)}
 """The sparse backends of "auto" on each device kind, the fastest first: it takes the first that can serve."""
 
+CLEARLY = 1.03
+"""How many times as fast as dense a sparse backend must be measured: nearer times are noise."""
+
 ROUNDS = 9
 BUDGET_S = 0.3
 TUNES = ("off", "cached", "full")
@@ -126,8 +129,7 @@ def choose_backend(
     if times:
         fastest = min(able, key=lambda name: times[name])
         ratio = times["dense"] / times[fastest]
-        # Equal times go to dense: it has the simpler code behind it.
-        best = fastest if ratio > 1 else "dense"
+        best = fastest if ratio > CLEARLY else "dense"
         return Decision(best, f"measured: {fastest} has {ratio:.2f}x the speed of dense", times)
     if supports(layer.backend, layer, dtype, device) is not None:
         # Planned for a backend that is not to be had here: the same tiles, priced for the one that is.

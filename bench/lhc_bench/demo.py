@@ -155,7 +155,7 @@ def _layer_rows(
     fast: AcceleratedModel, dense: AcceleratedModel, example: Tensor, rounds: int
 ) -> list[dict[str, Any]]:
     """Return the rows of the planned layers, with measured times of each layer and its dense form."""
-    planned = {layer.name for layer in fast.plan.layers}
+    planned = {layer.name for layer in fast.plan.layers if layer.topology.density < 1}
     inputs: dict[str, tuple[Any, ...]] = {}
     handles = [
         module.register_forward_pre_hook(lambda _module, args, name=name: inputs.__setitem__(name, args))

@@ -17,7 +17,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def serves(x: Tensor) -> bool:
     """Return whether a prepacked convolution can take this input, here and in the mode torch is in."""
-    if torch.compiler.is_compiling():  # nothing below can be traced, and the compiler packs by itself
+    # Nothing below can be compiled, and the compiler packs by itself; nor can a tracer hold an opaque weight.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return (
         x.device.type == "cpu"

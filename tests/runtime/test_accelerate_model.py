@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -413,3 +414,11 @@ def test_every_mode_of_autograd_gives_the_same_plain_tensor(mode: Any) -> None:
     x = image().requires_grad_()
     with pytest.raises(RuntimeError, match="inference only"):
         fast(x).sum().backward()
+
+
+def test_an_accelerated_network_can_be_traced_by_torchscript() -> None:
+    fast = accelerate(resnet(), image(), tune="off")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer warns of every check of a shape
+        traced = torch.jit.trace(fast.network, image(), check_trace=False)
+        assert norm_error(traced(image()), run(fast, image())) < 1e-6

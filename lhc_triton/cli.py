@@ -31,6 +31,7 @@ app = typer.Typer(
 
 USER_MISTAKE = 2
 INTERRUPTED = 130
+MAX_BATCH = 4096  # planning runs the network once on so many images
 SHIPPED = ("lhc", "dense")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
@@ -406,8 +407,8 @@ def _plan_of(
     from lhc_triton.artifact import is_artifact
     from lhc_triton.models.pretrained import load_pretrained, load_vgg
 
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch is {batch}; it must be at least 1")
+    if batch is not None and not 1 <= batch <= MAX_BATCH:
+        raise ValueError(f"batch is {batch}; it must be from 1 to {MAX_BATCH}")
     if network in SHIPPED:
         model = load_pretrained(network)  # type: ignore[arg-type]
     elif not Path(network).exists():

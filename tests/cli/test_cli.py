@@ -92,6 +92,7 @@ def test_inspect_writes_a_picture_and_numbers(run, tmp_path):
     [
         (("plan", "no-such-network"), "no-such-network"),
         (("plan", "lhc", "--batch", "0"), "batch"),
+        (("plan", "lhc", "--batch", "100000000"), "from 1 to 4096"),
         (("plan", "lhc", "--backend", "magic"), "magic"),
         (("inspect", "dense"), "no layer"),
         (("bench", "--suite", "nothing"), "nothing"),

@@ -64,6 +64,33 @@ def test_every_variant_equals_the_dense_convolution_on_any_number_of_threads(lay
             assert relative_error(y, oracle) < 1e-6
 
 
+# Outputs too large to stay in the cache until they are pooled.
+POOLED = {
+    "odd sizes": ConvGeometry(2, 40, 48, 75, 61),
+    "more bands than rows fill evenly": ConvGeometry(1, 32, 64, 98, 70),
+    "large kernel": ConvGeometry(1, 16, 48, 90, 80, (5, 3), (1, 1), (2, 2, 1, 1)),
+    "no border": ConvGeometry(1, 32, 32, 130, 96, (3, 1), (1, 1), (0, 0, 0, 0)),
+    "pointwise": ConvGeometry(1, 64, 32, 104, 96, (1, 1), (1, 1), (0, 0, 0, 0)),
+    "pointwise, border above": ConvGeometry(1, 64, 32, 104, 96, (1, 1), (1, 1), (4, 0, 0, 0)),
+    "stride 2": ConvGeometry(1, 16, 48, 151, 160, (3, 3), (2, 2)),
+}
+
+
+@pytest.mark.parametrize("layer", POOLED)
+def test_large_outputs_are_pooled_right(layer):
+    case = Problem(
+        POOLED[layer], in_block=16, out_block=16, density=0.3, shuffle=True, activation="relu", pool="max2x2"
+    )
+    assert case.geometry.out_values > 2 << 17
+    case.x[0, :, 20, 30] = float("nan")
+    expected = case.run("reference")  # not the dense oracle, whose zero weights spread NaN
+    assert expected.isnan().any()
+    for threads in (1, 2, 5):
+        y = at_threads(threads, lambda: case.run("native"))
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert relative_error(y.nan_to_num(), expected.nan_to_num()) < 1e-6
+
+
 @pytest.mark.parametrize("layer", ["direct, wider than a vector", "copied, images side by side"])
 def test_unwritten_outputs_would_show(layer):
     case = Problem(LAYERS[layer], in_block=32, out_block=3, density=0.05, shuffle=True, groups_per_tile=3)

@@ -414,7 +414,9 @@ void grouped_conv2d(const Conv& conv, const Threads& threads) {
 bool pools_in_bands(const Conv& conv) {
   // Smaller outputs are still in the caches when they are pooled.
   const bool large = conv.batch * conv.out_channels * conv.out_height * conv.out_width > 2 * kPooledFloats;
-  return large && reads_directly(conv) && !conv.residual;
+  // A pointwise band would not be read directly, and would want the scratch memory for planes.
+  const bool pointwise = conv.kernel[0] * conv.kernel[1] == 1;
+  return large && !pointwise && reads_directly(conv) && !conv.residual;
 }
 
 void pooled_conv2d(const Conv& conv, const Threads& threads) {

@@ -36,6 +36,11 @@ BACKWARD_MESSAGE = (
     "or call the accelerated one under torch.inference_mode()"
 )
 
+OPTIONS = (
+    "out_channels", "kernel_size", "stride", "padding", "dilation", "activation", "pool", "layout"
+)  # fmt: skip
+"""The arguments after the tensors, in the schema's order; the backend's name and its config follow."""
+
 torch.library.define("lhc::grouped_conv2d", SCHEMA)
 torch.library.define("lhc::grouped_conv2d_python", SCHEMA)
 
@@ -135,104 +140,28 @@ def _checked_size(
     return oh, ow
 
 
-def _run(
-    x: Tensor,
-    weight: Tensor,
-    tables: list[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    out_channels: int,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    activation: str,
-    pool: str,
-    layout: str,
-    backend: str,
-    config: list[int],
-) -> Tensor:
+def _run(*arguments: Any) -> Tensor:
+    """Run a call, its arguments in the schema's order, on the backend that it names."""
     register_flops()
+    x, backend, config = arguments[0], arguments[-2], arguments[-1]
     reason = unavailable(backend, x.dtype, x.device)
     if reason is not None:
         raise ValueError(f"grouped_conv2d: {reason}")
     if backend == "native":
         # Loaded by now; for later calls the dispatcher finds it without passing here.
         native: Tensor = torch.ops.lhc.grouped_conv2d.default.redispatch(
-            torch._C.DispatchKeySet(torch._C.DispatchKey.CPU),
-            x,
-            weight,
-            tables,
-            bias,
-            residual,
-            scale,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            activation,
-            pool,
-            layout,
-            backend,
-            config,
+            torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *arguments
         )
         return native
-    _checked_size(
-        x,
-        weight,
-        tables,
-        bias,
-        residual,
-        scale,
-        out_channels,
-        kernel_size,
-        stride,
-        padding,
-        dilation,
-        activation,
-        pool,
-        layout,
-    )
+    _checked_size(*arguments[:-2])
     if backend == "triton":
-        return _run_triton(
-            x,
-            weight,
-            tables,
-            bias,
-            residual,
-            scale,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            activation,
-            pool,
-            layout,
-            config,
-        )
+        return _run_triton(config, *arguments[:-2])
     run = reference.grouped_conv2d if backend == "reference" else torch_backend.grouped_conv2d
-    return run(
-        x,
-        weight,
-        tables,
-        bias,
-        residual,
-        scale,
-        out_channels=out_channels,
-        kernel_size=kernel_size,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        activation=activation,
-        pool=pool,
-        layout=layout,
-    )
+    return run(*arguments[:6], **dict(zip(OPTIONS, arguments[6:-2], strict=True)))
 
 
 def _run_triton(
+    config: list[int],
     x: Tensor,
     weight: Tensor,
     tables: list[Tensor],
@@ -247,7 +176,6 @@ def _run_triton(
     activation: str,
     pool: str,
     layout: str,
-    config: list[int],
 ) -> Tensor:
     # Imported here because it imports Triton, which a CPU-only user never needs.
     import lhc_kernels

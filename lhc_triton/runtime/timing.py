@@ -133,8 +133,7 @@ def race(
     failed: dict[str, float | str] = {}
     running = list(samplers)
     for turn in range(rounds):
-        first = turn % max(1, len(running))
-        for name in running[first:] + running[:first]:
+        for name in random.Random(turn).sample(running, len(running)):
             try:
                 samples[name].append(samplers[name]())
             except Exception as error:  # a kernel may fail in any way; the others go on

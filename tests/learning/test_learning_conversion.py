@@ -39,9 +39,6 @@ def network(seed=0):
     return Residual()
 
 
-# --- convert
-
-
 def test_convert_replaces_all_but_the_first_convolution_in_place():
     model = network()
     assert convert(model, CONFIG) is model
@@ -195,9 +192,6 @@ def test_convert_refuses_weights_that_are_not_finite_and_changes_nothing(value):
     assert not lhc_layers(model)
 
 
-# --- freeze
-
-
 def test_freeze_freezes_every_layer_and_keeps_the_output():
     model = convert(network(), CONFIG).eval()
     x = torch.randn(1, 3, 9, 9, generator=torch.Generator().manual_seed(1))
@@ -229,9 +223,6 @@ def test_whole_model_round_trip_of_a_frozen_state():
     assert all(layer.frozen for layer in lhc_layers(other).values())
     assert torch.equal(other(x), model(x))
     assert torch.equal(copy.deepcopy(other)(x), model(x))
-
-
-# --- output sizes and summary
 
 
 def test_output_pixels_counts_batch_and_every_call():

@@ -107,9 +107,6 @@ def convolutions(draw):
     return arguments, size, draw(st.integers(0, 2**31))
 
 
-# --- forward
-
-
 @settings(max_examples=60, deadline=None)
 @given(convolutions())
 def test_forward_is_the_dense_convolution_with_the_masked_weight(case):
@@ -144,9 +141,6 @@ def test_filters_outside_the_mixture_run_dense(config):
     mask[torch.arange(10) % 3 != 0] = 1
     torch.testing.assert_close(layer(x), oracle(layer, x, mask))
     assert torch.equal(layer.mask(), mask_by_loops(layer)), "mask() tells the learned mask, not the mixture"
-
-
-# --- gradients
 
 
 @both
@@ -203,9 +197,6 @@ def test_the_penaltys_gradient_reaches_every_effect_even_of_filters_that_run_den
     torch.testing.assert_close(layer.effects.grad, expected)
 
 
-# --- initialisation and rescue
-
-
 @pytest.mark.parametrize(
     ("config", "kernel", "fan_in"),
     [
@@ -259,9 +250,6 @@ def test_reset_parameters_draws_the_effects_again_and_ends_a_freeze():
     assert layer.effects.requires_grad
     assert not torch.equal(layer.effects, before)
     assert torch.equal(layer.topology, layer.block_mask().bool())
-
-
-# --- freezing
 
 
 @both
@@ -350,9 +338,6 @@ def test_set_topology_refuses(mask, message):
     assert not layer.frozen
 
 
-# --- wrong arguments
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -366,9 +351,6 @@ def test_set_topology_refuses(mask, message):
 def test_layer_refuses(arguments, error, message):
     with pytest.raises(error, match=message):
         LHCConv2d(**({"in_channels": 4, "out_channels": 4, "kernel_size": 3} | arguments))
-
-
-# --- state
 
 
 @both
@@ -438,9 +420,6 @@ def test_density_is_no_part_of_the_state():
     source, target = layer_of(LHCConfig(0.1, 3, 4)), layer_of(LHCConfig(None, 3, 4))
     target.load_state_dict(source.state_dict())
     assert target.config.density is None
-
-
-# --- dtypes, memory formats, compilers
 
 
 @both

@@ -52,9 +52,6 @@ def mixtures(model):
     return [layer.masked_filters.clone() for layer in lhc_layers(model).values()]
 
 
-# --- penalty
-
-
 @pytest.mark.parametrize("shapes", ["free", "rigid"])
 @pytest.mark.parametrize("target", [0.05, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("epoch", [1, 7, 20, 33])
@@ -156,9 +153,6 @@ def test_training_on_the_penalty_alone_reaches_the_target_density():
     assert abs(reached[-1] - 0.2) < 0.03
 
 
-# --- warm-up
-
-
 def test_mixture_goes_from_all_dense_to_all_masked():
     model = network()
     schedule = TopologySchedule(model, EXAMPLE, warmup_epochs=10)
@@ -236,9 +230,6 @@ def test_warming_up_lasts_until_both_warm_ups_are_over(density, warmup, ramp, fi
         assert schedule.warming_up is (epoch < first_free_epoch)
 
 
-# --- resuming
-
-
 def test_a_resumed_run_goes_on_as_if_it_had_never_stopped():
     def train(model, schedule, optimiser, epochs):
         for epoch in epochs:
@@ -296,9 +287,6 @@ def test_load_state_dict_refuses_and_changes_nothing(change, error, message):
 def test_load_state_dict_refuses_a_missing_key():
     with pytest.raises(ValueError, match="expected"):
         TopologySchedule(network(), EXAMPLE).load_state_dict({"epoch": 1})
-
-
-# --- wrong use
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,6 @@ def effects_of(grid, kernel, seed):
     return torch.randn(*grid, *kernel, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# --- configuration
-
-
 @pytest.mark.parametrize("density", [None, 1e-6, 0.1, 1, 1.0])
 def test_config_takes_every_density_up_to_one_and_none(density):
     assert LHCConfig(density=density).density == density
@@ -91,9 +88,6 @@ def test_block_grid_counts_cropped_blocks():
     assert block_grid(3, 1, 32, 16) == (1, 1)
 
 
-# --- rigid shapes
-
-
 def test_rigid_shapes_of_3x3_are_the_methods_15_in_its_order():
     assert torch.equal(rigid_shapes((3, 3)), drawn_shapes())
     assert torch.equal(rigid_shapes(3), drawn_shapes())
@@ -123,9 +117,6 @@ def test_rigid_shapes_drop_duplicates(kernel, count):
 def test_rigid_shapes_refuse_kernels_without_a_centre(kernel):
     with pytest.raises(ValueError, match="has no rigid shapes: use odd sizes, or shapes='free'"):
         rigid_shapes(kernel)
-
-
-# --- free masks
 
 
 def test_free_mask_is_one_above_zero_and_zero_elsewhere():
@@ -170,9 +161,6 @@ def test_free_masks_never_lose_a_group(case):
     dead = sum(not bool((group > 0).any()) for group in effects)
     assert rescued_groups(effects) == dead
     assert mask.sum() == (effects > 0).sum() + dead
-
-
-# --- rigid masks
 
 
 def test_rigid_mask_takes_the_shape_of_the_largest_effect():
@@ -239,9 +227,6 @@ def test_rigid_masks_are_shapes_and_never_lose_a_group(groups, blocks, kh, kw, s
     mask = rigid_mask(effects, shapes)
     assert mask.flatten(1).any(1).all()
     assert all(any(torch.equal(m.bool(), s) for s in shapes) for m in mask.flatten(0, 1))
-
-
-# --- expansion and counts
 
 
 @quick

@@ -161,7 +161,7 @@ def test_a_damaged_store_is_tuned_anew(store):
     assert len(store.get(KEY)) == 12
 
 
-def test_a_race_interleaves_and_begins_with_another_one_each_round():
+def test_a_race_interleaves_in_another_order_each_round_and_in_the_same_orders_again():
     order = []
 
     def sampler(name):
@@ -171,8 +171,12 @@ def test_a_race_interleaves_and_begins_with_another_one_each_round():
 
         return sample
 
-    assert race({name: sampler(name) for name in "abc"}, rounds=3) == {"a": 1.0, "b": 1.0, "c": 1.0}
-    assert "".join(order) == "abcbcacab"
+    assert race({name: sampler(name) for name in "abc"}, rounds=6) == {"a": 1.0, "b": 1.0, "c": 1.0}
+    turns = ["".join(order[first : first + 3]) for first in range(0, 18, 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+    assert len(set(turns)) > 2
+    race({name: sampler(name) for name in "abc"}, rounds=6)
+    assert order[:18] == order[18:]
     assert race({}, rounds=3) == {}
 
 

@@ -165,9 +165,9 @@ def configs_run(monkeypatch):
     """Stand in for the kernel; the list holds the configs it was given."""
     configs = []
 
-    def write_down(*arguments):
-        configs.append(arguments[-1])
-        return ops._fake(*arguments[:-1], "triton", [])
+    def write_down(config, *arguments):
+        configs.append(config)
+        return ops._fake(*arguments, "triton", [])
 
     monkeypatch.setattr(ops, "_run_triton", write_down)
     return configs

@@ -129,7 +129,7 @@ def _build(architecture: Any) -> VGG:
 def load_pretrained(kind: Kind) -> nn.Module:
     """One of the two networks that ship with the package, trained on Fashion-MNIST for equally many epochs.
 
-    Input: images [N, 1, 28, 28], normalised as lhc_triton.training.data.normalise does.
+    Input: images [N, 1, 28, 28], normalised as batches of lhc_triton.training.open_data("fashion-mnist") are.
 
     Args:
         kind: "lhc" for the network of learned topology (frozen LHCConv2d layers), "dense" for its dense twin.

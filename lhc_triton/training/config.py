@@ -29,6 +29,7 @@ TopologyName = Literal[
     "1xn",
     "asymmetric",
     "cross",
+    "dilated_cross",
 ]
 Precision = Literal["auto", "fp32", "bf16"]
 Augmentation = Literal["none", "paper", "standard"]
@@ -95,7 +96,7 @@ class TrainConfig:
         TopologyName,
         Setting(
             "learned, or one made by hand: standard, pointwise, groupwise, depthwise, hetconv, stripe, 1xn, "
-            "asymmetric, cross"
+            "asymmetric, cross, dilated_cross"
         ),
     ] = "learned"
     pointwise_layers: Annotated[bool, Setting("whether 1x1 convolutions learn a topology too")] = True
@@ -177,6 +178,11 @@ class TrainConfig:
         return LHCConfig(
             density=self.density, in_block=self.in_block, out_block=self.out_block, shapes=self.shapes
         )
+
+    @property
+    def target(self) -> float | None:
+        """The density that training steers to; None for none, as under a topology made by hand."""
+        return self.density if self.topology == "learned" else None
 
     @property
     def warmup(self) -> int:

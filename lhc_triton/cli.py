@@ -110,9 +110,7 @@ def demo(
 def train(
     preset: Annotated[
         str | None,
-        typer.Option(
-            help="quick (minutes on two cores; the default), shipped, paper, modern, fashion-vgg16."
-        ),
+        typer.Option(help="quick (the default: minutes on two cores), shipped, paper, modern, fashion-vgg16"),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="Instead of a preset: a TOML file as --show-config prints it.")
@@ -418,12 +416,12 @@ def _plan_of(
 
     import lhc_triton as lhc
     from lhc_triton.artifact import is_artifact
-    from lhc_triton.models.pretrained import load_pretrained
+    from lhc_triton.models.pretrained import load_network, pretrained_path
 
     if batch is not None and not 1 <= batch <= MAX_BATCH:
         raise ValueError(f"batch is {batch}; it must be from 1 to {MAX_BATCH}")
     if network in SHIPPED:
-        model = load_pretrained(network)  # type: ignore[arg-type]
+        saved = load_network(pretrained_path(network))  # type: ignore[arg-type]
     elif not Path(network).exists():
         raise FileNotFoundError(
             f"no network {network!r}; give one of {', '.join(SHIPPED)}, or an existing file"
@@ -433,10 +431,11 @@ def _plan_of(
             raise ValueError(f"{network} brings its own plan: leave --batch and --backend out")
         return lhc.load(network, device=device).plan
     else:
-        model = load_vgg(network)[0]
-    channels = next(m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d))
-    image = torch.zeros(batch or usual_batch, channels, 28, 28, device=device, dtype=dtype)
-    return lhc.plan(model.to(device, dtype), image, backend=backend)
+        saved = load_network(network)
+    made = saved.architecture
+    size = (batch or usual_batch, made.in_channels, made.image_size, made.image_size)
+    image = torch.zeros(size, device=device, dtype=dtype)
+    return lhc.plan(saved.model.to(device, dtype), image, backend=backend)
 
 
 def main() -> None:

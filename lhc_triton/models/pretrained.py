@@ -200,9 +200,8 @@ def _fitted(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> di
     for found, wanted, what in ((tensors, expected, "lacks"), (expected, tensors, "does not know")):
         missing = sorted(wanted.keys() - found.keys())
         if missing:
-            raise ValueError(
-                f"it {what} {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
-            )
+            more = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise ValueError(f"it {what} {missing[0]}{more}")
     fitted = {}
     for name, tensor in tensors.items():
         wanted_type, wanted_shape = expected[name].dtype, expected[name].shape
@@ -222,7 +221,7 @@ def _fitted(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> di
 def load_pretrained(kind: Kind) -> nn.Module:
     """One of the two networks that ship with the package, trained on Fashion-MNIST for equally many epochs.
 
-    Input: images [N, 1, 28, 28], normalised as lhc_triton.training.data.normalise does.
+    Input: images [N, 1, 28, 28], normalised as batches of lhc_triton.training.open_data("fashion-mnist") are.
 
     Args:
         kind: "lhc" for the network of learned topology (frozen LHCConv2d layers), "dense" for its dense twin.

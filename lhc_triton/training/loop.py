@@ -18,16 +18,15 @@ from lhc_triton.models.weights import write_beside
 from lhc_triton.schedule import TopologySchedule
 from lhc_triton.training.checkpoints import Checkpoint, load_checkpoint, restore, save_checkpoint
 from lhc_triton.training.config import TrainConfig
-from lhc_triton.training.data import CLASSES, SIDE, FashionMNIST, ImageSet, validation_split
+from lhc_triton.training.data import FashionMNIST, ImageSet, validation_split
 from lhc_triton.training.metrics import EpochMetrics, best_epoch, reached, write_metrics
-from lhc_triton.training.networks import ImageFormat, apply_topology, architecture_of, build_network
+from lhc_triton.training.networks import apply_topology, architecture_of, build_network
 from lhc_triton.training.presets import command_of
 from lhc_triton.training.progress import Progress, Silence, TerminalProgress
 from lhc_triton.training.recipe import STAGES, StageName, make_optimiser, stage_epochs
 from lhc_triton.training.stage import accuracy, choose_precision, train_epoch
 
 LAST = "last.safetensors"
-IMAGES = ImageFormat(1, SIDE, CLASSES)
 
 
 @dataclass(frozen=True)
@@ -238,7 +237,7 @@ class _Work:
         """The network at its start: the same weights for the dense and the LHC one."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            model = build_network(self.config, IMAGES)
+            model = build_network(self.config, self.training.format, self.progress.say)
             if stage != "dense":
                 apply_topology(model, self.config)
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -270,7 +269,7 @@ def _finish(work: _Work, test: ImageSet, rows: list[EpochMetrics]) -> TrainResul
     for kind, stage in (("dense", STAGES[0]), ("lhc", STAGES[2])):
         model = work.network(stage)
         work.load_best(stage, model)
-        architecture = architecture_of(config, IMAGES)
+        architecture = architecture_of(config, work.training.format)
         path = out / f"{kind}.safetensors"
         notes: dict[str, Any] = {
             "command": command_of(config),

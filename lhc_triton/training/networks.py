@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Literal, TypeVar
 
 from torch import nn
@@ -15,6 +14,7 @@ from lhc_triton.models.pretrained import load_initial
 from lhc_triton.models.resnet import WIDTHS
 from lhc_triton.models.vgg import VGG16_WIDTHS, VGG19_WIDTHS, Images
 from lhc_triton.training.config import TrainConfig
+from lhc_triton.training.data import ImageFormat
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -28,15 +28,6 @@ _NAMES = {
     "resnet34": "ResNet34",
     "resnet50": "ResNet50",
 }
-
-
-@dataclass(frozen=True)
-class ImageFormat:
-    """What a network needs to know of the images."""
-
-    channels: int
-    size: int
-    classes: Sequence[str]
 
 
 def architecture_of(config: TrainConfig, format: ImageFormat) -> Architecture:
@@ -105,6 +96,5 @@ def apply_topology(model: ModelT, config: TrainConfig) -> ModelT:
 
     if config.topology != "learned":
         return impose(model, config.topology, filter_fn=takes_part)
-    return convert(
-        model, blocks_by_width(config.lhc) if config.block_rule == "width" else config.lhc, takes_part
-    )
+    blocks = blocks_by_width(config.lhc) if config.block_rule == "width" else config.lhc
+    return convert(model, blocks, takes_part)

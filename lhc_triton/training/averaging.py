@@ -6,7 +6,7 @@ import copy
 import itertools
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lhc_triton.conversion import lhc_layers
 
@@ -14,9 +14,9 @@ from lhc_triton.conversion import lhc_layers
 class WeightAverage:
     """A second network whose weights and statistics follow those of the first, smoothed.
 
-    After step n (from 0) each is ``d * average + (1 - d) * value`` with d = min(decay, (1 + n) / (10 + n)), so
-    that the random start is soon forgotten. Effects and masks are taken over as they are: the average has the
-    topology of the network in training.
+    After step n (from 0) each is ``d * average + (1 - d) * value`` with d = min(decay, (1 + n) / (10 + n)):
+    the random start is soon forgotten. Effects and masks are taken over as they are, so that the average has
+    the topology of the network in training.
 
     Args:
         model: the network in training, its topology frozen already if it is to be.
@@ -35,7 +35,8 @@ class WeightAverage:
             itertools.chain(model.parameters(), model.buffers()),
             strict=True,
         )
-        self._smoothed, self._copied = [], []
+        self._smoothed: list[tuple[Tensor, Tensor]] = []
+        self._copied: list[tuple[Tensor, Tensor]] = []
         for mine, theirs in pairs:
             smooth = theirs.is_floating_point() and id(theirs) not in effects
             (self._smoothed if smooth else self._copied).append((mine, theirs))

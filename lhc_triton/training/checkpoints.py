@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,13 @@ def save_checkpoint(
     write_tensors(path, tensors, document)
 
 
-def load_checkpoint(path: str | Path, run: Mapping[str, Any]) -> Checkpoint:
+def load_checkpoint(path: str | Path, run: Mapping[str, Any], ignore: Collection[str] = ()) -> Checkpoint:
     """Read a checkpoint of this run.
+
+    Args:
+        path: the safetensors file.
+        run: what makes the run this one.
+        ignore: keys that only the checkpoint's run may have.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -105,7 +110,7 @@ def load_checkpoint(path: str | Path, run: Mapping[str, Any]) -> Checkpoint:
     found = document.get("run")
     if not isinstance(found, dict):
         raise ValueError(f"{path}: does not say which run it is of; delete it to start again")
-    differing = sorted(key for key in {*found, *run} if found.get(key) != run.get(key))
+    differing = sorted(key for key in {*found, *run} - {*ignore} if found.get(key) != run.get(key))
     if differing:
         key = differing[0]
         raise ValueError(

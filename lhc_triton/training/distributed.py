@@ -40,7 +40,7 @@ class World:
         return self.rank == 0
 
     def share(self, indices: Tensor) -> Tensor:
-        """Return this process's part of ``indices`` [N]: adjacent ones, N / size of them rounded down or up."""
+        """Return this process's part of ``indices`` [N]: adjacent ones, N / size of them, more or less."""
         return indices.tensor_split(self.size)[self.rank]
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def _device(name: str, local_rank: int | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device {name!r} is not one of cpu, cuda, cuda:N")
     if device.type == "cuda" and local_rank is not None:
-        if device.index is not None:
+        if ":" in name:
             raise ValueError(f"device {name!r} is one device for several processes; give cuda")
         device = torch.device("cuda", local_rank)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -187,7 +187,7 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         total = gradient.contiguous().clone()
         dist.all_reduce(total)
         return total

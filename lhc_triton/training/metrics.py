@@ -154,7 +154,8 @@ def layer_metrics(
     """What layers.csv says of an epoch.
 
     Args:
-        stage, epoch: which one.
+        stage: its stage.
+        epoch: its number.
         model: after the epoch.
         before: block_masks() before the epoch.
         pixels: output positions of each layer for one image.

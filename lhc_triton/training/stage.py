@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -31,12 +31,14 @@ class Trainee:
         optimiser: over its parameters.
         schedule: of a network with a topology, learned or frozen; None for the dense one.
         average: of its weights, where the run wants one.
+        pixels: output positions of each converted convolution for one image, by name.
     """
 
     model: nn.Module
     optimiser: torch.optim.Optimizer
     schedule: TopologySchedule | None = None
     average: WeightAverage | None = None
+    pixels: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def judged(self) -> nn.Module:
@@ -131,7 +133,7 @@ def train_epoch(
     world: World,
     on_step: Callable[[float | None], None],
 ) -> EpochLosses:
-    """Train for one epoch. What is random in it depends on (seed, stage, epoch) alone; dropout on the rank too.
+    """Train for one epoch. What is random in it depends on (seed, stage, epoch); dropout on the rank too.
 
     Args:
         trainee: its model is left in training mode.
@@ -164,7 +166,7 @@ def train_epoch(
     penalty_sum = torch.zeros_like(task_sum)
     rate = config.lr
     trainee.model.train()
-    # Wrapped anew in each epoch: the order of its sums changes after a first step, and a resumed run's must too.
+    # Wrapped anew in each epoch: the order of its sums changes after a first step, in a resumed run as well.
     parallel = world.parallel(trainee.model)
     with _seeded(seed + world.rank, world.device):
         for step in range(steps):

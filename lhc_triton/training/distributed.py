@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -104,12 +105,16 @@ class World:
                         buffer.copy_(self.mean(buffer))
 
 
-def no_sync(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """The context of a backward pass: gradients are exchanged in the last one of a step only."""
-    if last or not isinstance(model, DistributedDataParallel):
-        return nullcontext()
-    context: AbstractContextManager[None] = model.no_sync()
-    return context
+@contextmanager
+def exchanging(model: nn.Module, last: bool) -> Iterator[None]:
+    """The context of a forward and backward pass: gradients are exchanged in the last one of a step only."""
+    if not isinstance(model, DistributedDataParallel):
+        yield
+        return
+    with warnings.catch_warnings(), nullcontext() if last else model.no_sync():
+        # Strides of axes of length 1 mean nothing, and differ: torch remarks on that.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        yield
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from lhc_triton.schedule import TopologySchedule
 from lhc_triton.training.averaging import WeightAverage
 from lhc_triton.training.config import Precision, TrainConfig
 from lhc_triton.training.data import Source
-from lhc_triton.training.distributed import World, no_sync
+from lhc_triton.training.distributed import World, exchanging
 from lhc_triton.training.recipe import StageName, learning_rate
 
 _EVAL_IMAGES, _EVAL_PIXELS = 500, 1 << 22
@@ -203,7 +203,7 @@ def _step(
     trainee.optimiser.zero_grad(set_to_none=True)
     for part in range(config.accumulate):
         last = part == config.accumulate - 1
-        with no_sync(parallel, last):
+        with exchanging(parallel, last):
             pixels, labels = next(batches)
             with autocast(plan.precision, world.device):
                 scores = parallel(pixels)

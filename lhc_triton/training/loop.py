@@ -373,6 +373,8 @@ def _prepare(out: Path, config: TrainConfig) -> None:
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file; give a folder for the run")
     out.mkdir(parents=True, exist_ok=True)
+    for begun in out.glob(".*.tmp"):  # what a kill left of a write
+        begun.unlink(missing_ok=True)
     with _named_where_disk_fails(out):
         write_beside(out / "config.toml", config.to_toml().encode())
 

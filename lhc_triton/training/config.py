@@ -349,7 +349,10 @@ def _check_together(config: TrainConfig) -> None:
         raise ValueError(f"ema {config.ema} is outside (0, 1); 0.999 is usual, none is off")
     widths = config.widths
     if config.network != "small-vgg" and widths != SMALL_WIDTHS:
-        raise ValueError(f"widths are those of small-vgg; {config.network} has its own, times width")
+        raise ValueError(
+            f"widths {widths} are small-vgg's, {config.network} has its own, times width: leave widths out, "
+            "or start from a preset without them"
+        )
     for width in widths:
         if width != "M" and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
             raise ValueError(f'widths {widths} hold {width!r}; numbers of filters and "M" are supported')

@@ -149,10 +149,15 @@ def train(
     if as_json:
         print_json(result.to_dict())
         return
+    dense = result.dense_accuracy
     print_table(
-        ("", "dense", "LHC"),
+        (result.network, "dense", "LHC"),
         [
-            ("test accuracy", f"{100 * result.dense_accuracy:.2f} %", f"{100 * result.lhc_accuracy:.2f} %"),
+            (
+                "test accuracy",
+                "not trained" if dense is None else f"{100 * dense:.2f} %",
+                f"{100 * result.lhc_accuracy:.2f} %",
+            ),
             ("weights", "", f"{times(result.weight_reduction)} fewer"),
             ("MACs", "", f"{times(result.mac_reduction)} fewer"),
         ],

@@ -146,6 +146,8 @@ def train(
         return
     out = out or Path("runs") / name
     result = run_training(chosen, out)
+    if os.environ.get("RANK", "0") != "0":
+        return  # under torchrun the first process shows the result
     if as_json:
         print_json(result.to_dict())
         return

@@ -96,7 +96,7 @@ def rigid_shapes(kernel_size: int | tuple[int, int]) -> Tensor:
         (everything, middle_column),
     ]
     if kh == kw:
-        diagonal = torch.arange(kh)
+        diagonal = torch.arange(kh, device="cpu")
         regions += [(diagonal, diagonal), (diagonal, diagonal.flip(0))]
     regions += [(rows, columns) for rows in (to_row, from_row) for columns in (to_column, from_column)]
     regions += [
@@ -109,7 +109,7 @@ def rigid_shapes(kernel_size: int | tuple[int, int]) -> Tensor:
 
     shapes: list[Tensor] = []
     for region in regions:
-        shape = torch.zeros(kh, kw, dtype=torch.bool)
+        shape = torch.zeros(kh, kw, dtype=torch.bool, device="cpu")  # values are read, whatever the default device
         if region is not None:
             shape[region] = True
         if not any(torch.equal(shape, known) for known in shapes):

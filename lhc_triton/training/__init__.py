@@ -1,5 +1,6 @@
-"""Training: data, the coarse and the fine stage, checkpoints."""
+"""Training: data, the coarse and the fine stage, many processes, checkpoints."""
 
+from lhc_triton.training.config import TrainConfig, read_config
 from lhc_triton.training.data import (
     Data,
     FashionMNIST,
@@ -11,7 +12,7 @@ from lhc_triton.training.data import (
 )
 from lhc_triton.training.loop import TrainResult, train
 from lhc_triton.training.metrics import EpochMetrics
-from lhc_triton.training.presets import PRESETS, TrainConfig
+from lhc_triton.training.presets import PRESETS
 
 __all__ = [
     "PRESETS",
@@ -24,6 +25,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "open_data",
+    "read_config",
     "train",
     "validation_split",
 ]

@@ -1,0 +1,100 @@
+"""The networks of a run: built for its images, started from given weights, converted to its topology."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+from torch import nn
+
+from lhc_triton.conversion import blocks_by_width, convert
+from lhc_triton.handcrafted import impose
+from lhc_triton.models.architecture import Architecture
+from lhc_triton.models.pretrained import load_initial
+from lhc_triton.models.resnet import WIDTHS
+from lhc_triton.models.vgg import VGG16_WIDTHS, VGG19_WIDTHS, Images
+from lhc_triton.training.config import TrainConfig
+from lhc_triton.training.data import ImageFormat
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+SMALL_IMAGE = 64
+"""Images of fewer pixels than this have a network's CIFAR stem and head."""
+
+_NAMES = {
+    "small-vgg": "small VGG",
+    "vgg16": "VGG16",
+    "vgg19": "VGG19",
+    "resnet34": "ResNet34",
+    "resnet50": "ResNet50",
+}
+
+
+def architecture_of(config: TrainConfig, format: ImageFormat) -> Architecture:
+    """The network of a run in its sizes.
+
+    Raises:
+        ValueError: the images are too small for it.
+    """
+    stem: Images = "cifar" if format.size < SMALL_IMAGE else "imagenet"
+    if config.network == "small-vgg":
+        stem = "cifar"
+    elif config.stem != "auto":
+        stem = config.stem
+    widths = {"small-vgg": config.widths, "vgg16": VGG16_WIDTHS, "vgg19": VGG19_WIDTHS}.get(
+        config.network, WIDTHS
+    )
+    scaled = tuple(_scaled(width, config.width) for width in widths)
+    return Architecture(config.network, scaled, stem, format.channels, len(format.classes), format.size)
+
+
+def _scaled(width: int | Literal["M"], factor: float) -> int | Literal["M"]:
+    return width if width == "M" else max(1, round(factor * width))
+
+
+def network_name(config: TrainConfig) -> str:
+    """The network's name for people: one of other widths says so, as in "VGG16 x 0.5"."""
+    name = _NAMES[config.network]
+    return name if config.width == 1 else f"{name} x {config.width:g}"
+
+
+def build_network(
+    config: TrainConfig, format: ImageFormat, say: Callable[[str], None] = lambda text: None
+) -> nn.Module:
+    """The dense network of a run at its start; random weights come from torch's global generator.
+
+    Args:
+        config: the run; where it names pretrained weights they take the place of the random ones.
+        format: of its images: channels, size and classes.
+        say: told in a line which of the pretrained weights were left out.
+
+    Raises:
+        FileNotFoundError: there is no such file of pretrained weights.
+        ValueError: the images are too small for the network, or the pretrained weights are not its.
+    """
+    model = architecture_of(config, format).build()
+    if config.pretrained is not None:
+        left_out = load_initial(model, config.pretrained)
+        if left_out:
+            say(f"{config.pretrained}: of another classifier; {', '.join(left_out)} start at random")
+    return model
+
+
+def apply_topology(model: ModelT, config: TrainConfig) -> ModelT:
+    """Give a dense network the run's topology, in place: one to be learned, or one made by hand, frozen.
+
+    Args:
+        model: what build_network gave.
+        config: the run.
+
+    Raises:
+        ValueError: no convolution can have it.
+    """
+
+    def takes_part(name: str, conv: nn.Conv2d) -> bool:
+        return config.pointwise_layers or conv.kernel_size != (1, 1)
+
+    if config.topology != "learned":
+        return impose(model, config.topology, filter_fn=takes_part)
+    blocks = blocks_by_width(config.lhc) if config.block_rule == "width" else config.lhc
+    return convert(model, blocks, takes_part)

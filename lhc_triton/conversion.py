@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from .layers import LHCConv2d
 from .topology import LHCConfig
 
 FilterFn = Callable[[str, nn.Conv2d], bool]
+ConfigFn = Callable[[str, nn.Conv2d], LHCConfig]
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -22,7 +23,9 @@ def lhc_layers(model: nn.Module) -> dict[str, LHCConv2d]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LHCConv2d)}
 
 
-def convert(model: ModelT, config: LHCConfig | None = None, filter_fn: FilterFn | None = None) -> ModelT:
+def convert(
+    model: ModelT, config: LHCConfig | ConfigFn | None = None, filter_fn: FilterFn | None = None
+) -> ModelT:
     """Turn a model's convolutions into LHCConv2d layers, in place, and return the model.
 
     Weight and bias stay the same Parameter objects (an optimiser made before still needs the new `effects`
@@ -33,31 +36,38 @@ def convert(model: ModelT, config: LHCConfig | None = None, filter_fn: FilterFn 
 
     Args:
         model: any module that holds nn.Conv2d modules.
-        config: blocks, shapes, density target; LHCConfig() by default.
+        config: blocks, shapes, density target; LHCConfig() by default. Or a function that is called as
+            config(name, module) for every convolution that filter_fn takes, and returns its LHCConfig: see
+            `blocks_by_width`.
         filter_fn: called as filter_fn(name, module) for every convolution that could be converted; return
             False to leave it dense.
 
     Raises:
         ValueError: the model has no convolution, none can be converted, or a weight has NaN or infinity.
-        TypeError: model or config is of another type.
+        TypeError: model or config is of another type, or the function returns something else.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: give a torch.nn.Module")
     config = LHCConfig() if config is None else config
-    if not isinstance(config, LHCConfig):
-        raise TypeError(f"config={config!r} is not supported: give an LHCConfig")
+    if not isinstance(config, LHCConfig) and not callable(config):
+        raise TypeError(
+            f"config={config!r} is not supported: give an LHCConfig, or a function (name, module) -> LHCConfig"
+        )
     convolutions = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     if not convolutions:
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to convert")
 
-    chosen: dict[str, nn.Conv2d] = {}
+    chosen: dict[str, tuple[nn.Conv2d, LHCConfig]] = {}
     left: list[str] = []
     for index, (name, conv) in enumerate(convolutions):
-        reason = "is the first convolution" if index == 0 else _why_dense(conv, config)
+        reason = "is the first convolution" if index == 0 else _why_dense(conv)
         if reason is None and filter_fn is not None and not filter_fn(name, conv):
             reason = "was left out by filter_fn"
         if reason is None:
-            chosen[name] = conv
+            own = config if isinstance(config, LHCConfig) else _config_of(config, name, conv)
+            reason = _why_not_rigid(conv) if own.shapes == "rigid" else None
+        if reason is None:
+            chosen[name] = (conv, own)
         else:
             left.append(f"{name or 'the model itself'} {reason}")
     if not chosen:
@@ -65,11 +75,11 @@ def convert(model: ModelT, config: LHCConfig | None = None, filter_fn: FilterFn 
         raise ValueError(
             f"no convolution of {type(model).__name__} can be converted: {'; '.join(left[:3])}{more}"
         )
-    for name, conv in chosen.items():
+    for name, (conv, _) in chosen.items():
         if not conv.weight.is_meta and not bool(torch.isfinite(conv.weight).all()):
             raise ValueError(f"layer {name!r} has NaN or infinity in its weight: repair it before converting")
 
-    replacements = {conv: LHCConv2d.from_conv(conv, config) for conv in chosen.values()}
+    replacements = {conv: LHCConv2d.from_conv(conv, own) for conv, own in chosen.values()}
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):
             if isinstance(child, nn.Conv2d) and child in replacements:
@@ -77,7 +87,58 @@ def convert(model: ModelT, config: LHCConfig | None = None, filter_fn: FilterFn 
     return model
 
 
-def _why_dense(conv: nn.Conv2d, config: LHCConfig) -> str | None:
+def blocks_by_width(
+    config: LHCConfig, *, groups: int = 8, blocks: int = 8, largest: int = 128
+) -> ConfigFn:
+    """Return a rule for `convert` that gives wide layers wide blocks.
+
+    Patterns that many filters share run faster, but cost accuracy where a layer is narrow. So a layer's
+    blocks are those of ``config``, doubled as often as leaves it ``groups`` filter groups and ``blocks`` input
+    blocks, and up to ``largest``. With in_block=32 and out_block=16, a layer of 64 or 128 filters keeps 16,
+    256 filters get 32, 512 get 64, and 1024 or more 128. The rule and its numbers are ours.
+
+    Args:
+        config: density and shapes of every layer, and its smallest blocks.
+        groups: filter groups that widening must leave, 1 or more.
+        blocks: input blocks that widening must leave, 1 or more.
+        largest: channels or filters of the widest block.
+
+    Raises:
+        ValueError: a number is below 1, or a block of ``config`` is wider than ``largest``.
+        TypeError: a number is not an int.
+    """
+    for name, value in (("groups", groups), ("blocks", blocks), ("largest", largest)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}={value!r} is not an int: give 1 or more")
+        if value < 1:
+            raise ValueError(f"{name}={value} is not supported: give 1 or more")
+    for name in ("in_block", "out_block"):
+        if getattr(config, name) > largest:
+            raise ValueError(f"{name}={getattr(config, name)} is above largest={largest}: give smaller blocks")
+
+    def widened(block: int, channels: int, parts: int) -> int:
+        while 2 * block <= largest and 2 * block * parts <= channels:
+            block *= 2
+        return block
+
+    def rule(name: str, conv: nn.Conv2d) -> LHCConfig:
+        return replace(
+            config,
+            in_block=widened(config.in_block, conv.in_channels, blocks),
+            out_block=widened(config.out_block, conv.out_channels, groups),
+        )
+
+    return rule
+
+
+def _config_of(rule: ConfigFn, name: str, conv: nn.Conv2d) -> LHCConfig:
+    config = rule(name, conv)
+    if not isinstance(config, LHCConfig):
+        raise TypeError(f"the config function returned {config!r} for layer {name!r}: return an LHCConfig")
+    return config
+
+
+def _why_dense(conv: nn.Conv2d) -> str | None:
     """Why a convolution cannot be converted, or None."""
     if isinstance(conv, LHCConv2d):
         return "is an LHCConv2d already"
@@ -89,7 +150,12 @@ def _why_dense(conv: nn.Conv2d, config: LHCConfig) -> str | None:
         return f"has padding_mode={conv.padding_mode!r} (supported: 'zeros')"
     if "weight" not in conv._parameters:
         return "has a parametrised weight"
-    if config.shapes == "rigid" and not all(size % 2 for size in conv.kernel_size):
+    return None
+
+
+def _why_not_rigid(conv: nn.Conv2d) -> str | None:
+    """Why a convolution cannot have rigid shapes, or None."""
+    if not all(size % 2 for size in conv.kernel_size):
         return f"has the even kernel_size={conv.kernel_size} (rigid shapes need odd ones)"
     return None
 

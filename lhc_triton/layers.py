@@ -184,15 +184,22 @@ class LHCConv2d(nn.Conv2d):
         self.masked_filters.fill_(True)
         self._set_frozen(True)
 
-    def set_topology(self, block_mask: Tensor) -> None:
+    def set_topology(self, block_mask: Tensor, allow_dead: bool = False) -> None:
         """Replace the topology and freeze it; the effects are left as they are and rule no more.
 
+        This is how a topology from elsewhere comes in: a handcrafted one, or one that was reworked between
+        the coarse and the fine stage. Nothing is changed where an error is raised.
+
         Args:
-            block_mask: [Go, Gi, kh, kw], bool or zeros and ones. Empty filter groups are allowed.
+            block_mask: [Go, Gi, kh, kw], bool or zeros and ones, on any device.
+            allow_dead: whether filter groups may be empty; their filters then put out their bias.
 
         Raises:
-            ValueError: the shape does not fit, or a value is neither 0 nor 1.
+            ValueError: the shape does not fit, a value is neither 0 nor 1, or a filter group is empty.
+            TypeError: block_mask is not a tensor.
         """
+        if not isinstance(block_mask, Tensor):
+            raise TypeError(f"block_mask is a {type(block_mask).__name__}: give a tensor of zeros and ones")
         if block_mask.shape != self.topology.shape:
             raise ValueError(
                 f"block_mask has shape {tuple(block_mask.shape)}: this layer needs"
@@ -200,6 +207,12 @@ class LHCConv2d(nn.Conv2d):
             )
         if not bool(((block_mask == 0) | (block_mask == 1)).all()):
             raise ValueError("block_mask has values other than 0 and 1: give a bool mask")
+        dead = int((~(block_mask != 0).flatten(1).any(dim=1)).sum())
+        if dead and not allow_dead:
+            raise ValueError(
+                f"block_mask leaves {dead} of {len(block_mask)} filter groups without an entry: keep one in"
+                " each, or give allow_dead=True"
+            )
         self.topology.copy_(block_mask.detach() != 0)
         self.masked_filters.fill_(True)
         self._set_frozen(True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .conversion import lhc_layers, output_pixels
 from .layers import LHCConv2d
+from .topology import effective_patterns
 
 # The method's constants (arXiv 2301.05440, authors' code): shares of the two terms, height of the ramp.
 MAC_SHARE = 0.01
@@ -31,6 +32,12 @@ class TopologySchedule:
     - ramp = 4 * min(epoch / penalty_epochs, 1),
     - scale = mean task loss of epoch 0 / (0.01 + 0.99 * max(target, 1 - target)).
 
+    Two additions of ours, both off by default, change R. With ``entry_costs`` the 0.99 term steers the live
+    share of the cost, ``sum(live weights * cost) / sum(weights * cost)`` over the layers, in place of the
+    live share of the weights. With ``pattern_weight`` w > 0, R grows by ``w * effective patterns / filter
+    groups``, both summed over the layers (see `topology.effective_patterns`): the fewer patterns the filter
+    groups of a layer have in common, the less it is.
+
     Use it as::
 
         schedule.start_epoch(epoch)
@@ -43,11 +50,15 @@ class TopologySchedule:
         warmup_epochs: epochs of the mask warm-up; 0 for none.
         penalty_epochs: epochs until the penalty's ramp is full, 1 or more.
         seed: of the warm-up's draws, which depend on (seed, epoch, layer index) only.
+        entry_costs: cost of one live weight of each LHC layer, by the layer's name, in any unit (see
+            `training.entry_costs`); None steers the weights, as the method does.
+        pattern_weight: weight of the aim for fewer patterns, 0 or more.
 
     Raises:
         ValueError: the model has no LHCConv2d, its layers have different density targets, the example
-            reaches none of them, or a number is out of range.
-        TypeError: a number is not an int.
+            reaches none of them, a number is out of range, the costs are not those of the LHC layers, or
+            there is a pattern weight without a density target.
+        TypeError: a number is not an int, or not a number.
     """
 
     def __init__(
@@ -57,6 +68,9 @@ class TopologySchedule:
         warmup_epochs: int = 20,
         penalty_epochs: int = 20,
         seed: int = 0,
+        *,
+        entry_costs: Mapping[str, float] | None = None,
+        pattern_weight: float = 0.0,
     ) -> None:
         for name, value, least in (
             ("warmup_epochs", warmup_epochs, 0),
@@ -76,10 +90,17 @@ class TopologySchedule:
         pixels = output_pixels(model, example_input, (LHCConv2d,))
         if not any(pixels.values()):
             raise ValueError("example_input reaches no LHCConv2d of the model: give an input that does")
+        _check_amount("pattern_weight", pattern_weight)
+        if pattern_weight > 0 and targets == {None}:
+            raise ValueError(
+                f"pattern_weight={pattern_weight} has no penalty to join: give the layers a density target"
+            )
         self.warmup_epochs = warmup_epochs
         self.penalty_epochs = penalty_epochs
         self.seed = seed
         self.target = targets.pop()
+        self.entry_costs = None if entry_costs is None else _checked_costs(entry_costs, layers)
+        self.pattern_weight = float(pattern_weight)
         self._layers = list(layers.values())
         self._pixels = [pixels[name] for name in layers]
         self._weights = [layer.weight.numel() for layer in self._layers]
@@ -119,8 +140,10 @@ class TopologySchedule:
                 f"penalty() in epoch {self._epoch} needs the mean task loss of epoch 0: call"
                 " end_epoch(task_loss=...) at its end, or load the state_dict of the run that you resume"
             )
-        weights, macs = self._live_shares()
-        regulariser = MAC_SHARE * macs + WEIGHT_SHARE * (self.target - weights).abs()
+        live = self._live_weights()
+        regulariser = MAC_SHARE * self._mac_share(live) + WEIGHT_SHARE * (self.target - self._steered(live)).abs()
+        if self.pattern_weight > 0:
+            regulariser = regulariser + self.pattern_weight * self._pattern_share()
         return (scale * self.ramp * regulariser).to(torch.float32)
 
     def end_epoch(self, task_loss: float | Tensor | None = None) -> None:
@@ -135,12 +158,30 @@ class TopologySchedule:
         if self._epoch == 0 and task_loss is not None:
             self._first_loss = _check_loss(float(task_loss))
 
-    def _live_shares(self) -> tuple[Tensor, Tensor]:
-        """Live share of the weights and of the MACs, float64 scalars, differentiable."""
+    def _live_weights(self) -> Tensor:
+        """Live weights of each layer, float64 [layers], differentiable."""
         device = self._layers[0].effects.device
-        live = torch.stack([layer.live_weights().to(device) for layer in self._layers])
-        macs = (live * torch.tensor(self._pixels, dtype=live.dtype, device=device)).sum()
-        return live.sum() / self._total_weights, macs / self._total_macs
+        return torch.stack([layer.live_weights().to(device) for layer in self._layers])
+
+    def _weight_share(self, live: Tensor) -> Tensor:
+        return live.sum() / self._total_weights
+
+    def _mac_share(self, live: Tensor) -> Tensor:
+        return (live * live.new_tensor(self._pixels)).sum() / self._total_macs
+
+    def _steered(self, live: Tensor) -> Tensor:
+        """The share that is steered to the target."""
+        if self.entry_costs is None:
+            return self._weight_share(live)
+        costs = list(self.entry_costs.values())
+        total = math.fsum(w * c for w, c in zip(self._weights, costs, strict=True))
+        return (live * live.new_tensor(costs)).sum() / total
+
+    def _pattern_share(self) -> Tensor:
+        """Effective patterns per filter group, over all layers."""
+        device = self._layers[0].effects.device
+        patterns = [effective_patterns(layer.block_mask()).to(device) for layer in self._layers]
+        return torch.stack(patterns).sum() / sum(len(layer.topology) for layer in self._layers)
 
     @property
     def epoch(self) -> int | None:
@@ -169,13 +210,19 @@ class TopologySchedule:
     def density(self) -> float:
         """Live share of the LHC layers' weights, by the masks of all filters."""
         with torch.no_grad():
-            return float(self._live_shares()[0])
+            return float(self._weight_share(self._live_weights()))
 
     @property
     def mac_density(self) -> float:
         """Live share of the LHC layers' MACs, by the masks of all filters."""
         with torch.no_grad():
-            return float(self._live_shares()[1])
+            return float(self._mac_share(self._live_weights()))
+
+    @property
+    def steered_density(self) -> float:
+        """The live share that the penalty steers to the target: of the entry costs, else of the weights."""
+        with torch.no_grad():
+            return float(self._steered(self._live_weights()))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain numbers (ready for JSON)."""
@@ -183,6 +230,8 @@ class TopologySchedule:
             "warmup_epochs": self.warmup_epochs,
             "penalty_epochs": self.penalty_epochs,
             "seed": self.seed,
+            "entry_costs": None if self.entry_costs is None else dict(self.entry_costs),
+            "pattern_weight": self.pattern_weight,
             "epoch": self._epoch,
             "first_loss": self._first_loss,
         }
@@ -192,7 +241,7 @@ class TopologySchedule:
 
         Raises:
             ValueError: a key is missing or unknown, a value is out of range, or the state is of a schedule
-                with other warm-ups or another seed.
+                with other arguments.
             TypeError: a value has the wrong type.
         """
         expected = self.state_dict()
@@ -200,7 +249,7 @@ class TopologySchedule:
             raise ValueError(
                 f"the schedule's state has the keys {sorted(state)}, expected {sorted(expected)}"
             )
-        for name in ("warmup_epochs", "penalty_epochs", "seed"):
+        for name in ("warmup_epochs", "penalty_epochs", "seed", "entry_costs", "pattern_weight"):
             if state[name] != expected[name]:
                 raise ValueError(
                     f"the state is of a schedule with {name}={state[name]!r}, this one has {expected[name]}:"
@@ -222,6 +271,28 @@ def _check_count(name: str, value: Any, least: int) -> None:
         raise TypeError(f"{name}={value!r} is not an int: give {least} or more")
     if value < least:
         raise ValueError(f"{name}={value} is not supported: give {least} or more")
+
+
+def _check_amount(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}={value!r} is not a number: give a finite one, 0 or more")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}={value} is not supported: give a finite number, 0 or more")
+
+
+def _checked_costs(costs: Mapping[str, float], layers: Mapping[str, LHCConv2d]) -> dict[str, float]:
+    """The costs in the order of the layers."""
+    if set(costs) != set(layers):
+        missing, unknown = sorted(set(layers) - set(costs)), sorted(set(costs) - set(layers))
+        raise ValueError(
+            f"entry_costs lacks the layers {missing} and has unknown ones {unknown}: give one cost for each"
+            " LHC layer, by its name in lhc_layers(model)"
+        )
+    for name, cost in costs.items():
+        _check_amount(f"entry_costs[{name!r}]", cost)
+    if not any(costs.values()):
+        raise ValueError("entry_costs are all 0: give at least one layer a cost")
+    return {name: float(costs[name]) for name in layers}
 
 
 def _check_loss(loss: float) -> float:

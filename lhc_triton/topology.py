@@ -1,4 +1,4 @@
-"""Topologies as pure functions: masks from effects, rigid shapes, expansion to weights, and exact counts.
+"""Topologies as pure functions: masks from effects, rigid shapes, expansion to weights, counts and probes.
 
 The method is Learnable Heterogeneous Convolution (R. Zhao et al., Neural Networks 2021, arXiv 2301.05440).
 Shapes: O, I are a convolution's filters and input channels; Go = ceil(O / out_block) filter groups;
@@ -254,3 +254,68 @@ def count_weights(
     taps = block_mask.to(torch.float64).sum(dim=(2, 3))
     filters = out_block * taps.sum(dim=0) - lost_filters * taps[-1]
     return in_block * filters.sum() - lost_channels * filters[-1]
+
+
+def effective_patterns(block_mask: Tensor) -> Tensor:
+    """Return the effective number of distinct patterns of a mask as a float64 scalar, 1 to Go.
+
+    It is ``sum over groups g of 1 / (sum over groups h of similarity(g, h))`` with the Dice similarity of two
+    patterns, ``2 * shared entries / (entries of g + entries of h)``: equal groups count once together,
+    groups without a common entry each count in full, and what overlaps lies between. This is the diversity of
+    order 0 of T. Leinster and C. Cobbold ("Measuring diversity: the importance of species similarity",
+    Ecology 2012) for groups of equal weight; that it is used on patterns is ours. The shared entries of two
+    groups are those that one tile would read once for both.
+
+    Differentiable: a group is drawn to the patterns that it resembles. Two empty groups are equal.
+
+    Args:
+        block_mask: [Go, Gi, kh, kw], bool or 0 and 1 of a float type.
+    """
+    rows = block_mask.flatten(1).to(torch.float64)
+    live = rows.sum(dim=1)
+    both_empty = (live[:, None] + live) == 0
+    similarity = 2 * (rows @ rows.T) / (live[:, None] + live).masked_fill(both_empty, 1)
+    return (1 / similarity.masked_fill(both_empty, 1).sum(dim=1)).sum()
+
+
+def mask_correlation(before: Tensor, after: Tensor) -> float:
+    """Return the Pearson correlation of two masks of one shape, each of their bits counted once, -1 to 1.
+
+    Where a mask is constant, the correlation is not defined: it is set to 1.0 for equal masks, else to 0.0.
+
+    Args:
+        before: a mask (of blocks or of weights), bool or zeros and ones.
+        after: the same later on.
+
+    Raises:
+        ValueError: the masks differ in shape.
+    """
+    if before.shape != after.shape:
+        raise ValueError(
+            f"the masks have the shapes {tuple(before.shape)} and {tuple(after.shape)}: give two of one layer"
+        )
+    first, second = before.detach() != 0, after.detach() != 0
+    bits = first.numel()
+    in_first, in_second, in_both = (int(mask.sum()) for mask in (first, second, first & second))
+    spread = in_first * (bits - in_first) * in_second * (bits - in_second)
+    if spread == 0:
+        return float(torch.equal(first, second))
+    return (bits * in_both - in_first * in_second) / math.sqrt(spread)
+
+
+def shape_counts(block_mask: Tensor) -> dict[str, int]:
+    """Count the kernel shapes of a mask's blocks, the most frequent first, ties by name.
+
+    A shape's name is its rows of zeros and ones: "010/111/010" is a 3x3 cross, "000/000/000" a block that is
+    off. The counts add up to Go * Gi.
+
+    Args:
+        block_mask: [Go, Gi, kh, kw], bool or zeros and ones.
+    """
+    kernels = (block_mask.detach() != 0).flatten(0, 1).to(torch.uint8)
+    shapes, counts = torch.unique(kernels, dim=0, return_counts=True)
+    named = {
+        "/".join("".join(map(str, row)) for row in shape): count
+        for shape, count in zip(shapes.tolist(), counts.tolist(), strict=True)
+    }
+    return dict(sorted(named.items(), key=lambda item: (-item[1], item[0])))

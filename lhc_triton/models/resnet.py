@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lhc_triton.models.vgg import Images, check_images, classes, init_convolutions
 
 WIDTHS = (64, 128, 256, 512)
+DEPTHS = (3, 4, 6, 3)  # of ResNet34 and ResNet50 alike
 
 
 class BasicBlock(nn.Module):
@@ -159,7 +160,7 @@ def resnet34(images: Images = "imagenet", num_classes: int | None = None, in_cha
     Raises:
         ValueError: as ResNet.
     """
-    return ResNet(BasicBlock, (3, 4, 6, 3), images, num_classes, in_channels)
+    return ResNet(BasicBlock, DEPTHS, images, num_classes, in_channels)
 
 
 def resnet50(images: Images = "imagenet", num_classes: int | None = None, in_channels: int = 3) -> ResNet:
@@ -173,4 +174,4 @@ def resnet50(images: Images = "imagenet", num_classes: int | None = None, in_cha
     Raises:
         ValueError: as ResNet.
     """
-    return ResNet(Bottleneck, (3, 4, 6, 3), images, num_classes, in_channels)
+    return ResNet(Bottleneck, DEPTHS, images, num_classes, in_channels)

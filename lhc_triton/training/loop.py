@@ -18,19 +18,13 @@ from lhc_triton.models.vgg import VGG, small_vgg
 from lhc_triton.models.weights import write_beside
 from lhc_triton.schedule import TopologySchedule
 from lhc_triton.training.checkpoints import Checkpoint, load_checkpoint, restore, save_checkpoint
+from lhc_triton.training.config import TrainConfig
 from lhc_triton.training.data import FashionMNIST, ImageSet, validation_split
 from lhc_triton.training.metrics import EpochMetrics, best_epoch, reached, write_metrics
-from lhc_triton.training.presets import TrainConfig, command_of
+from lhc_triton.training.presets import command_of
 from lhc_triton.training.progress import Progress, Silence, TerminalProgress
-from lhc_triton.training.stage import (
-    STAGES,
-    StageName,
-    accuracy,
-    choose_precision,
-    make_optimiser,
-    stage_epochs,
-    train_epoch,
-)
+from lhc_triton.training.recipe import STAGES, StageName, make_optimiser, stage_epochs
+from lhc_triton.training.stage import accuracy, choose_precision, train_epoch
 
 LAST = "last.safetensors"
 
@@ -113,7 +107,11 @@ def train(
     device = _device(config.device)
     out = Path(out_dir)
     if data is None:
-        data = FashionMNIST.packaged() if config.data is None else FashionMNIST.from_folder(config.data)
+        data = (
+            FashionMNIST.packaged()
+            if config.data_folder is None
+            else FashionMNIST.from_folder(config.data_folder)
+        )
     _prepare(out, config)
     run = _identity(config, data)
     checkpoint = _checkpoint(out / LAST, config, run)
@@ -271,13 +269,14 @@ def _finish(work: _Work, test: ImageSet, rows: list[EpochMetrics]) -> TrainResul
     for kind, stage in (("dense", STAGES[0]), ("lhc", STAGES[2])):
         model = work.network(stage)
         work.load_best(stage, model)
-        architecture = config.architecture()
+        architecture = {"widths": list(config.widths), "in_channels": 1, "num_classes": 10}
+        architecture["lhc"] = asdict(config.lhc)
         if kind == "dense":
             architecture["lhc"] = None
         path = out / f"{kind}.safetensors"
         notes: dict[str, Any] = {
             "command": command_of(config),
-            "config": {**config.to_dict(), "data": None if config.data is None else "FOLDER"},
+            "config": {**config.to_dict(), "data_folder": None if config.data_folder is None else "FOLDER"},
             "epochs": epochs,
             "precision": work.precision,
             "seed": config.seed,
@@ -325,7 +324,7 @@ def _prepare(out: Path, config: TrainConfig) -> None:
 def _identity(config: TrainConfig, data: FashionMNIST) -> dict[str, Any]:
     """What must be equal for two runs to be the same; the place of the data is not, their content is."""
     identity = config.to_dict()
-    for name in ("data", "device", "precision"):
+    for name in ("data_folder", "device", "precision"):
         del identity[name]
     return {**identity, "data": data.train.digest()}
 

@@ -11,20 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lhc_triton.conversion import lhc_layers
 from lhc_triton.schedule import TopologySchedule
+from lhc_triton.training.config import Precision, TrainConfig
 from lhc_triton.training.data import ImageSet, augment, normalise
-from lhc_triton.training.presets import Precision, TrainConfig
+from lhc_triton.training.recipe import StageName, learning_rate
 
-StageName = Literal["dense", "coarse", "fine"]
-STAGES: tuple[StageName, ...] = ("dense", "coarse", "fine")
 _EVAL_BATCH = 500
-
-
-def stage_epochs(config: TrainConfig, stage: StageName) -> int:
-    """How many epochs a stage has; the dense network's are those of the other two together."""
-    epochs = {"coarse": config.coarse_epochs, "fine": config.fine_epochs}
-    return epochs.get(stage, config.coarse_epochs + config.fine_epochs)
 
 
 def choose_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
@@ -49,36 +41,6 @@ def _capabilities() -> dict[str, object]:
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
     """The context in which forward passes run."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with Nesterov momentum; weight decay for weights of convolutions and linear layers only."""
-    effects = {id(layer.effects) for layer in lhc_layers(model).values()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [p for p in trained if p.ndim > 1 and id(p) not in effects]
-    plain = [p for p in trained if p.ndim <= 1 or id(p) in effects]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True)
-
-
-def learning_rate(config: TrainConfig, stage: StageName, epoch: int, step: int, steps: int) -> float:
-    """The rate of one step: half a cosine over the stage, half of it in epoch 0 of the first stage.
-
-    Args:
-        config: the run.
-        stage: which recipe.
-        epoch: from 0.
-        step: from 0, within the epoch.
-        steps: of an epoch.
-    """
-    top = config.fine_lr if stage == "fine" else config.lr
-    floor = config.coarse_floor if stage == "coarse" else 0.0
-    done = (epoch * steps + step) / (stage_epochs(config, stage) * steps)
-    rate = top * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
-    return 0.5 * rate if epoch == 0 and stage != "fine" else rate
 
 
 @dataclass(frozen=True)
@@ -133,7 +95,7 @@ def train_epoch(
             group["lr"] = rate
         chosen = order[step * config.batch_size : (step + 1) * config.batch_size]
         pixels = images.images[chosen]
-        if config.augment:
+        if config.augmentation != "none":
             pixels = augment(pixels, generator)
         with autocast(precision, device):
             scores = model(_as_input(pixels, device))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lhc_triton.training.networks import network_name
+
 from . import picture
 from .demo_picture import DENSE, IDEAL, SPARSE
-from .report_rows import Experiment, RunRow, network_name
+from .report_rows import Experiment, RunRow
 from .topology_picture import DEAD, LIVE
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ COLORS = (SPARSE, "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000", "#d55e0
 MARKERS = "osD^vPX*"
 DENSITY_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 SPEED_TICKS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+CLOSE_SPEED_TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)
 SPEEDS = {
     "measured": "measured, whole network",
     "predicted_cpu": "predicted for the CPU, converted layers",
@@ -50,8 +52,8 @@ def accuracy_figure(found: Sequence[Experiment], against: Sequence[str]) -> Figu
     caption = ["Large: mean over the seeds, bars one standard deviation; small: each run."]
     if not density:
         caption[0] += " Line: nothing is both faster and more accurate."
-    figure = picture.frame(width, bottom + tall + 0.75, title, caption)
-    axes = []
+    figure = picture.frame(width, bottom + tall + (0.5 if density else 0.7), title, caption)
+    axes: list[Axes] = []
     for index, name in enumerate(against):
         axis = picture.panel(figure, 0.7 + (wide + gap) * index, bottom, wide, tall)
         _scatter(axis, found, name)
@@ -93,8 +95,9 @@ def _scatter(axis: Axes, found: Sequence[Experiment], name: str) -> None:
         front = pareto(means)
         axis.step(*zip(*front, strict=True), where="pre", color=IDEAL, linewidth=1, zorder=1)
     axis.set_xscale("log")
-    picture.log_ticks(axis.xaxis, DENSITY_TICKS if density else SPEED_TICKS, "{:g}" if density else "{:g}x")
-    axis.set_xlim(min(xs) / 1.25, max(xs) * 1.25)
+    speeds = CLOSE_SPEED_TICKS if max(xs) < 2 * min(xs) else SPEED_TICKS
+    picture.log_ticks(axis.xaxis, DENSITY_TICKS if density else speeds, "{:g}" if density else "{:g}x")
+    axis.set_xlim(min(xs) / 1.2, max(xs) * 1.2)
     axis.margins(y=0.12)
     axis.set_xlabel(
         "density: live share of the converted weights" if density else "times as fast as dense", fontsize=9
@@ -108,7 +111,7 @@ def _dense_points(found: Sequence[Experiment]) -> dict[str, float]:
     """Mean accuracy in percent of the dense twins, by network."""
     accuracies: dict[str, list[float]] = {}
     for experiment in found:
-        accuracies.setdefault(network_name(experiment.first.run), []).extend(
+        accuracies.setdefault(network_name(experiment.first.run.config), []).extend(
             experiment.values("dense_accuracy")
         )
     return {name: 100 * statistics.fmean(values) for name, values in accuracies.items() if values}
@@ -125,9 +128,11 @@ def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def layers_figure(experiment: Experiment) -> Figure:
     """Draw density, share of the live MACs and distinct patterns of every converted layer."""
+    from matplotlib.ticker import MaxNLocator
+
     topologies = experiment.first.topologies
     height = LINE * len(topologies)
-    figure = picture.frame(10.2, height + 1.35, "Layer by layer", [_seeds(experiment)])
+    figure = picture.frame(10.5, height + 1.3, "Layer by layer", [_seeds(experiment)])
     names = [topology.name for topology in topologies]
     columns = {
         "live share of the weights": [_densities(row) for row in experiment.rows],
@@ -135,7 +140,7 @@ def layers_figure(experiment: Experiment) -> Figure:
         "distinct patterns per filter group": [_pattern_shares(row) for row in experiment.rows],
     }
     for index, (title, runs) in enumerate(columns.items()):
-        axis = picture.panel(figure, 1.75 + 2.8 * index, 0.62, 2.6, height)
+        axis = picture.panel(figure, 1.75 + 2.9 * index, 0.55, 2.6, height)
         places = range(len(names))
         axis.barh(places, [statistics.fmean(values) for values in zip(*runs, strict=True)], height=0.72,
                   color=SPARSE, alpha=0.75)  # fmt: skip
@@ -148,7 +153,9 @@ def layers_figure(experiment: Experiment) -> Figure:
         axis.set_yticks(places, names if index == 0 else [], fontsize=8)
         axis.set_xlim(0, min(1.0, 1.12 * max(map(max, runs))) if index < 2 else 1.02)
         axis.set_title(title, fontsize=9, loc="left", pad=4)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
         picture.clean(axis)
+        axis.tick_params(axis="y", length=0)
     return figure
 
 
@@ -179,7 +186,7 @@ def shapes_figure(experiment: Experiment) -> Figure:
     caption = "Shapes: live taps of a kernel, per pair of filter group and input block. " + _seeds(experiment)
     width = max(2.0 + unit * shares.shape[1], 7.5)
     title = "Kernel shapes, % of each layer"
-    figure = picture.frame(width, height + 1.75, title, [caption])
+    figure = picture.frame(width, height + 1.4, title, [caption])
     axis = picture.panel(figure, 1.75, 0.35, unit * shares.shape[1], height)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=max(60.0, shares.max()), aspect="auto")
     for (line, column), share in np.ndenumerate(shares):
@@ -232,8 +239,10 @@ def training_figure(experiment: Experiment) -> Figure:
     if config.density is not None:
         axes[1].axhline(config.density, color=IDEAL, linewidth=1, linestyle="--", label="target")
     titles = ("validation accuracy, %", "live share", "correlation of the masks, epoch to epoch")
+    coarse, fine = (max(_epochs(run.epochs, stage) for run in runs) for stage in ("coarse", "fine"))
     for axis, title in zip(axes, titles, strict=False):
-        axis.axvline(_coarse_epochs(runs[0].epochs) - 0.5, color=picture.GREY, linewidth=0.8, linestyle=":")
+        axis.set_xlim(-0.5, coarse + fine - 0.5)
+        axis.axvline(coarse - 0.5, color=picture.GREY, linewidth=0.8, linestyle=":")
         axis.set_title(title, fontsize=9, loc="left", pad=4)
         axis.set_xlabel("epoch; dotted: the topology is frozen", fontsize=8)
         axis.legend(fontsize=8, frameon=False)
@@ -273,8 +282,8 @@ def _draw_correlation(axis: Axes, rows: Sequence[Mapping[str, Any]], legend: boo
     axis.plot(epochs, means, color=SPARSE, linewidth=1.8, label="mean" if legend else None)
 
 
-def _coarse_epochs(rows: Iterable[Mapping[str, Any]]) -> int:
-    return sum(row["stage"] == "coarse" for row in rows)
+def _epochs(rows: Iterable[Mapping[str, Any]], stage: str) -> int:
+    return sum(row["stage"] == stage for row in rows)
 
 
 def _seeds(experiment: Experiment) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from lhc_triton.planning.extract import read_model
 from lhc_triton.planning.schema import LayerTopology
 from lhc_triton.runtime.timing import time_paired
 from lhc_triton.training import TrainConfig
+from lhc_triton.training.networks import network_name
 
 from .peers import network_peers
 from .runs import Run
-from .topology_picture import topology_statistics
+from .topology_picture import SHAPES_SHOWN, kernel_shapes
 
 DTYPES = {"cpu": "float32", "cuda": "float16"}
 """The compute type that times are predicted and measured in, by device kind."""
@@ -113,8 +115,26 @@ class RunRow:
             "predicted": {device: asdict(timed) for device, timed in self.predicted.items()},
             "measured_us": None if self.measured is None else asdict(self.measured),
             "notes": list(self.run.notes),
-            "layers": topology_statistics(self.topologies),
+            "layers": [_layer(topology) for topology in self.topologies],
         }
+
+
+def _layer(topology: LayerTopology) -> dict[str, Any]:
+    """One converted layer as JSON can hold it, its most frequent kernel shapes row by row with their shares."""
+    shapes = kernel_shapes(topology)[:SHAPES_SHOWN]
+    return {
+        "layer": topology.name,
+        "density": topology.density,
+        "weights": topology.geometry.weights,
+        "live_weights": topology.live_weights,
+        "live_macs": topology.live_macs // topology.geometry.batch,
+        "groups": topology.groups,
+        "patterns": len(topology.patterns),
+        "shapes": {
+            "/".join("".join(map(str, row)) for row in taps.astype(int)): round(share, 4)
+            for taps, share in shapes
+        },
+    }
 
 
 @dataclass(frozen=True)
@@ -161,12 +181,6 @@ class Experiment:
         }
 
 
-def network_name(run: Run) -> str:
-    """The network as a report names it: a slimmer one with its factor."""
-    config = run.config
-    return config.network if config.width == 1.0 else f"{config.network} x {config.width:g}"
-
-
 def experiments(rows: Sequence[RunRow]) -> tuple[Experiment, ...]:
     """Group runs by their settings, in the order in which these first come; seeds rise within a group.
 
@@ -179,7 +193,7 @@ def experiments(rows: Sequence[RunRow]) -> tuple[Experiment, ...]:
     found = []
     for label, members in grouped.items():
         members.sort(key=lambda row: row.run.config.seed)
-        for one, other in zip(members, members[1:], strict=False):
+        for one, other in pairwise(members):
             if one.run.config.seed == other.run.config.seed:
                 raise ValueError(
                     f"{one.run.folder} and {other.run.folder} are runs of the same settings and seed; "
@@ -204,7 +218,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
     for run, setting in zip(runs, settings, strict=True):
         shown = [name for name in changed if name in swept or setting[name] != default[name]]
         text = ", ".join(f"{name} {_shown(setting[name])}" for name in shown or changed)
-        named.append(text or network_name(run))
+        named.append(text or network_name(run.config))
     return named
 
 

@@ -166,7 +166,7 @@ def _cell(name: str, text: str | None, kind: type) -> Any:
         return None
     try:
         value = kind(text)
-        fits = kind is not float or math.isfinite(value) and (name not in SHARES or 0 <= value <= 1)
+        fits = kind is not float or (math.isfinite(value) and (name not in SHARES or 0 <= value <= 1))
     except (TypeError, ValueError):
         fits = False
     if not fits:

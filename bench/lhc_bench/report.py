@@ -137,6 +137,6 @@ def _section(number: int, experiment: Experiment, out: Path) -> Section:
         if total > PAGE_OF_LAYERS:
             title += f", layers {start + 1} to {start + len(layers)} of {total}"
             name += f"_{start // PAGE_OF_LAYERS + 1}"
-        path = draw_topology(layers, out / f"{number:02}_{name}.png", title, first.run.config.density)
+        path = draw_topology(layers, out / f"{number:02}_{name}.png", title, first.run.density_target)
         pictures.append(Picture(path, f"{experiment.label}: topology of the layers"))
     return Section(f"{number}. {experiment.label}", experiment, tuple(pictures))

@@ -139,16 +139,13 @@ def _explanation(batch: int, rounds: int, several: bool, env: Mapping[str, Any])
     text = "Weights and MACs are of the whole network for one image, its dense layers included. "
     if several:
         text += "± is the standard deviation over the seeds; counts without it are those of the first seed. "
-    text += f"Times are for {batch} images. Predicted: the converted convolutions, by the cost models (CPU: "
-    text += "float32; H100: float16, modelled from its data sheet). Measured: "
-    if rounds:
-        text += (
-            f"the whole network against its fastest dense form, medians of {rounds} interleaved rounds on "
-        )
-        text += f"{env['device']}"
-        text += f", {env['threads']} threads." if env["device_kind"] == "cpu" else "."
-    else:
-        text += "not measured."
+    text += f"Times are for {batch} images. Predicted and modelled: the converted convolutions alone, by the "
+    text += "cost models (CPU: float32; H100: float16, on paper). Measured: "
+    if not rounds:
+        return text + "nothing in this report."
+    text += f"the whole network against its fastest dense form, medians of {rounds} interleaved rounds on "
+    text += str(env["device"])
+    text += f", {env['threads']} threads." if env["device_kind"] == "cpu" else "."
     return text
 
 

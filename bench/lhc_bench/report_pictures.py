@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from lhc_triton.topology import shape_counts
 from lhc_triton.training.networks import network_name
 
 from . import picture
@@ -33,7 +35,6 @@ SPEEDS = {
 LINE = 0.235  # inches for a layer
 SHAPES_SHOWN = 14
 BIGGEST_GLYPH = 0.42
-Column = tuple[bytes, tuple[int, int]]  # a kernel shape: its taps, and the kernel's size
 
 
 def accuracy_figure(found: Sequence[Experiment], against: Sequence[str]) -> Figure:
@@ -146,7 +147,7 @@ def layers_figure(experiment: Experiment) -> Figure:
                   color=SPARSE, alpha=0.75)  # fmt: skip
         for values in runs if len(runs) > 1 else ():
             axis.scatter(values, places, s=8, color="black", linewidths=0, zorder=3)
-        target = experiment.first.run.config.density
+        target = experiment.first.run.density_target
         if index == 0 and target is not None:
             axis.axvline(target, color=IDEAL, linewidth=1, linestyle="--")
         axis.set_ylim(len(names) - 0.4, -0.6)
@@ -177,7 +178,7 @@ def shapes_figure(experiment: Experiment) -> Figure:
     from matplotlib.colors import ListedColormap
 
     counts = [_shape_counts(experiment.rows, place) for place in range(len(experiment.first.topologies))]
-    total: Counter[Column] = sum(counts, Counter())
+    total: Counter[str] = sum(counts, Counter())
     columns = [key for key, _ in sorted(total.items(), key=lambda item: (-item[1], item[0]))]
     columns = columns[:SHAPES_SHOWN]
     shares = np.array([[100 * layer[key] / layer.total() for key in columns] for layer in counts])
@@ -197,34 +198,35 @@ def shapes_figure(experiment: Experiment) -> Figure:
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set_xticks([])
     axis.tick_params(length=0)
-    for index, (taps, (kh, kw)) in enumerate(columns):
+    for index, name in enumerate(columns):
+        taps = np.array([list(map(int, line)) for line in name.split("/")])
+        kh, kw = taps.shape
         cell = BIGGEST_GLYPH / max(kh, kw, 3)
         left = 1.75 + unit * index + (unit - cell * kw) / 2
         glyph = picture.panel(figure, left, height + 0.42, cell * kw, cell * kh)
         glyph.pcolormesh(
-            np.frombuffer(taps, dtype=bool).reshape(kh, kw)[::-1],
-            cmap=ListedColormap([DEAD, LIVE]), vmin=0, vmax=1, edgecolors="white", linewidth=0.8,
+            taps[::-1], cmap=ListedColormap([DEAD, LIVE]), vmin=0, vmax=1, edgecolors="white", linewidth=0.8,
         )  # fmt: skip
         glyph.set_axis_off()
     axis.text(len(columns), -0.75, "others", ha="center", va="bottom", fontsize=8)
     return figure
 
 
-def _shape_counts(rows: Sequence[RunRow], place: int) -> Counter[Column]:
+def _shape_counts(rows: Sequence[RunRow], place: int) -> Counter[str]:
     """How often each kernel shape occurs in one layer, over all runs."""
-    found: Counter[Column] = Counter()
+    found: Counter[str] = Counter()
     for row in rows:
-        topology = row.topologies[place]
-        kernels = topology.block_mask().reshape(-1, *topology.geometry.kernel)
-        found.update((kernel.tobytes(), topology.geometry.kernel) for kernel in kernels)
+        found.update(shape_counts(torch.from_numpy(row.topologies[place].block_mask())))
     return found
 
 
 def training_figure(experiment: Experiment) -> Figure:
     """Draw validation accuracy and density over the epochs, and where it was kept the masks' correlation."""
+    from matplotlib.ticker import MaxNLocator
+
     runs = [row.run for row in experiment.rows]
     panels = 3 if all(run.layers for run in runs) else 2
-    figure = picture.frame(0.75 + 3.85 * panels, 3.75, "Training", [_seeds(experiment)])
+    figure = picture.frame(0.2 + 3.85 * panels, 3.75, "Training", [_seeds(experiment)])
     axes = [picture.panel(figure, 0.6 + 3.85 * index, 0.75, 3.2, 2.3) for index in range(panels)]
     for number, run in enumerate(runs):
         legend = number == 0
@@ -237,7 +239,8 @@ def training_figure(experiment: Experiment) -> Figure:
             _draw_correlation(axes[2], run.layers, legend)
     config = runs[0].config
     if config.density is not None:
-        axes[1].axhline(config.density, color=IDEAL, linewidth=1, linestyle="--", label="target")
+        label = f"target for {config.penalty}"
+        axes[1].axhline(config.density, color=IDEAL, linewidth=1, linestyle="--", label=label)
     titles = ("validation accuracy, %", "live share", "correlation of the masks, epoch to epoch")
     coarse, fine = (max(_epochs(run.epochs, stage) for run in runs) for stage in ("coarse", "fine"))
     for axis, title in zip(axes, titles, strict=False):
@@ -248,7 +251,7 @@ def training_figure(experiment: Experiment) -> Figure:
         axis.legend(fontsize=8, frameon=False)
         axis.grid(color="#e3e3e3", linewidth=0.6)
         axis.set_axisbelow(True)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         picture.clean(axis)
     axes[1].set_ylim(0, None)
     return figure

@@ -18,12 +18,13 @@ from lhc_triton.planning.cost import CostModel
 from lhc_triton.planning.extract import read_model
 from lhc_triton.planning.schema import LayerTopology
 from lhc_triton.runtime.timing import time_paired
+from lhc_triton.topology import shape_counts
 from lhc_triton.training import TrainConfig
 from lhc_triton.training.networks import network_name
 
 from .peers import network_peers
 from .runs import Run
-from .topology_picture import SHAPES_SHOWN, kernel_shapes
+from .topology_picture import SHAPES_SHOWN
 
 DTYPES = {"cpu": "float32", "cuda": "float16"}
 """The compute type that times are predicted and measured in, by device kind."""
@@ -120,8 +121,8 @@ class RunRow:
 
 
 def _layer(topology: LayerTopology) -> dict[str, Any]:
-    """One converted layer as JSON can hold it, its most frequent kernel shapes row by row with their shares."""
-    shapes = kernel_shapes(topology)[:SHAPES_SHOWN]
+    """One converted layer as JSON can hold it, with the counts of its most frequent kernel shapes."""
+    counts = shape_counts(torch.from_numpy(topology.block_mask()))
     return {
         "layer": topology.name,
         "density": topology.density,
@@ -130,10 +131,8 @@ def _layer(topology: LayerTopology) -> dict[str, Any]:
         "live_macs": topology.live_macs // topology.geometry.batch,
         "groups": topology.groups,
         "patterns": len(topology.patterns),
-        "shapes": {
-            "/".join("".join(map(str, row)) for row in taps.astype(int)): round(share, 4)
-            for taps, share in shapes
-        },
+        "kernels": sum(counts.values()),
+        "shapes": dict(list(counts.items())[:SHAPES_SHOWN]),
     }
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lhc_triton.training import TrainConfig
+from lhc_triton.training import TrainConfig, read_config
 
 MAX_TEXT_BYTES = 64 << 20
 NOT_A_SETTING = ("seed", "device", "data_folder", "workers", "dense_twin", "tensorboard", "on_bad_file")
@@ -68,6 +68,12 @@ class Run:
         return {k: v for k, v in self.config.to_dict().items() if k not in NOT_A_SETTING}
 
     @property
+    def density_target(self) -> float | None:
+        """The share of the weights that was aimed at; None where the aim was none, or another."""
+        config = self.config
+        return config.density if config.penalty == "weights" and config.topology == "learned" else None
+
+    @property
     def lhc_file(self) -> Path:
         """Weights of the network of learned topology."""
         return self.folder / "lhc.safetensors"
@@ -88,7 +94,7 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder of a run; give folders that `train` wrote")
-    config = _config(folder / "config.toml")
+    config = read_config(folder / "config.toml")
     path = folder / "result.json"
     result = _result(path)
     epochs = _table(folder / "metrics.csv", METRICS)
@@ -103,14 +109,6 @@ def read_run(folder: str | Path) -> Run:
         if not weights.is_file():
             raise FileNotFoundError(f"no file {weights}: the run in {folder} is not complete")
     return run
-
-
-def _config(path: Path) -> TrainConfig:
-    text = _text(path)
-    try:
-        return TrainConfig.from_toml(text)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def _result(path: Path) -> dict[str, Any]:

@@ -103,38 +103,49 @@ def demo(
     typer.echo(f"{report['device']}, {report['threads']} threads. Written to {out}: report.json and pictures")
 
 
-@app.command(epilog="Example: `lhc-triton train --preset quick --out runs/quick`")
+@app.command(
+    epilog="Examples: `lhc-triton train --preset quick --out runs/quick`, "
+    "`lhc-triton train --config my.toml --set lr=0.05 --set out_block=64`"
+)
 def train(
-    preset: Annotated[str, typer.Option(help="quick (minutes on two cores) or shipped.")] = "quick",
-    out: Annotated[Path, typer.Option(help="Folder of the run; a run found there is resumed.")] = Path(
-        "runs/quick"
-    ),
+    preset: Annotated[
+        str | None,
+        typer.Option(help="quick (the default: minutes on two cores), shipped, paper, modern, fashion-vgg16"),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Instead of a preset: a TOML file as --show-config prints it.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run; a run found there is resumed. Default: runs/ and its name."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Change a setting; may be given many times."),
+    ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder with the original IDX files; default: the packaged images.")
+        Path | None, typer.Option(help="Folder of the data set; default: the packaged images.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random; default: the preset's.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: the preset's.")] = None,
-    density: Annotated[
-        float | None, typer.Option(help="Target share of live weights; default: the preset's.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
+    density: Annotated[float | None, typer.Option(help="Target share of live weights.")] = None,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print all settings with their meaning, and do not train.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a network with learned topology and its dense twin on Fashion-MNIST, in two stages, resumable."""
-    from dataclasses import replace
-
-    from lhc_triton.training import PRESETS
+    """Train a network with learned topology and its dense twin, in two stages, resumable."""
     from lhc_triton.training import train as run_training
+    from lhc_triton.training.presets import choose_config
 
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-    given: dict[str, Any] = {
-        "data": None if data is None else str(data),
-        "seed": seed,
-        "device": device,
-        "density": density,
-    }
-    config = replace(PRESETS[preset], **{name: value for name, value in given.items() if value is not None})
-    result = run_training(config, out)
+    given = {"data_folder": data, "seed": seed, "device": device, "density": density}
+    changes = [f"{name}={value}" for name, value in given.items() if value is not None]
+    name, chosen = choose_config(preset, config, [*changes, *(settings or [])])
+    if show_config:
+        print_json(chosen.to_dict()) if as_json else typer.echo(chosen.to_toml())
+        return
+    out = out or Path("runs") / name
+    result = run_training(chosen, out)
     if as_json:
         print_json(result.to_dict())
         return
@@ -405,12 +416,12 @@ def _plan_of(
 
     import lhc_triton as lhc
     from lhc_triton.artifact import is_artifact
-    from lhc_triton.models.pretrained import load_pretrained, load_vgg
+    from lhc_triton.models.pretrained import load_network, pretrained_path
 
     if batch is not None and not 1 <= batch <= MAX_BATCH:
         raise ValueError(f"batch is {batch}; it must be from 1 to {MAX_BATCH}")
     if network in SHIPPED:
-        model = load_pretrained(network)  # type: ignore[arg-type]
+        saved = load_network(pretrained_path(network))  # type: ignore[arg-type]
     elif not Path(network).exists():
         raise FileNotFoundError(
             f"no network {network!r}; give one of {', '.join(SHIPPED)}, or an existing file"
@@ -420,10 +431,11 @@ def _plan_of(
             raise ValueError(f"{network} brings its own plan: leave --batch and --backend out")
         return lhc.load(network, device=device).plan
     else:
-        model = load_vgg(network)[0]
-    channels = next(m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d))
-    image = torch.zeros(batch or usual_batch, channels, 28, 28, device=device, dtype=dtype)
-    return lhc.plan(model.to(device, dtype), image, backend=backend)
+        saved = load_network(network)
+    made = saved.architecture
+    size = (batch or usual_batch, made.in_channels, made.image_size, made.image_size)
+    image = torch.zeros(size, device=device, dtype=dtype)
+    return lhc.plan(saved.model.to(device, dtype), image, backend=backend)
 
 
 def main() -> None:

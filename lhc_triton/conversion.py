@@ -51,7 +51,7 @@ def convert(
     config = LHCConfig() if config is None else config
     if not isinstance(config, LHCConfig) and not callable(config):
         raise TypeError(
-            f"config={config!r} is not supported: give an LHCConfig, or a function (name, module) -> LHCConfig"
+            f"config={config!r} is not supported: give an LHCConfig, or a function that returns one"
         )
     convolutions = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     if not convolutions:
@@ -87,15 +87,14 @@ def convert(
     return model
 
 
-def blocks_by_width(
-    config: LHCConfig, *, groups: int = 8, blocks: int = 8, largest: int = 128
-) -> ConfigFn:
+def blocks_by_width(config: LHCConfig, *, groups: int = 8, blocks: int = 8, largest: int = 128) -> ConfigFn:
     """Return a rule for `convert` that gives wide layers wide blocks.
 
     Patterns that many filters share run faster, but cost accuracy where a layer is narrow. So a layer's
-    blocks are those of ``config``, doubled as often as leaves it ``groups`` filter groups and ``blocks`` input
-    blocks, and up to ``largest``. With in_block=32 and out_block=16, a layer of 64 or 128 filters keeps 16,
-    256 filters get 32, 512 get 64, and 1024 or more 128. The rule and its numbers are ours.
+    blocks are those of ``config``, doubled as often as leaves it ``groups`` filter groups and ``blocks``
+    input blocks, and up to ``largest``. With in_block=32 and out_block=16, a layer of 64 or 128 filters keeps
+    an out_block of 16, 256 filters get 32, 512 get 64, and 1024 or more 128. The rule and its numbers are
+    ours.
 
     Args:
         config: density and shapes of every layer, and its smallest blocks.
@@ -114,7 +113,9 @@ def blocks_by_width(
             raise ValueError(f"{name}={value} is not supported: give 1 or more")
     for name in ("in_block", "out_block"):
         if getattr(config, name) > largest:
-            raise ValueError(f"{name}={getattr(config, name)} is above largest={largest}: give smaller blocks")
+            raise ValueError(
+                f"{name}={getattr(config, name)} is above largest={largest}: give smaller blocks"
+            )
 
     def widened(block: int, channels: int, parts: int) -> int:
         while 2 * block <= largest and 2 * block * parts <= channels:

@@ -141,7 +141,9 @@ class TopologySchedule:
                 " end_epoch(task_loss=...) at its end, or load the state_dict of the run that you resume"
             )
         live = self._live_weights()
-        regulariser = MAC_SHARE * self._mac_share(live) + WEIGHT_SHARE * (self.target - self._steered(live)).abs()
+        regulariser = (
+            MAC_SHARE * self._mac_share(live) + WEIGHT_SHARE * (self.target - self._steered(live)).abs()
+        )
         if self.pattern_weight > 0:
             regulariser = regulariser + self.pattern_weight * self._pattern_share()
         return (scale * self.ramp * regulariser).to(torch.float32)

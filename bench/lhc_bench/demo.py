@@ -16,7 +16,7 @@ from lhc_triton.models.pretrained import load_pretrained
 from lhc_triton.runtime.accelerated import AcceleratedModel
 from lhc_triton.runtime.doctor import cpu_name
 from lhc_triton.runtime.timing import time_paired
-from lhc_triton.training.data import FashionMNIST, normalise
+from lhc_triton.training.data import open_data
 
 from .demo_picture import draw_speedup
 from .files import made_folder, write_beside
@@ -67,14 +67,14 @@ def run_demo(
     for name, value in (("batch", batch), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    data = FashionMNIST.packaged().test
-    if batch > len(data.images):
-        raise ValueError(f"batch is {batch}; there are {len(data.images)} test images")
+    test = open_data("fashion-mnist").test
+    if batch > len(test):
+        raise ValueError(f"batch is {batch}; there are {len(test)} test images")
     out = made_folder(out_dir)
 
     progress("load the shipped networks")
     sparse, dense = load_pretrained("lhc"), load_pretrained("dense")
-    images = normalise(data.images)
+    ((images, labels),) = test.batches([torch.arange(len(test))])
     example = images[:batch]
 
     progress("plan and pack the learned topology, measuring each layer's backends")
@@ -86,8 +86,8 @@ def run_demo(
     peers, skipped = network_peers(dense, example)
 
     progress("classify 10,000 test images with both")
-    lhc_accuracy = accuracy(fast, images, data.labels)
-    dense_accuracy = accuracy(next(iter(peers.values())), images, data.labels)
+    lhc_accuracy = accuracy(fast, images, labels)
+    dense_accuracy = accuracy(next(iter(peers.values())), images, labels)
 
     progress(f"time both networks, {rounds} interleaved rounds")
     calls = {name: _call(peer, example) for name, peer in peers.items()}

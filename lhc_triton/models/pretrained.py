@@ -1,29 +1,49 @@
-"""Trained networks: saving and loading their weights, and the pair that ships with the package."""
+"""Trained networks: files of their weights, and the pair that ships with the package."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lhc_triton.conversion import convert, freeze, lhc_layers
-from lhc_triton.models.vgg import VGG, small_vgg
-from lhc_triton.models.weights import read_tensors, write_tensors
+from lhc_triton.models.architecture import Architecture
+from lhc_triton.models.weights import read_state, read_tensors, write_tensors
 from lhc_triton.topology import LHCConfig
 
 Kind = Literal["lhc", "dense"]
 
-WEIGHTS_KIND = "vgg weights"
-WEIGHTS_VERSION = 1
+WEIGHTS_KIND = "network weights"
+WEIGHTS_VERSION = 2
+_FIRST_FORMAT = ("vgg weights", 1)  # small VGGs for 28x28 images, one LHCConfig for all layers
+_FIRST_IMAGE_SIZE = 28
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
-_MAX_LAYERS, _MAX_CHANNELS = 64, 8192
 
 
-def save_vgg(
-    model: VGG, path: str | Path, architecture: Mapping[str, Any], training: Mapping[str, Any] | None = None
+@dataclass(frozen=True)
+class SavedNetwork:
+    """What load_network read.
+
+    Attributes:
+        model: in float32 and eval mode, LHC layers frozen.
+        architecture: which network it is, and for which images.
+        training: notes on how it was made.
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    training: dict[str, Any]
+
+
+def save_network(
+    model: nn.Module,
+    path: str | Path,
+    architecture: Architecture,
+    training: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a trained network with what is needed to build it again.
 
@@ -31,10 +51,9 @@ def save_vgg(
     switched off are written as zeros.
 
     Args:
-        model: a small_vgg(), dense or converted and frozen.
+        model: what ``architecture.build()`` gave: dense, or converted and frozen.
         path: the safetensors file, written beside and renamed.
-        architecture: "widths", "in_channels", "num_classes", and "lhc": None for a dense network, or the
-            fields of its LHCConfig.
+        architecture: of the model.
         training: how it was made (command, epochs, seed, accuracies): for people, not read back.
 
     Raises:
@@ -59,77 +78,150 @@ def save_vgg(
     document = {
         "kind": WEIGHTS_KIND,
         "version": WEIGHTS_VERSION,
-        "architecture": dict(architecture),
+        "architecture": architecture.to_dict(),
+        "layers": {name: asdict(layer.config) for name, layer in layers.items()},
         "training": dict(training or {}),
     }
     write_tensors(path, tensors, document)
 
 
-def load_vgg(path: str | Path) -> tuple[VGG, dict[str, Any]]:
-    """Read a network that save_vgg wrote.
+def load_network(path: str | Path) -> SavedNetwork:
+    """Read a network that save_network wrote.
 
     Args:
         path: the safetensors file.
-
-    Returns:
-        (the network in float32 and eval mode, LHC layers frozen; the notes on its training).
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or its weights do not fit the architecture it names.
     """
-    tensors, document = read_tensors(path, WEIGHTS_KIND, WEIGHTS_VERSION)
+    tensors, document = read_tensors(path, WEIGHTS_KIND, WEIGHTS_VERSION, older=_FIRST_FORMAT)
     try:
-        model = _build(document.get("architecture"))
-        expected = model.state_dict()
-        for name, tensor in tensors.items():
-            if name in expected and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{name} holds values that are not finite")
-        # Cast here, not while copying: a type that cannot stand for the parameter's must not pass unseen.
-        cast = {
-            name: tensor.to(expected[name].dtype)
-            if name in expected and tensor.is_floating_point() == expected[name].is_floating_point()
-            else tensor
-            for name, tensor in tensors.items()
-        }
-        wrong = [
-            name for name, tensor in cast.items() if name in expected and tensor.dtype != expected[name].dtype
-        ]
-        if wrong:
-            raise ValueError(f"{wrong[0]} has dtype {cast[wrong[0]].dtype}, not {expected[wrong[0]].dtype}")
-        model.load_state_dict(cast)
+        architecture = _architecture(document)
+        with torch.device("meta"):  # nothing is allocated before the sizes are known to be the file's
+            expected = _build(architecture, document).state_dict()
+        state = _fitted(tensors, expected)
+        model = _build(architecture, document)
+        if lhc_layers(model):
+            freeze(model)
+        model.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: does not hold the network it names ({reason})") from error
     training = document.get("training")
-    return model.eval(), training if isinstance(training, dict) else {}
+    return SavedNetwork(model.eval(), architecture, training if isinstance(training, dict) else {})
 
 
-def _build(architecture: Any) -> VGG:
-    """The network that ``architecture`` describes, sizes checked before anything is allocated."""
-    if not isinstance(architecture, dict):
+def _architecture(document: Mapping[str, Any]) -> Architecture:
+    found = document.get("architecture")
+    if not isinstance(found, dict):
         raise ValueError("no architecture in the metadata")
-    widths, lhc = architecture["widths"], architecture["lhc"]
-    sizes = [architecture["in_channels"], architecture["num_classes"]]
-    if not isinstance(widths, list) or len(widths) > _MAX_LAYERS:
-        raise ValueError(f"widths must be a list of up to {_MAX_LAYERS} entries")
-    for size in sizes + [width for width in widths if width != "M"]:
-        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= _MAX_CHANNELS:
-            raise ValueError(f"size {size!r} is not a whole number from 1 to {_MAX_CHANNELS}")
-    model = small_vgg(tuple(widths), *sizes)
-    if lhc is None:
+    if document["version"] == WEIGHTS_VERSION:
+        return Architecture(**found)
+    sizes = found["in_channels"], found["num_classes"], _FIRST_IMAGE_SIZE
+    return Architecture("small-vgg", found["widths"], "cifar", *sizes)
+
+
+def _build(architecture: Architecture, document: Mapping[str, Any]) -> nn.Module:
+    """The network of a file, its LHC layers with random effects."""
+    model = architecture.build()
+    if document["version"] != WEIGHTS_VERSION:
+        lhc = document["architecture"]["lhc"]
+        return model if lhc is None else convert(model, LHCConfig(**lhc))
+    if not isinstance(document["layers"], dict):
+        raise ValueError("layers in the metadata is no table")
+    configs = {name: LHCConfig(**values) for name, values in document["layers"].items()}
+    if not configs:
         return model
-    if not isinstance(lhc, dict):
-        raise ValueError("lhc must hold the fields of an LHCConfig")
-    convert(model, LHCConfig(**lhc))
-    freeze(model)
+    convert(model, lambda name, conv: configs[name], lambda name, conv: name in configs)
+    absent = sorted(configs.keys() - lhc_layers(model).keys())
+    if absent:
+        raise ValueError(f"{absent[0]} is no convolution that can have a topology")
     return model
+
+
+def load_initial(model: nn.Module, path: str | Path) -> tuple[str, ...]:
+    """Start a dense network from weights of its kind, for example torchvision's, by name and shape.
+
+    The classifier's tensors that are missing or of another shape keep their random values, as for another
+    number of classes. A convolution's bias that the network does not have goes into the batch norm after it,
+    which then computes the same.
+
+    Args:
+        model: one of this package's networks.
+        path: a safetensors file with its state_dict in any floating-point type.
+
+    Returns:
+        The names of the classifier's tensors that were left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or something other than the classifier does not fit; one line.
+    """
+    tensors, _ = read_state(path)
+    expected = model.state_dict()
+    try:
+        tensors = _biases_absorbed(tensors, expected)
+        head = [name for name in expected if name.startswith(("classifier.", "fc."))]
+        left_out = tuple(n for n in head if n not in tensors or tensors[n].shape != expected[n].shape)
+        # What the file has of another classifier is left out with it.
+        given = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name not in left_out and (name in expected or not name.startswith(("classifier.", "fc.")))
+        }
+        counters = {name: t for name, t in expected.items() if name.endswith(".num_batches_tracked")}
+        rest = {name: expected[name] for name in left_out}
+        model.load_state_dict(_fitted({**counters, **rest, **given}, expected))
+    except ValueError as error:
+        raise ValueError(f"{path}: its weights are not this network's ({error})") from error
+    return left_out
+
+
+def _biases_absorbed(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Move biases that the network lacks into the mean that the next layer's batch norm subtracts."""
+    moved = dict(tensors)
+    for name in tensors.keys() - expected.keys():
+        layer, _, leaf = name.rpartition(".")
+        parent, _, index = layer.rpartition(".")
+        mean = f"{parent}.{int(index) + 1}.running_mean" if index.isdecimal() else ""
+        if leaf == "bias" and mean in tensors and tensors[mean].shape == tensors[name].shape:
+            moved[mean] = moved[mean] - moved.pop(name)
+    return moved
+
+
+def _fitted(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in the types that are expected, every name, shape and value checked.
+
+    Raises:
+        ValueError: a tensor is missing or unknown, or has another shape, another kind of type, or values that
+            are not finite.
+    """
+    for found, wanted, what in ((tensors, expected, "lacks"), (expected, tensors, "does not know")):
+        missing = sorted(wanted.keys() - found.keys())
+        if missing:
+            more = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise ValueError(f"it {what} {missing[0]}{more}")
+    fitted = {}
+    for name, tensor in tensors.items():
+        wanted_type, wanted_shape = expected[name].dtype, expected[name].shape
+        if tensor.shape != wanted_shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, not {list(wanted_shape)}")
+        # A type that cannot stand for the parameter's must not pass unseen.
+        if tensor.is_floating_point() != wanted_type.is_floating_point or (
+            tensor.dtype != wanted_type and not tensor.is_floating_point()
+        ):
+            raise ValueError(f"{name} has dtype {tensor.dtype}, not {wanted_type}")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds values that are not finite")
+        fitted[name] = tensor.to(wanted_type)
+    return fitted
 
 
 def load_pretrained(kind: Kind) -> nn.Module:
     """One of the two networks that ship with the package, trained on Fashion-MNIST for equally many epochs.
 
-    Input: images [N, 1, 28, 28], normalised as lhc_triton.training.data.normalise does.
+    Input: images [N, 1, 28, 28], normalised as batches of lhc_triton.training.open_data("fashion-mnist") are.
 
     Args:
         kind: "lhc" for the network of learned topology (frozen LHCConv2d layers), "dense" for its dense twin.
@@ -143,7 +235,7 @@ def load_pretrained(kind: Kind) -> nn.Module:
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind {kind!r} is not one of {', '.join(get_args(Kind))}")
-    return load_vgg(pretrained_path(kind))[0]
+    return load_network(pretrained_path(kind)).model
 
 
 def pretrained_path(kind: Kind) -> Path:

@@ -53,20 +53,15 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], document: Map
     write_beside(path, save(plain, metadata={_KEY: text}))
 
 
-def read_tensors(path: str | Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what write_tensors wrote.
-
-    Args:
-        path: the file.
-        kind: what the document must name under "kind".
-        version: what it must give under "version".
+def read_state(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
+    """Read the tensors of any safetensors file.
 
     Returns:
-        (tensors on the CPU by name, the JSON document).
+        (tensors on the CPU by name, the text of this package's document if the file has one).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, corrupt, too large, or of another kind or version; one line.
+        ValueError: it is truncated, corrupt or too large; one line.
     """
     path = Path(path)
     if not path.is_file():
@@ -78,15 +73,38 @@ def read_tensors(path: str | Path, kind: str, version: int) -> tuple[dict[str, T
         with safe_open(path, framework="pt", device="cpu") as file:
             text = (file.metadata() or {}).get(_KEY)
             # clone: the file is mapped, and may be replaced while its tensors live on.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, text  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: not an intact safetensors file ({error})") from error
+
+
+def read_tensors(
+    path: str | Path, kind: str, version: int, older: tuple[str, int] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what write_tensors wrote.
+
+    Args:
+        path: the file.
+        kind: what the document must name under "kind".
+        version: what it must give under "version".
+        older: another (kind, version) that will do.
+
+    Returns:
+        (tensors on the CPU by name, the JSON document).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, corrupt, too large, or of another kind or version; one line.
+    """
+    tensors, text = read_state(path)
     try:
         document = json.loads(text) if text is not None else None
     except ValueError as error:
         raise ValueError(f"{path}: its metadata are not JSON ({error})") from error
-    if not isinstance(document, dict) or document.get("kind") != kind:
-        found = document.get("kind") if isinstance(document, dict) else None
+    found = document.get("kind") if isinstance(document, dict) else None
+    if older is not None and found == older[0]:
+        kind, version = older
+    if not isinstance(document, dict) or found != kind:
         raise ValueError(f"{path}: holds {found or 'no lhc_triton metadata'}, not {kind}")
     if document.get("version") != version:
         raise ValueError(f"{path}: {kind} version {document.get('version')}; version {version} is supported")

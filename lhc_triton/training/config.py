@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from lhc_triton.models.architecture import NetworkName
 from lhc_triton.models.vgg import SMALL_WIDTHS
 from lhc_triton.topology import LHCConfig, ShapeFamily
+from lhc_triton.training.data import Augmentation, OnBadFile
 
 DataName = Literal["fashion-mnist", "cifar10", "cifar100", "imagenet", "folder"]
 Stem = Literal["auto", "cifar", "imagenet"]
@@ -29,9 +30,9 @@ TopologyName = Literal[
     "1xn",
     "asymmetric",
     "cross",
+    "dilated_cross",
 ]
 Precision = Literal["auto", "fp32", "bf16"]
-Augmentation = Literal["none", "paper", "standard"]
 
 NOTHING = "none"  # how a file and the command line write None
 _MAX_FILE_BYTES = 1 << 20
@@ -70,9 +71,7 @@ class TrainConfig:
     image_size: Annotated[
         int | None, Setting("side of the images in pixels; none: the data set's own", 4, 4096)
     ] = None
-    on_bad_file: Annotated[Literal["fail", "skip"], Setting("an image that cannot be read: fail or skip")] = (
-        "fail"
-    )
+    on_bad_file: Annotated[OnBadFile, Setting("an image that cannot be read: fail or skip")] = "fail"
     train_images: Annotated[
         int | None, Setting("images to train on, class-balanced; none: all that validation leaves")
     ] = None
@@ -95,7 +94,7 @@ class TrainConfig:
         TopologyName,
         Setting(
             "learned, or one made by hand: standard, pointwise, groupwise, depthwise, hetconv, stripe, 1xn, "
-            "asymmetric, cross"
+            "asymmetric, cross, dilated_cross"
         ),
     ] = "learned"
     pointwise_layers: Annotated[bool, Setting("whether 1x1 convolutions learn a topology too")] = True
@@ -177,6 +176,11 @@ class TrainConfig:
         return LHCConfig(
             density=self.density, in_block=self.in_block, out_block=self.out_block, shapes=self.shapes
         )
+
+    @property
+    def target(self) -> float | None:
+        """The density that training steers to; None for none, as under a topology made by hand."""
+        return self.density if self.topology == "learned" else None
 
     @property
     def warmup(self) -> int:

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lhc_triton.conversion import convert, freeze, lhc_layers
-from lhc_triton.models.pretrained import load_vgg, save_vgg
-from lhc_triton.models.vgg import VGG, small_vgg
+from lhc_triton.conversion import freeze, lhc_layers
+from lhc_triton.models.pretrained import load_network, save_network
 from lhc_triton.models.weights import write_beside
 from lhc_triton.schedule import TopologySchedule
 from lhc_triton.training.checkpoints import Checkpoint, load_checkpoint, restore, save_checkpoint
 from lhc_triton.training.config import TrainConfig
 from lhc_triton.training.data import FashionMNIST, ImageSet, validation_split
 from lhc_triton.training.metrics import EpochMetrics, best_epoch, reached, write_metrics
+from lhc_triton.training.networks import apply_topology, architecture_of, build_network
 from lhc_triton.training.presets import command_of
 from lhc_triton.training.progress import Progress, Silence, TerminalProgress
 from lhc_triton.training.recipe import STAGES, StageName, make_optimiser, stage_epochs
@@ -46,7 +46,7 @@ class TrainResult:
         epochs: of each of the two networks.
         precision: "fp32" or "bf16", of training.
         seconds: spent on training and validation.
-        files: paths by name: dense, lhc (for load_vgg), config, metrics, result.
+        files: paths by name: dense, lhc (for load_network), config, metrics, result.
     """
 
     dense_accuracy: float
@@ -85,7 +85,7 @@ def train(
     same number of threads. A run that is complete is only tested again.
 
     Files in ``out_dir``: config.json, metrics.csv, result.json; dense.safetensors and lhc.safetensors (the
-    results, for load_vgg); last.safetensors and the best of each stage (checkpoints).
+    results, for load_network); last.safetensors and the best of each stage (checkpoints).
 
     Args:
         config: the run; see TrainConfig and PRESETS.
@@ -233,13 +233,13 @@ class _Work:
             seconds=time.perf_counter() - start,
         )
 
-    def network(self, stage: StageName) -> VGG:
+    def network(self, stage: StageName) -> nn.Module:
         """The network at its start: the same weights for the dense and the LHC one."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            model = small_vgg(self.config.widths)
+            model = build_network(self.config, self.training.format, self.progress.say)
             if stage != "dense":
-                convert(model, self.config.lhc)
+                apply_topology(model, self.config)
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def best(self, stage: StageName) -> Path:
@@ -269,10 +269,7 @@ def _finish(work: _Work, test: ImageSet, rows: list[EpochMetrics]) -> TrainResul
     for kind, stage in (("dense", STAGES[0]), ("lhc", STAGES[2])):
         model = work.network(stage)
         work.load_best(stage, model)
-        architecture = {"widths": list(config.widths), "in_channels": 1, "num_classes": 10}
-        architecture["lhc"] = asdict(config.lhc)
-        if kind == "dense":
-            architecture["lhc"] = None
+        architecture = architecture_of(config, work.training.format)
         path = out / f"{kind}.safetensors"
         notes: dict[str, Any] = {
             "command": command_of(config),
@@ -283,12 +280,12 @@ def _finish(work: _Work, test: ImageSet, rows: list[EpochMetrics]) -> TrainResul
             "torch": str(torch.__version__),
             "training_images": len(work.training),
         }
-        save_vgg(model, path, architecture, notes)
+        save_network(model, path, architecture, notes)
         # What is tested is what was written: after the rounding to half precision.
-        written, _ = load_vgg(path)
+        written = load_network(path).model
         written.to(work.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         accuracies[kind] = accuracy(written, test, "fp32")
-        save_vgg(model, path, architecture, {**notes, "test_accuracy": accuracies[kind]})
+        save_network(model, path, architecture, {**notes, "test_accuracy": accuracies[kind]})
     names = {name: f"{name}.safetensors" for name in ("dense", "lhc")}
     names |= {"config": "config.json", "metrics": "metrics.csv", "result": "result.json"}
     result = TrainResult(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 from torch import nn
 
-from lhc_triton.conversion import convert
+from lhc_triton.conversion import blocks_by_width, convert
+from lhc_triton.handcrafted import impose
 from lhc_triton.models.architecture import Architecture
+from lhc_triton.models.pretrained import load_initial
 from lhc_triton.models.resnet import WIDTHS
 from lhc_triton.models.vgg import VGG16_WIDTHS, VGG19_WIDTHS, Images
 from lhc_triton.training.config import TrainConfig
+from lhc_triton.training.data import ImageFormat
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -25,14 +28,6 @@ _NAMES = {
     "resnet34": "ResNet34",
     "resnet50": "ResNet50",
 }
-
-
-class ImageFormat(Protocol):
-    """What a network needs to know of the images."""
-
-    channels: int
-    size: int
-    classes: Sequence[str]
 
 
 def architecture_of(config: TrainConfig, format: ImageFormat) -> Architecture:
@@ -63,28 +58,43 @@ def network_name(config: TrainConfig) -> str:
     return name if config.width == 1 else f"{name} x {config.width:g}"
 
 
-def build_network(config: TrainConfig, format: ImageFormat) -> nn.Module:
+def build_network(
+    config: TrainConfig, format: ImageFormat, say: Callable[[str], None] = lambda text: None
+) -> nn.Module:
     """The dense network of a run at its start; random weights come from torch's global generator.
 
     Args:
-        config: the run.
+        config: the run; where it names pretrained weights they take the place of the random ones.
         format: of its images: channels, size and classes.
+        say: told in a line which of the pretrained weights were left out.
 
     Raises:
-        ValueError: the images are too small for the network.
+        FileNotFoundError: there is no such file of pretrained weights.
+        ValueError: the images are too small for the network, or the pretrained weights are not its.
     """
-    return architecture_of(config, format).build()
+    model = architecture_of(config, format).build()
+    if config.pretrained is not None:
+        left_out = load_initial(model, config.pretrained)
+        if left_out:
+            say(f"{config.pretrained}: of another classifier; {', '.join(left_out)} start at random")
+    return model
 
 
 def apply_topology(model: ModelT, config: TrainConfig) -> ModelT:
-    """Give a dense network the run's topology, in place: learned (to be trained) or made by hand (frozen).
+    """Give a dense network the run's topology, in place: one to be learned, or one made by hand, frozen.
 
     Args:
         model: what build_network gave.
         config: the run.
 
     Raises:
-        ValueError: no convolution can take it.
+        ValueError: no convolution can have it.
     """
-    pointwise = config.pointwise_layers
-    return convert(model, config.lhc, lambda name, conv: pointwise or conv.kernel_size != (1, 1))
+
+    def takes_part(name: str, conv: nn.Conv2d) -> bool:
+        return config.pointwise_layers or conv.kernel_size != (1, 1)
+
+    if config.topology != "learned":
+        return impose(model, config.topology, filter_fn=takes_part)
+    blocks = blocks_by_width(config.lhc) if config.block_rule == "width" else config.lhc
+    return convert(model, blocks, takes_part)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 
-from lhc_triton.training.config import NOTHING, TrainConfig, as_text
+from lhc_triton.training.config import TrainConfig, as_text, read_config
 
 PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
     {
@@ -54,7 +56,40 @@ PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
 )
 
 # Where things lie on a machine is nobody's business: a command names them by what they are.
-PLACES = {"data_folder": "FOLDER", "pretrained": "FILE", "dense_twin": "RUN"}
+_PLACES = {"data_folder": "FOLDER", "pretrained": "FILE", "dense_twin": "RUN"}
+
+
+def choose_config(
+    preset: str | None, file: Path | None, assignments: Sequence[str] = ()
+) -> tuple[str, TrainConfig]:
+    """The settings that a command line asks for.
+
+    Args:
+        preset: one of PRESETS; the first where neither it nor a file is given.
+        file: a TOML file in its place.
+        assignments: changes to either, each "name=value"; the last of a name counts.
+
+    Returns:
+        (name of the preset or the file, settings).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: both or an unknown preset is given, or a setting is wrong; one line.
+    """
+    if preset is not None and file is not None:
+        raise ValueError(f"preset {preset!r} and file {file} are given; choose one of them")
+    changes = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"setting {assignment!r} is not of the form name=value")
+        changes[name.strip()] = value.strip()
+    if file is not None:
+        return file.stem, read_config(file).changed(changes)
+    preset = preset or next(iter(PRESETS))
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    return preset, PRESETS[preset].changed(changes)
 
 
 def command_of(config: TrainConfig) -> str:
@@ -63,11 +98,11 @@ def command_of(config: TrainConfig) -> str:
     for name, preset in PRESETS.items():
         mine, theirs = config.to_dict(), preset.to_dict()
         changed = [key for key in mine if mine[key] != theirs[key]]
-        options = "".join(f" --set {key}={_shown(key, config)}" for key in changed)
+        options = "".join(f" --set {shlex.quote(f'{key}={_shown(key, config)}')}" for key in changed)
         commands.append((len(changed), f"lhc-triton train --preset {name}{options} --out DIR"))
     return min(commands, key=lambda entry: entry[0])[1]
 
 
 def _shown(key: str, config: TrainConfig) -> str:
-    value = getattr(config, key)
-    return PLACES[key] if key in PLACES and value not in (None, NOTHING, "train") else as_text(value)
+    value = as_text(getattr(config, key)).strip('"')
+    return value if value in ("none", "train") else _PLACES.get(key, value)

@@ -14,7 +14,8 @@ from pathlib import Path
 from torch import Tensor
 
 from lhc_triton.models.weights import write_beside
-from lhc_triton.training.data import FILES, FashionMNIST, balanced_indices
+from lhc_triton.training.data.fashion import FILES, read_fashion
+from lhc_triton.training.data.splits import balanced_indices
 
 TRAIN_IMAGES = 12_000
 
@@ -34,13 +35,13 @@ def make_subset(source: str | Path, destination: str | Path, train_images: int =
         train_images: how many training images to keep, equally many of each class.
 
     Raises:
-        FileNotFoundError, ValueError: as FashionMNIST.from_folder; or a class has too few images.
+        FileNotFoundError, ValueError: as read_fashion; or a class has too few images.
     """
-    full = FashionMNIST.from_folder(source)
-    train = full.train.subset(balanced_indices(full.train.labels, train_images))
+    train, test = read_fashion(source)
+    train = train.subset(balanced_indices(train.labels, train_images))
     destination = Path(destination)
     destination.mkdir(parents=True, exist_ok=True)
-    for part, images in (("train", train), ("test", full.test)):
+    for part, images in (("train", train), ("test", test)):
         arrays = {"images": images.images.squeeze(1), "labels": images.labels.to(images.images.dtype)}
         for kind, array in arrays.items():
             packed = gzip.compress(idx_bytes(array), compresslevel=9, mtime=0)

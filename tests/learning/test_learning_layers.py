@@ -310,11 +310,14 @@ def test_freeze_refuses_effects_that_are_not_finite():
 
 @both
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int64])
-def test_set_topology_replaces_the_mask_and_freezes_empty_groups_included(config, dtype):
+def test_set_topology_replaces_the_mask_and_freezes_dead_groups_by_choice_only(config, dtype):
     layer = layer_of(config)
     mask = torch.rand(3, 3, 3, 3, generator=seeded(2)) < 0.3
     mask[1] = False
-    layer.set_topology(mask.to(dtype))
+    with pytest.raises(ValueError, match="leaves 1 of 3 filter groups without an entry"):
+        layer.set_topology(mask.to(dtype))
+    assert not layer.frozen
+    layer.set_topology(mask.to(dtype), allow_dead=True)
     assert layer.frozen
     assert torch.equal(layer.block_mask(), mask.double())
     assert layer.rescued == 0

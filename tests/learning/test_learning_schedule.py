@@ -260,7 +260,15 @@ def test_a_resumed_run_goes_on_as_if_it_had_never_stopped():
     assert second[1].state_dict() == straight[1].state_dict()
 
 
-GOOD_STATE = {"warmup_epochs": 20, "penalty_epochs": 20, "seed": 0, "epoch": 3, "first_loss": 2.0}
+GOOD_STATE = {
+    "warmup_epochs": 20,
+    "penalty_epochs": 20,
+    "seed": 0,
+    "entry_costs": None,
+    "pattern_weight": 0.0,
+    "epoch": 3,
+    "first_loss": 2.0,
+}
 
 
 @pytest.mark.parametrize(
@@ -268,6 +276,8 @@ GOOD_STATE = {"warmup_epochs": 20, "penalty_epochs": 20, "seed": 0, "epoch": 3, 
     [
         ({"seed": 1}, ValueError, "state is of a schedule with seed=1, this one has 0"),
         ({"warmup_epochs": 2}, ValueError, "warmup_epochs=2"),
+        ({"entry_costs": {"2": 1.0, "4": 1.0, "5": 1.0}}, ValueError, "schedule with entry_costs={'2': 1.0"),
+        ({"pattern_weight": 0.5}, ValueError, "schedule with pattern_weight=0.5, this one has 0.0"),
         ({"penalty_epochs": "20"}, ValueError, "penalty_epochs='20'"),
         ({"epoch": -1}, ValueError, "epoch=-1"),
         ({"epoch": 1.5}, TypeError, "epoch=1.5"),

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lhc_triton.conversion import lhc_layers
 from lhc_triton.models import load_vgg, small_vgg, weights
 from lhc_triton.training import EpochMetrics, FashionMNIST, ImageSet, TrainConfig, train
+from lhc_triton.training.data.fashion import FORMAT
 from lhc_triton.training.stage import make_optimiser, train_epoch
 
 CONFIG = TrainConfig(
@@ -40,7 +41,7 @@ def tiny_data(count: int = 140) -> FashionMNIST:
     for image, label in zip(pixels, labels.tolist(), strict=True):
         stripes = image[0] if label < 5 else image[0].t()
         stripes[:: label % 5 + 2] += 150
-    images = ImageSet(pixels, labels)
+    images = ImageSet(pixels, labels, FORMAT)
     return FashionMNIST(images.subset(torch.arange(count)), images.subset(torch.arange(count, count + 40)))
 
 
@@ -222,7 +223,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(copy, changes):
 
 def test_a_checkpoint_of_other_images_is_refused(copy):
     data = tiny_data()
-    other = ImageSet(data.train.images.flip(3), data.train.labels)
+    other = ImageSet(data.train.images.flip(3), data.train.labels, FORMAT)
     with pytest.raises(ValueError, match=r"another run \(data "):
         train(CONFIG, copy, progress=False, data=FashionMNIST(other, data.test))
 

@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lhc_triton.training.data import FILES, PACKAGED_FOLDER, FashionMNIST, load_idx
+from lhc_triton.training.data import open_data
+from lhc_triton.training.data.fashion import FILES, PACKAGED_FOLDER
+from lhc_triton.training.data.idx import load_idx
 from lhc_triton.training.subset import idx_bytes, make_subset
 
 
@@ -106,7 +108,7 @@ def write_folder(folder: Path, **changes: torch.Tensor) -> Path:
 
 
 def test_a_folder_of_raw_files_is_read(tmp_path):
-    data = FashionMNIST.from_folder(write_folder(tmp_path))
+    data = open_data("fashion-mnist", write_folder(tmp_path))
     assert data.train.images.shape == (20, 1, 28, 28)
     assert torch.equal(data.test.images.squeeze(1), array((20, 28, 28), 1))
     assert data.test.labels.tolist() == [*range(10), *range(10)]
@@ -124,15 +126,15 @@ def test_a_folder_of_raw_files_is_read(tmp_path):
 )
 def test_files_that_do_not_go_together_are_named(tmp_path, changes, named):
     with pytest.raises(ValueError, match=FILES[named]):
-        FashionMNIST.from_folder(write_folder(tmp_path, **changes))
+        open_data("fashion-mnist", write_folder(tmp_path, **changes))
 
 
 def test_a_missing_folder_or_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        FashionMNIST.from_folder(tmp_path / "nowhere")
+        open_data("fashion-mnist", tmp_path / "nowhere")
     (write_folder(tmp_path) / FILES["test_labels"]).unlink()
     with pytest.raises(FileNotFoundError, match=FILES["test_labels"]):
-        FashionMNIST.from_folder(tmp_path)
+        open_data("fashion-mnist", tmp_path)
 
 
 def test_the_packaged_images_are_what_the_maker_makes(tmp_path):
@@ -144,7 +146,7 @@ def test_the_packaged_images_are_what_the_maker_makes(tmp_path):
 
 
 def test_the_packaged_images_are_balanced_and_licensed():
-    data = FashionMNIST.packaged()
+    data = open_data("fashion-mnist")
     assert (len(data.train), len(data.test)) == (12_000, 10_000)
     assert torch.bincount(data.train.labels).tolist() == [1200] * 10
     assert torch.bincount(data.test.labels).tolist() == [1000] * 10
@@ -159,4 +161,4 @@ def test_a_truncated_file_in_the_folder_is_named(tmp_path):
     cut = tmp_path / f"{FILES['test_images']}.gz"
     cut.write_bytes(cut.read_bytes()[:100_000])
     with pytest.raises(ValueError, match=FILES["test_images"]):
-        FashionMNIST.from_folder(tmp_path)
+        open_data("fashion-mnist", tmp_path)

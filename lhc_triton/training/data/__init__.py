@@ -1,0 +1,27 @@
+"""Data sets as sources of batches: opening, splitting, augmenting, normalising."""
+
+from lhc_triton.training.data.fashion import open_fashion
+from lhc_triton.training.data.memory import ImageSet
+from lhc_triton.training.data.opening import DATA_NAMES, OnBadFile, open_data
+from lhc_triton.training.data.previous import FashionMNIST, augment, normalise
+from lhc_triton.training.data.source import Augmentation, BadFile, Batch, Data, ImageFormat, Source
+from lhc_triton.training.data.splits import balanced_indices, validation_split
+
+__all__ = [
+    "DATA_NAMES",
+    "Augmentation",
+    "BadFile",
+    "Batch",
+    "Data",
+    "FashionMNIST",
+    "ImageFormat",
+    "ImageSet",
+    "OnBadFile",
+    "Source",
+    "augment",
+    "balanced_indices",
+    "normalise",
+    "open_data",
+    "open_fashion",
+    "validation_split",
+]

@@ -7,7 +7,7 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,11 @@ LHC_ONLY = (
 )  # fmt: skip
 """Settings that the dense twin does not depend on."""
 
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Ablation:
-    """The runs of an ablation, by the names of their folders."""
-
-    runs: Mapping[str, TrainConfig]
-
-
-def read_ablation(path: str | Path) -> Ablation:
-    """Read the file of an ablation.
+def read_ablation(path: str | Path) -> dict[str, TrainConfig]:
+    """Read the file of an ablation, and return its runs by the names of their folders.
 
     ::
 
@@ -64,7 +57,7 @@ def read_ablation(path: str | Path) -> Ablation:
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: more than {MAX_BYTES} bytes")
     try:
-        return Ablation(_runs(tomllib.loads(path.read_text(encoding="utf-8"))))
+        return _runs(tomllib.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:  # broken TOML and broken UTF-8 are ValueErrors as well
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
@@ -124,16 +117,16 @@ def _name(changes: Mapping[str, Any]) -> str:
     return name
 
 
-def run_ablation(ablation: Ablation, out_dir: str | Path, progress: Progress) -> list[Path]:
+def run_ablation(runs: Mapping[str, TrainConfig], out_dir: str | Path, progress: Progress) -> list[Path]:
     """Train every run into its folder under ``out_dir``; one that is there already goes on, or is kept.
 
     Runs whose dense twins would be the same (same data, network, recipe and seed) share it: the first one
     trains it.
 
     Args:
-        ablation: the runs.
+        runs: what `read_ablation` gave.
         out_dir: folder for theirs.
-        progress: called with (finished, total, folder's name) before each run.
+        progress: called with a line before each run.
 
     Returns:
         The runs' folders.
@@ -144,8 +137,8 @@ def run_ablation(ablation: Ablation, out_dir: str | Path, progress: Progress) ->
     out = Path(out_dir)
     twins: dict[TrainConfig, Path] = {}
     folders = []
-    for done, (name, config) in enumerate(ablation.runs.items()):
-        progress(done, len(ablation.runs), name)
+    for done, (name, config) in enumerate(runs.items(), start=1):
+        progress(f"run {done} of {len(runs)}: {name}")
         folder = out / name
         if config.dense_twin == "train":
             first = twins.setdefault(dense_part(config), folder)
@@ -153,11 +146,10 @@ def run_ablation(ablation: Ablation, out_dir: str | Path, progress: Progress) ->
                 config = replace(config, dense_twin=str(first))
         train(config, folder)
         folders.append(folder)
-    progress(len(folders), len(folders), "")
     return folders
 
 
 def dense_part(config: TrainConfig) -> TrainConfig:
-    """The settings with those of the topology alone at their defaults: where equal, so are the dense twins."""
+    """The settings, those of the topology alone at their defaults: where equal, so are the dense twins."""
     kept = {name: value for name, value in config.to_dict().items() if name not in LHC_ONLY}
     return TrainConfig.from_dict(kept)

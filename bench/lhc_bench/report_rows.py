@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lhc_triton as lhc
-from lhc_triton.models.pretrained import load_vgg
+from lhc_triton.models.pretrained import load_network
 from lhc_triton.planning import plan_topologies
 from lhc_triton.planning.cost import CostModel
 from lhc_triton.planning.extract import read_model
@@ -237,8 +237,9 @@ def describe(run: Run, batch: int, measure_on: str | None, rounds: int) -> RunRo
     Raises:
         ValueError: the weights do not fit, or no layer of the network is converted.
     """
-    model = load_vgg(run.lhc_file)[0]
-    size = (1, 28, 28)
+    saved = load_network(run.lhc_file)
+    model, sizes = saved.model, saved.architecture
+    size = (sizes.in_channels, sizes.image_size, sizes.image_size)
     counts = lhc.summary(model, size)
     images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
     reading = read_model(model, images)
@@ -250,7 +251,7 @@ def describe(run: Run, batch: int, measure_on: str | None, rounds: int) -> RunRo
         predicted[device] = Timed(device, dtype, batch, totals.dense_us, totals.planned_us, cost.source)
     measured = None
     if measure_on is not None:
-        dense = load_vgg(run.dense_file)[0] if run.dense_file else None
+        dense = load_network(run.dense_file).model if run.dense_file else None
         measured = measure(model, dense, images, measure_on, rounds)
     converted = counts.converted
     return RunRow(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -19,7 +20,6 @@ from lhc_triton.planning.extract import read_model
 from lhc_triton.planning.schema import LayerTopology
 from lhc_triton.runtime.timing import time_paired
 from lhc_triton.topology import shape_counts
-from lhc_triton.training import TrainConfig
 from lhc_triton.training.networks import network_name
 
 from .peers import network_peers
@@ -205,17 +205,16 @@ def experiments(rows: Sequence[RunRow]) -> tuple[Experiment, ...]:
 def labels(runs: Sequence[Run]) -> list[str]:
     """Name runs by the settings in which they differ; equal names mean equal settings.
 
-    A setting at its default is left out, unless the runs have three or more values of it or that would leave
-    nothing to say.
+    A setting's most common value is left out, unless the runs have three or more values of it or that would
+    leave nothing to say.
     """
-    default = TrainConfig().to_dict()
     settings = [run.setting for run in runs]
-    values = {name: {repr(setting[name]) for setting in settings} for name in settings[0]}
-    changed = [name for name, found in values.items() if len(found) > 1]
-    swept = [name for name in changed if len(values[name]) > 2]
+    counts = {name: Counter(_shown(setting[name]) for setting in settings) for name in settings[0]}
+    changed = [name for name, found in counts.items() if len(found) > 1]
+    usual = {name: counts[name].most_common(1)[0][0] for name in changed if len(counts[name]) == 2}
     named = []
     for run, setting in zip(runs, settings, strict=True):
-        shown = [name for name in changed if name in swept or setting[name] != default[name]]
+        shown = [name for name in changed if _shown(setting[name]) != usual.get(name)]
         text = ", ".join(f"{name} {_shown(setting[name])}" for name in shown or changed)
         named.append(text or network_name(run.config))
     return named

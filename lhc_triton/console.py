@@ -149,12 +149,11 @@ def show_experiments(found: Sequence[dict[str, Any]]) -> None:
         ("dense, %", "dense_accuracy", 100, ".2f"),
         ("LHC, %", "lhc_accuracy", 100, ".2f"),
         ("gain", "gain", 100, "+.2f"),
-        ("density", "density", 1, ".3f"),
-        ("fewer weights", "weight_reduction", 1, ".2f"),
-        ("fewer MACs", "mac_reduction", 1, ".2f"),
+        ("weights /", "weight_reduction", 1, ".1f"),
+        ("MACs /", "mac_reduction", 1, ".1f"),
         ("patterns", "patterns", 1, ".0f"),
-        ("predicted CPU", "predicted_cpu", 1, ".2f"),
-        ("modelled GPU", "predicted_cuda", 1, ".2f"),
+        ("CPU", "predicted_cpu", 1, ".1f"),
+        ("GPU", "predicted_cuda", 1, ".1f"),
         ("measured", "measured", 1, ".2f"),
     )
     rows = [
@@ -169,7 +168,8 @@ def show_experiments(found: Sequence[dict[str, Any]]) -> None:
         for experiment in found
     ]
     print_table(("setting", "runs", *(column[0] for column in columns)), rows)
-    typer.echo("Test accuracies and times less; ± is the standard deviation over the seeds.")
+    typer.echo("Test accuracies; weights and MACs of the whole network, times fewer; ± over the seeds.")
+    typer.echo("CPU, GPU: predicted speed-up of the converted layers. Measured: of the whole network.")
 
 
 def _spread(mean: float | None, spread: float | None, factor: float, form: str) -> str:

@@ -248,7 +248,7 @@ def training_figure(experiment: Experiment) -> Figure:
         axis.axvline(coarse - 0.5, color=picture.GREY, linewidth=0.8, linestyle=":")
         axis.set_title(title, fontsize=9, loc="left", pad=4)
         axis.set_xlabel("epoch; dotted: the topology is frozen", fontsize=8)
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=8, framealpha=0.9, edgecolor="none")
         axis.grid(color="#e3e3e3", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))

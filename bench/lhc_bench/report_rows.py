@@ -221,7 +221,9 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _shown(value: object) -> str:
-    return "none" if value is None else str(value)
+    if value is None:
+        return "none"
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def describe(run: Run, batch: int, measure_on: str | None, rounds: int) -> RunRow:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lhc_triton.training import TrainConfig, read_config
 
-MAX_TEXT_BYTES = 64 << 20
+MAX_TEXT_BYTES = 256 << 20
 NOT_A_SETTING = ("seed", "device", "data_folder", "workers", "dense_twin", "tensorboard", "on_bad_file")
 """Fields of a TrainConfig that do not make two runs different experiments."""
 

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from .conversion import lhc_layers, output_pixels
 from .layers import LHCConv2d
-from .topology import effective_patterns
+from .topology import pattern_distance
 
 # The method's constants (arXiv 2301.05440, authors' code): shares of the two terms, height of the ramp.
 MAC_SHARE = 0.01
 WEIGHT_SHARE = 0.99
 RAMP_TOP = 4.0
+# Ours: the filters that should have a pattern in common where the penalty aims for fewer patterns.
+SHARED_FILTERS = 64
 
 
 class TopologySchedule:
@@ -34,9 +36,10 @@ class TopologySchedule:
 
     Two additions of ours, both off by default, change R. With ``entry_costs`` the 0.99 term steers the live
     share of the cost, ``sum(live weights * cost) / sum(weights * cost)`` over the layers, in place of the
-    live share of the weights. With ``pattern_weight`` w > 0, R grows by ``w * effective patterns / filter
-    groups``, both summed over the layers (see `topology.effective_patterns`): the fewer patterns the filter
-    groups of a layer have in common, the less it is.
+    live share of the weights. With ``pattern_weight`` w > 0, R grows by ``w * D``: D is the mean over the layers,
+    each counted by its weights, of the share of entries in which a filter group differs from its nearest
+    ones, so many that together they have 64 filters (see `topology.pattern_distance`). It is 0 where every
+    pattern is shared by 64 filters, the width from which tiles run well.
 
     Use it as::
 
@@ -145,7 +148,7 @@ class TopologySchedule:
             MAC_SHARE * self._mac_share(live) + WEIGHT_SHARE * (self.target - self._steered(live)).abs()
         )
         if self.pattern_weight > 0:
-            regulariser = regulariser + self.pattern_weight * self._pattern_share()
+            regulariser = regulariser + self.pattern_weight * self._pattern_distance()
         return (scale * self.ramp * regulariser).to(torch.float32)
 
     def end_epoch(self, task_loss: float | Tensor | None = None) -> None:
@@ -179,11 +182,16 @@ class TopologySchedule:
         total = math.fsum(w * c for w, c in zip(self._weights, costs, strict=True))
         return (live * live.new_tensor(costs)).sum() / total
 
-    def _pattern_share(self) -> Tensor:
-        """Effective patterns per filter group, over all layers."""
+    def _pattern_distance(self) -> Tensor:
+        """The layers' pattern distances, weighted by their weights."""
         device = self._layers[0].effects.device
-        patterns = [effective_patterns(layer.block_mask()).to(device) for layer in self._layers]
-        return torch.stack(patterns).sum() / sum(len(layer.topology) for layer in self._layers)
+        distances = [
+            pattern_distance(layer.block_mask(), math.ceil(SHARED_FILTERS / layer.config.out_block)).to(
+                device
+            )
+            for layer in self._layers
+        ]
+        return self._weight_share(torch.stack(distances) * torch.tensor(self._weights, device=device))
 
     @property
     def epoch(self) -> int | None:

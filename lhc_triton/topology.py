@@ -96,7 +96,7 @@ def rigid_shapes(kernel_size: int | tuple[int, int]) -> Tensor:
         (everything, middle_column),
     ]
     if kh == kw:
-        diagonal = torch.arange(kh)
+        diagonal = torch.arange(kh, device="cpu")
         regions += [(diagonal, diagonal), (diagonal, diagonal.flip(0))]
     regions += [(rows, columns) for rows in (to_row, from_row) for columns in (to_column, from_column)]
     regions += [
@@ -109,7 +109,7 @@ def rigid_shapes(kernel_size: int | tuple[int, int]) -> Tensor:
 
     shapes: list[Tensor] = []
     for region in regions:
-        shape = torch.zeros(kh, kw, dtype=torch.bool)
+        shape = torch.zeros(kh, kw, dtype=torch.bool, device="cpu")  # values are read, whatever the default device
         if region is not None:
             shape[region] = True
         if not any(torch.equal(shape, known) for known in shapes):
@@ -256,26 +256,30 @@ def count_weights(
     return in_block * filters.sum() - lost_channels * filters[-1]
 
 
-def effective_patterns(block_mask: Tensor) -> Tensor:
-    """Return the effective number of distinct patterns of a mask as a float64 scalar, 1 to Go.
+def pattern_distance(block_mask: Tensor, sharers: int) -> Tensor:
+    """Return how far filter groups are from sharing their patterns, a float64 scalar in [0, 1].
 
-    It is ``sum over groups g of 1 / (sum over groups h of similarity(g, h))`` with the Dice similarity of two
-    patterns, ``2 * shared entries / (entries of g + entries of h)``: equal groups count once together,
-    groups without a common entry each count in full, and what overlaps lies between. This is the diversity of
-    order 0 of T. Leinster and C. Cobbold ("Measuring diversity: the importance of species similarity",
-    Ecology 2012) for groups of equal weight; that it is used on patterns is ours. The shared entries of two
-    groups are those that one tile would read once for both.
+    Each group is compared with the ``sharers - 1`` other groups whose patterns are nearest (those with the
+    lowest index of equally near ones); the result is the mean share of entries in which they differ. It is 0
+    where every pattern is shared by ``sharers`` groups, or by all of them. The measure is ours.
 
-    Differentiable: a group is drawn to the patterns that it resembles. Two empty groups are equal.
+    Differentiable: an entry is drawn to the side on which more of the near groups have it. Entries in which
+    a group agrees with them get no gradient, and a difference pulls an entry as often on as off, so the
+    density stays where the rest of the penalty has it.
 
     Args:
         block_mask: [Go, Gi, kh, kw], bool or 0 and 1 of a float type.
+        sharers: groups that should have a pattern in common, itself counted; 1 or less gives 0.
     """
     rows = block_mask.flatten(1).to(torch.float64)
-    live = rows.sum(dim=1)
-    both_empty = (live[:, None] + live) == 0
-    similarity = 2 * (rows @ rows.T) / (live[:, None] + live).masked_fill(both_empty, 1)
-    return (1 / similarity.masked_fill(both_empty, 1).sum(dim=1)).sum()
+    others = min(sharers, len(rows)) - 1
+    if others < 1:
+        return 0 * rows.sum()
+    fixed = rows.detach()
+    shared, live = fixed @ fixed.T, fixed.sum(dim=1)
+    differing = (live[:, None] + live - 2 * shared).fill_diagonal_(math.inf)
+    nearest = differing.sort(dim=1, stable=True).indices[:, :others]
+    return (rows[:, None] - fixed[nearest]).abs().mean()
 
 
 def mask_correlation(before: Tensor, after: Tensor) -> float:

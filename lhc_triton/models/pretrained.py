@@ -98,10 +98,9 @@ def load_network(path: str | Path) -> SavedNetwork:
     tensors, document = read_tensors(path, WEIGHTS_KIND, WEIGHTS_VERSION, older=_FIRST_FORMAT)
     try:
         architecture = _architecture(document)
-        with torch.device("meta"):  # nothing is allocated before the sizes are known to be the file's
-            expected = _build(architecture, document).state_dict()
-        state = _fitted(tensors, expected)
-        model = _build(architecture, document)
+        # Nothing is allocated before the sizes are known to be the file's.
+        state = _fitted(tensors, _build(architecture, document, "meta").state_dict())
+        model = _build(architecture, document, "cpu")
         if lhc_layers(model):
             freeze(model)
         model.load_state_dict(state)
@@ -122,9 +121,10 @@ def _architecture(document: Mapping[str, Any]) -> Architecture:
     return Architecture("small-vgg", found["widths"], "cifar", *sizes)
 
 
-def _build(architecture: Architecture, document: Mapping[str, Any]) -> nn.Module:
+def _build(architecture: Architecture, document: Mapping[str, Any], device: str) -> nn.Module:
     """The network of a file, its LHC layers with random effects."""
-    model = architecture.build()
+    with torch.device(device):
+        model = architecture.build()
     if document["version"] != WEIGHTS_VERSION:
         lhc = document["architecture"]["lhc"]
         return model if lhc is None else convert(model, LHCConfig(**lhc))

@@ -1,4 +1,4 @@
-"""Training: data, the coarse and the fine stage, checkpoints."""
+"""Training: data, the coarse and the fine stage, many processes, checkpoints."""
 
 from lhc_triton.training.config import TrainConfig, read_config
 from lhc_triton.training.data import (

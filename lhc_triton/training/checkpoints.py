@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from lhc_triton.models.weights import read_tensors, write_tensors
 from lhc_triton.schedule import TopologySchedule
+from lhc_triton.training.averaging import WeightAverage
 from lhc_triton.training.metrics import EpochMetrics
 
 CHECKPOINT_KIND = "training checkpoint"
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
-_MODEL, _MOMENTUM = "model/", "momentum/"
+_MODEL, _MOMENTUM, _AVERAGE = "model/", "momentum/", "average/"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Checkpoint:
         rows: all epochs so far; the last one says the stage and the epoch.
         schedule: state of the TopologySchedule, or None for the dense network.
         precision: "fp32" or "bf16".
-        tensors: the model's state and the optimiser's momentum, by prefixed names.
+        tensors: the state of the model and of its average, and the optimiser's momentum, by prefixed names.
     """
 
     run: dict[str, Any]
@@ -57,6 +58,7 @@ def save_checkpoint(
     model: nn.Module,
     optimiser: torch.optim.Optimizer | None = None,
     schedule: TopologySchedule | None = None,
+    average: WeightAverage | None = None,
 ) -> None:
     """Write a checkpoint, whole or not at all.
 
@@ -68,11 +70,14 @@ def save_checkpoint(
         model: whose state is kept.
         optimiser: whose momentum is kept; without it the checkpoint serves as a stage's result only.
         schedule: whose state is kept.
+        average: of the model's weights, kept too.
 
     Raises:
         OSError: the file cannot be written.
     """
     tensors = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    if average is not None:
+        tensors |= {_AVERAGE + name: tensor for name, tensor in average.model.state_dict().items()}
     if optimiser is not None:
         for name, parameter in model.named_parameters():
             buffer = optimiser.state.get(parameter, {}).get("momentum_buffer")
@@ -89,8 +94,13 @@ def save_checkpoint(
     write_tensors(path, tensors, document)
 
 
-def load_checkpoint(path: str | Path, run: Mapping[str, Any]) -> Checkpoint:
+def load_checkpoint(path: str | Path, run: Mapping[str, Any], ignore: Collection[str] = ()) -> Checkpoint:
     """Read a checkpoint of this run.
+
+    Args:
+        path: the safetensors file.
+        run: what makes the run this one.
+        ignore: keys that only the checkpoint's run may have.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -100,7 +110,7 @@ def load_checkpoint(path: str | Path, run: Mapping[str, Any]) -> Checkpoint:
     found = document.get("run")
     if not isinstance(found, dict):
         raise ValueError(f"{path}: does not say which run it is of; delete it to start again")
-    differing = sorted(key for key in {*found, *run} if found.get(key) != run.get(key))
+    differing = sorted(key for key in {*found, *run} - {*ignore} if found.get(key) != run.get(key))
     if differing:
         key = differing[0]
         raise ValueError(
@@ -123,8 +133,9 @@ def restore(
     model: nn.Module,
     optimiser: torch.optim.Optimizer | None = None,
     schedule: TopologySchedule | None = None,
+    average: WeightAverage | None = None,
 ) -> None:
-    """Put a checkpoint's state into a model, and where given into its optimiser and schedule.
+    """Put a checkpoint's state into a model, and where given into what goes along with it.
 
     Args:
         path: where it was read, for messages.
@@ -132,21 +143,15 @@ def restore(
         model: of the checkpoint's architecture; memory formats are kept.
         optimiser: SGD over the model's parameters.
         schedule: of the checkpoint's settings.
+        average: of the model's weights.
 
     Raises:
         ValueError: the tensors do not fit the model.
     """
-    state = {
-        name.removeprefix(_MODEL): tensor
-        for name, tensor in checkpoint.tensors.items()
-        if name.startswith(_MODEL)
-    }
     try:
-        current = model.state_dict()
-        for name, tensor in state.items():
-            if name in current and tensor.dtype != current[name].dtype:
-                raise ValueError(f"{name} has dtype {tensor.dtype}, not {current[name].dtype}")
-        model.load_state_dict(state)
+        _restore_state(checkpoint.tensors, _MODEL, model)
+        if average is not None:
+            _restore_state(checkpoint.tensors, _AVERAGE, average.model)
         if schedule is not None:
             if checkpoint.schedule is None:
                 raise ValueError("it holds no schedule")
@@ -158,6 +163,15 @@ def restore(
         raise ValueError(
             f"{path}: does not fit this run's network ({reason}); delete it to start again"
         ) from error
+
+
+def _restore_state(tensors: Mapping[str, Tensor], prefix: str, model: nn.Module) -> None:
+    state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    current = model.state_dict()
+    for name, tensor in state.items():
+        if name in current and tensor.dtype != current[name].dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, not {current[name].dtype}")
+    model.load_state_dict(state)
 
 
 def _restore_momentum(

@@ -301,9 +301,10 @@ def _from_text(name: str, text: str) -> Any:
     if kind is str or str in get_args(kind) or get_origin(kind) is Literal:
         return text
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        found = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return found["value"] if len(found) == 1 else text  # a line break would let other keys in
 
 
 def _checked(name: str, value: Any, kind: Any, setting: Setting) -> Any:
@@ -348,6 +349,12 @@ def _check_together(config: TrainConfig) -> None:
         raise ValueError(f"ema {config.ema} is outside (0, 1); 0.999 is usual, none is off")
     widths = config.widths
     if config.network != "small-vgg" and widths != SMALL_WIDTHS:
-        raise ValueError(f"widths are those of small-vgg; {config.network} has its own, times width")
+        raise ValueError(
+            f"widths {widths} are small-vgg's, {config.network} has its own, times width: leave widths out, "
+            "or start from a preset without them"
+        )
+    for width in widths:
+        if width != "M" and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
+            raise ValueError(f'widths {widths} hold {width!r}; numbers of filters and "M" are supported')
     if "M" in widths[:1] or sum(width != "M" for width in widths) < 2:
         raise ValueError(f"widths {widths} need two convolutions: the first stays dense")

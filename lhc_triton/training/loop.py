@@ -1,139 +1,125 @@
-"""Both networks of a run: the dense one, then coarse and fine stage of the one that learns its topology."""
+"""Both networks of a run: the dense one, then coarse and fine stage of the one with a topology."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lhc_triton.conversion import freeze, lhc_layers
-from lhc_triton.models.pretrained import load_network, save_network
+from lhc_triton.conversion import freeze, lhc_layers, output_pixels
+from lhc_triton.layers import LHCConv2d
 from lhc_triton.models.weights import write_beside
 from lhc_triton.schedule import TopologySchedule
+from lhc_triton.training.averaging import WeightAverage
 from lhc_triton.training.checkpoints import Checkpoint, load_checkpoint, restore, save_checkpoint
 from lhc_triton.training.config import TrainConfig
-from lhc_triton.training.data import FashionMNIST, ImageSet, validation_split
-from lhc_triton.training.metrics import EpochMetrics, best_epoch, reached, write_metrics
+from lhc_triton.training.data import Data, Source, balanced_indices, open_data, validation_split
+from lhc_triton.training.distributed import World, joined
+from lhc_triton.training.entry_costs import entry_costs
+from lhc_triton.training.identity import (
+    LAST,
+    OWN_TWIN,
+    dense_twin,
+    find_checkpoint,
+    finished,
+    identity,
+    stages_of,
+)
+from lhc_triton.training.logs import RunLog
+from lhc_triton.training.metrics import (
+    EpochMetrics,
+    LayerMetrics,
+    best_epoch,
+    block_masks,
+    joint_correlation,
+    layer_metrics,
+    write_metrics,
+)
 from lhc_triton.training.networks import apply_topology, architecture_of, build_network
-from lhc_triton.training.presets import command_of
+from lhc_triton.training.presets import command_of, without_places
 from lhc_triton.training.progress import Progress, Silence, TerminalProgress
-from lhc_triton.training.recipe import STAGES, StageName, make_optimiser, stage_epochs
-from lhc_triton.training.stage import accuracy, choose_precision, train_epoch
-
-LAST = "last.safetensors"
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run came to; also written as result.json.
-
-    Accuracies are shares, 0 to 1, of the weights in the two files (half precision), computed in fp32.
-
-    Attributes:
-        dense_accuracy, lhc_accuracy: on the test images, which were used for nothing else.
-        dense_val_accuracy, lhc_val_accuracy: on the validation images, in the epochs that were chosen.
-        density: live share of the converted convolutions' weights.
-        density_reached: whether that is within 0.01 of the target.
-        mac_density: live share of their MACs.
-        weight_reduction, mac_reduction: one over the two densities.
-        dense_epoch, coarse_epoch, fine_epoch: the epochs that were chosen, from 0.
-        epochs: of each of the two networks.
-        precision: "fp32" or "bf16", of training.
-        seconds: spent on training and validation.
-        files: paths by name: dense, lhc (for load_network), config, metrics, result.
-    """
-
-    dense_accuracy: float
-    lhc_accuracy: float
-    dense_val_accuracy: float
-    lhc_val_accuracy: float
-    density: float
-    density_reached: bool
-    mac_density: float
-    weight_reduction: float
-    mac_reduction: float
-    dense_epoch: int
-    coarse_epoch: int
-    fine_epoch: int
-    epochs: int
-    precision: str
-    seconds: float
-    files: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them."""
-        return asdict(self)
+from lhc_triton.training.recipe import StageName, make_optimiser, plateau, stage_epochs
+from lhc_triton.training.result import Chosen, TrainResult, summed_up, write_and_test
+from lhc_triton.training.stage import EpochPlan, Trainee, accuracy, choose_precision, train_epoch
 
 
 def train(
     config: TrainConfig,
     out_dir: str | Path,
     progress: bool = True,
-    data: FashionMNIST | None = None,
+    data: Data | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
 ) -> TrainResult:
-    """Train the dense network, then the LHC network in both stages, and test both.
+    """Train the dense network, then the network with a topology in both stages, and test both.
 
     After each epoch the whole state is written to ``out_dir``. A run that was killed is resumed from there by
     the same call, and gives the same numbers as one that was not, bit for bit, on the same machine with the
-    same number of threads. A run that is complete is only tested again.
+    same number of threads and processes. A run that is complete is only tested again.
 
-    Files in ``out_dir``: config.json, metrics.csv, result.json; dense.safetensors and lhc.safetensors (the
-    results, for load_network); last.safetensors and the best of each stage (checkpoints).
+    Under torchrun the processes share every step: ``batch_size`` images are taken by all of them together,
+    and batch norm sees them together (``sync_batchnorm``), so that the numbers are those of one process but
+    for rounding; dropout draws differently. The first process writes; all must see ``out_dir`` and the data.
+
+    Files in ``out_dir``: config.toml, metrics.csv, layers.csv, result.json; dense.safetensors and
+    lhc.safetensors (the results, for load_network); last.safetensors and the best of each stage
+    (checkpoints).
 
     Args:
         config: the run; see TrainConfig and PRESETS.
         out_dir: folder of the run, made where missing.
         progress: whether to show progress on stderr.
         data: images to use in place of those that ``config.data`` names.
-        on_epoch: called with each epoch's metrics once its state is on disk.
+        on_epoch: called on every process with each epoch's metrics once its state is on disk.
 
     Returns:
         Accuracies, densities, reductions and paths.
 
     Raises:
-        FileNotFoundError: ``config.data`` or a file in it is missing.
-        OSError: ``out_dir`` cannot be made or written.
+        FileNotFoundError: the data, pretrained weights or the dense twin's folder are missing.
+        OSError: ``out_dir`` cannot be made or written: the disk is full, for example.
         ValueError: a data file is damaged; too few images; ``out_dir`` holds a damaged checkpoint, or one of
             another run; the device is not there.
-        RuntimeError: the loss is not finite.
+        RuntimeError: the loss is not finite; another process of the run was lost.
     """
-    device = _device(config.device)
-    out = Path(out_dir)
-    if data is None:
-        data = (
-            FashionMNIST.packaged()
-            if config.data_folder is None
-            else FashionMNIST.from_folder(config.data_folder)
-        )
-    _prepare(out, config)
-    run = _identity(config, data)
-    checkpoint = _checkpoint(out / LAST, config, run)
-    training, validation = validation_split(
-        data.train, config.validation_images, config.seed, config.train_images
-    )
-    steps = len(training) // config.batch_size
-    if steps == 0:
-        raise ValueError(f"{len(training)} training images fill no batch of {config.batch_size}")
-    precision = checkpoint.precision if checkpoint else choose_precision(config.precision, device)
-    write_beside(out / "config.json", _json(config.to_dict()))
-    done = len(checkpoint.rows) if checkpoint else 0
-    shown: Progress = Silence()
-    if progress:
-        total = sum(stage_epochs(config, stage) for stage in STAGES)
-        shown = TerminalProgress(total * steps, done * steps)
-    with shown:
-        if done:
-            shown.say(f"going on after {done} epochs found in {out}")
-        work = _Work(config, out, run, precision, device, training, validation, shown, on_epoch)
-        rows = work.stages(checkpoint)
-        return _finish(work, data.test, rows)
+    with joined(config.device) as world, ExitStack() as closing:
+        out = Path(out_dir)
+        if world.is_main:
+            _prepare(out, config)
+        if data is None:
+            data = open_data(
+                config.data,
+                config.data_folder,
+                image_size=config.image_size,
+                on_bad_file=config.on_bad_file,
+            )
+        training, validation = _split(config, data)
+        _check_steps(config, len(training), world)
+        run = identity(config, training, validation)
+        if config.dense_twin not in OWN_TWIN:
+            dense_twin(config.dense_twin, config, run)
+        checkpoint = find_checkpoint(out / LAST, config, run)
+        rows = checkpoint.rows if checkpoint else []
+        precision = checkpoint.precision if checkpoint else choose_precision(config.precision, world.device)
+        world.check_same("run", json.dumps([run, len(rows), precision]))
+        steps = len(training) // config.batch_size
+        shown = closing.enter_context(_progress(config, progress and world.is_main, steps, len(rows)))
+        if rows:
+            shown.say(f"going on after {len(rows)} epochs found in {out}")
+        if data.bad_files:
+            first = data.bad_files[0]
+            shown.say(f"left out {len(data.bad_files)} files: {first.path} ({first.reason}) and so on")
+        log = RunLog(out, rows, config.tensorboard) if world.is_main else None
+        if log is not None:
+            closing.callback(log.close)
+        work = _Work(config, out, run, precision, world, data, training, validation, shown, log, on_epoch)
+        return work.finish(work.stages(checkpoint))
 
 
 @dataclass(frozen=True)
@@ -144,17 +130,19 @@ class _Work:
     out: Path
     run: dict[str, Any]
     precision: str
-    device: torch.device
-    training: ImageSet
-    validation: ImageSet
+    world: World
+    data: Data
+    training: Source
+    validation: Source
     progress: Progress
+    log: RunLog | None
     on_epoch: Callable[[EpochMetrics], None] | None
 
     def stages(self, checkpoint: Checkpoint | None) -> list[EpochMetrics]:
         """Go through all stages from where the checkpoint left off."""
         rows = list(checkpoint.rows) if checkpoint else []
-        for stage in STAGES:
-            if sum(row.stage == stage for row in rows) < stage_epochs(self.config, stage):
+        for stage in stages_of(self.config):
+            if not finished(self.config, stage, rows):
                 here = checkpoint if checkpoint is not None and checkpoint.stage == stage else None
                 rows = self.stage(stage, rows, here)
         return rows
@@ -163,86 +151,133 @@ class _Work:
         self, stage: StageName, rows: list[EpochMetrics], checkpoint: Checkpoint | None
     ) -> list[EpochMetrics]:
         """Go through one stage, or what is left of it."""
-        config = self.config
-        model = self.network(stage)
-        if stage == "fine" and checkpoint is None:
-            self.load_best("coarse", model)
-            freeze(model)
-        schedule = None
-        if stage != "dense":
-            example = torch.zeros(1, 1, *self.training.images.shape[2:], device=self.device)
-            schedule = TopologySchedule(model, example, config.warmup, config.warmup, config.seed)
-        if checkpoint is not None and stage == "fine":
-            freeze(model)
-        optimiser = make_optimiser(model, config)
-        if checkpoint is not None:
-            restore(self.out / LAST, checkpoint, model, optimiser, schedule)
-        epochs = stage_epochs(config, stage)
-        for epoch in range(checkpoint.epoch + 1 if checkpoint else 0, epochs):
-            rows = [*rows, self.epoch(stage, epoch, epochs, model, optimiser, schedule)]
-            # The best first: a kill between the two leaves a state from which this epoch is done again.
-            if best_epoch(rows, stage, config.density) is rows[-1]:
-                save_checkpoint(self.best(stage), self.run, rows, self.precision, model, schedule=schedule)
-            save_checkpoint(self.out / LAST, self.run, rows, self.precision, model, optimiser, schedule)
-            write_metrics(self.out / "metrics.csv", rows)
-            self.progress.epoch(rows[-1], epochs)
+        trainee = self.trainee(stage, checkpoint)
+        while not finished(self.config, stage, rows):
+            epoch = sum(row.stage == stage for row in rows)
+            drops = plateau(self.config, stage, rows).drops
+            plan = EpochPlan(stage, epoch, self.precision, drops, learns_topology=stage == "coarse")
+            row, layers = self.epoch(plan, trainee)
+            rows = [*rows, row]
+            self.keep(rows, trainee, layers)
+            self.progress.epoch(row, stage_epochs(self.config, stage))
             if self.on_epoch is not None:
-                self.on_epoch(rows[-1])
+                self.on_epoch(row)
         return rows
 
-    def epoch(
-        self,
-        stage: StageName,
-        epoch: int,
-        epochs: int,
-        model: nn.Module,
-        optimiser: torch.optim.Optimizer,
-        schedule: TopologySchedule | None,
-    ) -> EpochMetrics:
+    def trainee(self, stage: StageName, checkpoint: Checkpoint | None) -> Trainee:
+        """The network at the start of a stage, or as a checkpoint of the stage has it."""
+        config = self.config
+        model = self.network(stage)
+        if stage == "fine":
+            if checkpoint is None:
+                self.load_best("coarse", model)
+            freeze(model)
+        if config.sync_batchnorm:
+            self.world.synchronise_batch_norm(model)
+        schedule = None
+        if stage != "dense":
+            example = self.example()
+            warmup = config.warmup if config.topology == "learned" else 0
+            schedule = TopologySchedule(
+                model,
+                example,
+                warmup,
+                max(warmup, 1),
+                config.seed,
+                entry_costs=entry_costs(model, example, config.penalty),
+                pattern_weight=config.pattern_weight if config.target is not None else 0.0,
+            )
+        average = None if config.ema is None else WeightAverage(model, config.ema)
+        pixels = output_pixels(model, self.example(), (LHCConv2d,))
+        trainee = Trainee(model, make_optimiser(model, config), schedule, average, pixels)
+        if checkpoint is not None:
+            restore(self.out / LAST, checkpoint, model, trainee.optimiser, schedule, average)
+        return trainee
+
+    def epoch(self, plan: EpochPlan, trainee: Trainee) -> tuple[EpochMetrics, list[LayerMetrics]]:
         """Train and validate once."""
         start = time.perf_counter()
-        coarse = schedule if stage == "coarse" else None
+        config, schedule = self.config, trainee.schedule
+        before = block_masks(trainee.model)
+        epochs = stage_epochs(config, plan.stage)
+        coarse = schedule if plan.learns_topology else None
         if coarse is not None:
-            coarse.start_epoch(epoch)
+            coarse.start_epoch(plan.epoch)
         losses = train_epoch(
-            model,
-            optimiser,
-            coarse,
+            trainee,
             self.training,
-            self.config,
-            stage,
-            epoch,
-            self.precision,
-            lambda loss: self.progress.step(stage, epoch, epochs, loss),
+            config,
+            plan,
+            self.world,
+            lambda loss: self.progress.step(plan.stage, plan.epoch, epochs, loss),
         )
         if coarse is not None:
             coarse.end_epoch(task_loss=losses.task_loss)
-        val_accuracy = accuracy(model, self.validation, self.precision)
-        return EpochMetrics(
-            stage=stage,
-            epoch=epoch,
+        layers = layer_metrics(plan.stage, plan.epoch, trainee.model, before, trainee.pixels)
+        size = self.data.format.size
+        row = EpochMetrics(
+            stage=plan.stage,
+            epoch=plan.epoch,
             task_loss=losses.task_loss,
             penalty=losses.penalty,
             ramp=float(coarse.ramp) if coarse is not None else 0.0,
             density=schedule.density if schedule is not None else 1.0,
             mac_density=schedule.mac_density if schedule is not None else 1.0,
-            val_accuracy=val_accuracy,
+            steered_density=schedule.steered_density if schedule is not None else 1.0,
+            patterns=sum(layer.patterns for layer in layers),
+            mask_correlation=joint_correlation(before, block_masks(trainee.model)),
+            val_accuracy=accuracy(trainee.judged, self.validation, size, self.precision, self.world),
             warming_up=coarse.warming_up if coarse is not None else False,
-            rescued=sum(layer.rescued for layer in lhc_layers(model).values()),
+            rescued=sum(layer.rescued for layer in lhc_layers(trainee.model).values()),
             lr=losses.lr,
             seconds=time.perf_counter() - start,
         )
+        return row, layers
+
+    def keep(self, rows: list[EpochMetrics], trainee: Trainee, layers: list[LayerMetrics]) -> None:
+        """Write what is known after an epoch. The main process does it; the others wait."""
+        row, schedule = rows[-1], trainee.schedule
+        if self.log is not None:
+            with _named_where_disk_fails(self.out):
+                # The state last but for metrics.csv, which follows from it: a kill in between leaves a folder
+                # from which this epoch is done again.
+                self.log.write_layers(layers)
+                if best_epoch(rows, row.stage, self.config.target) is row:
+                    best = self.best(row.stage)
+                    save_checkpoint(best, self.run, rows, self.precision, trainee.judged, schedule=schedule)
+                save_checkpoint(
+                    self.out / LAST,
+                    self.run,
+                    rows,
+                    self.precision,
+                    trainee.model,
+                    trainee.optimiser,
+                    schedule,
+                    trainee.average,
+                )
+                write_metrics(self.out / "metrics.csv", rows)
+            self.log.show(row, layers)
+        self.world.barrier()
 
     def network(self, stage: StageName) -> nn.Module:
-        """The network at its start: the same weights for the dense and the LHC one."""
+        """The network at its start: the same weights for the dense one and the one with a topology."""
+        first = stage == stages_of(self.config)[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            model = build_network(self.config, self.training.format, self.progress.say)
+            model = build_network(self.config, self.data.format, *([self.progress.say] if first else []))
             if stage != "dense":
                 apply_topology(model, self.config)
-        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if not self.config.channels_last:
+            return model.to(self.world.device)
+        placed: nn.Module = model.to(self.world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return placed
 
-    def best(self, stage: StageName) -> Path:
+    def example(self) -> Tensor:
+        """One image's worth of zeros, for the layers' output sizes."""
+        form = self.data.format
+        return torch.zeros(1, form.channels, form.size, form.size, device=self.world.device)
+
+    def best(self, stage: str) -> Path:
         """Where the best checkpoint of a stage lies."""
         return self.out / f"{stage}_best.safetensors"
 
@@ -251,63 +286,86 @@ class _Work:
         path = self.best(stage)
         restore(path, load_checkpoint(path, self.run), model)
 
+    def finish(self, rows: list[EpochMetrics]) -> TrainResult:
+        """Write the two networks, test what was written, and sum up."""
+        config, world = self.config, self.world
+        coarse = best_epoch(rows, "coarse", config.target)
+        fine = best_epoch(rows, "fine", config.target)
+        if coarse is None or fine is None:
+            raise ValueError(f"{self.out / LAST}: lacks a stage; delete it to start again")
+        dense = self.tested_dense(rows)
+        model = self.network("fine")
+        self.load_best("fine", model)
+        chosen = Chosen(fine, self.tested("lhc", model))
+        result = summed_up(config, self.out, rows, self.precision, world.size, dense, coarse, chosen)
+        if not result.density_reached:
+            self.progress.say(
+                f"no epoch came within 0.01 of the density {config.target}; took the nearest, "
+                f"{result.steered_density:.4f}"
+            )
+        if world.is_main:
+            text = json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n"
+            write_beside(self.out / "result.json", text.encode())
+        world.barrier()
+        return result
 
-def _finish(work: _Work, test: ImageSet, rows: list[EpochMetrics]) -> TrainResult:
-    """Write the two networks, and test what was written."""
-    config, out = work.config, work.out
-    chosen = {stage: best_epoch(rows, stage, config.density) for stage in STAGES}
-    dense, coarse, fine = (chosen[stage] for stage in STAGES)
-    if dense is None or coarse is None or fine is None:
-        raise ValueError(f"{out / LAST}: lacks a stage; delete it to start again")
-    if not reached(fine.density, config.density):
-        work.progress.say(
-            f"no epoch came within 0.01 of the density {config.density}; took the nearest, {fine.density:.4f}"
-        )
-    seconds = sum(row.seconds for row in rows)
-    epochs = config.coarse_epochs + config.fine_epochs
-    accuracies = {}
-    for kind, stage in (("dense", STAGES[0]), ("lhc", STAGES[2])):
-        model = work.network(stage)
-        work.load_best(stage, model)
-        architecture = architecture_of(config, work.training.format)
-        path = out / f"{kind}.safetensors"
-        notes: dict[str, Any] = {
+    def tested_dense(self, rows: list[EpochMetrics]) -> Chosen | None:
+        """The dense network, of this run or of the one it is taken from."""
+        if self.config.dense_twin == "none":
+            return None
+        model = self.network("dense")
+        if self.config.dense_twin == "train":
+            path = self.best("dense")
+            checkpoint = load_checkpoint(path, self.run)
+        else:
+            path = Path(self.config.dense_twin)
+            checkpoint = dense_twin(path, self.config, self.run)
+        restore(path, checkpoint, model)
+        return Chosen(checkpoint.rows[-1], self.tested("dense", model))
+
+    def tested(self, kind: str, model: nn.Module) -> float:
+        """Write a network and return its accuracy on the test images."""
+        config = self.config
+        architecture = architecture_of(config, self.data.format)
+        notes = {
             "command": command_of(config),
-            "config": {**config.to_dict(), "data_folder": None if config.data_folder is None else "FOLDER"},
-            "epochs": epochs,
-            "precision": work.precision,
+            "config": without_places(config).to_dict(),
+            "precision": self.precision,
             "seed": config.seed,
             "torch": str(torch.__version__),
-            "training_images": len(work.training),
+            "training_images": len(self.training),
         }
-        save_network(model, path, architecture, notes)
-        # What is tested is what was written: after the rounding to half precision.
-        written = load_network(path).model
-        written.to(work.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        accuracies[kind] = accuracy(written, test, "fp32")
-        save_network(model, path, architecture, {**notes, "test_accuracy": accuracies[kind]})
-    names = {name: f"{name}.safetensors" for name in ("dense", "lhc")}
-    names |= {"config": "config.json", "metrics": "metrics.csv", "result": "result.json"}
-    result = TrainResult(
-        dense_accuracy=accuracies["dense"],
-        lhc_accuracy=accuracies["lhc"],
-        dense_val_accuracy=dense.val_accuracy,
-        lhc_val_accuracy=fine.val_accuracy,
-        density=fine.density,
-        density_reached=reached(fine.density, config.density),
-        mac_density=fine.mac_density,
-        weight_reduction=1 / fine.density,
-        mac_reduction=1 / fine.mac_density,
-        dense_epoch=dense.epoch,
-        coarse_epoch=coarse.epoch,
-        fine_epoch=fine.epoch,
-        epochs=epochs,
-        precision=work.precision,
-        seconds=seconds,
-        files={name: str(out / file) for name, file in names.items()},
+        path = self.out / f"{kind}.safetensors"
+        return write_and_test(model, path, architecture, notes, self.data.test, self.world)
+
+
+def _split(config: TrainConfig, data: Data) -> tuple[Source, Source]:
+    """The images to train on, and those that choose the epoch."""
+    if data.validation is None:
+        return validation_split(data.train, config.validation_images, config.seed, config.train_images)
+    if config.train_images is None:
+        return data.train, data.validation
+    generator = torch.Generator().manual_seed(config.seed)
+    chosen = balanced_indices(data.train.labels, config.train_images, generator)
+    return data.train.subset(chosen), data.validation
+
+
+def _check_steps(config: TrainConfig, images: int, world: World) -> None:
+    if images < config.batch_size:
+        raise ValueError(f"{images} training images fill no batch of {config.batch_size}")
+    if config.batch_size // config.accumulate < world.size:
+        raise ValueError(
+            f"batch_size {config.batch_size} in {config.accumulate} parts has no image for some of "
+            f"{world.size} processes; raise batch_size or lower accumulate"
+        )
+
+
+def _progress(config: TrainConfig, wanted: bool, steps: int, done: int) -> Progress:
+    if not wanted:
+        return Silence()
+    return TerminalProgress(
+        sum(stage_epochs(config, stage) for stage in stages_of(config)) * steps, done * steps
     )
-    write_beside(out / "result.json", _json(result.to_dict()))
-    return result
 
 
 def _prepare(out: Path, config: TrainConfig) -> None:
@@ -315,39 +373,18 @@ def _prepare(out: Path, config: TrainConfig) -> None:
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file; give a folder for the run")
     out.mkdir(parents=True, exist_ok=True)
-    write_beside(out / "config.json", _json(config.to_dict()))
+    for begun in out.glob(".*.tmp"):  # what a kill left of a write
+        begun.unlink(missing_ok=True)
+    with _named_where_disk_fails(out):
+        write_beside(out / "config.toml", config.to_toml().encode())
 
 
-def _identity(config: TrainConfig, data: FashionMNIST) -> dict[str, Any]:
-    """What must be equal for two runs to be the same; the place of the data is not, their content is."""
-    identity = config.to_dict()
-    for name in ("data_folder", "device", "precision"):
-        del identity[name]
-    return {**identity, "data": data.train.digest()}
-
-
-def _checkpoint(path: Path, config: TrainConfig, run: dict[str, Any]) -> Checkpoint | None:
-    """The state to go on from, if there is one, its epochs checked against the settings."""
-    if not path.exists():
-        return None
-    checkpoint = load_checkpoint(path, run)
-    order = [(stage, epoch) for stage in STAGES for epoch in range(stage_epochs(config, stage))]
-    if [(row.stage, row.epoch) for row in checkpoint.rows] != order[: len(checkpoint.rows)]:
-        raise ValueError(f"{path}: its epochs are not those of this run; delete it to start again")
-    return checkpoint
-
-
-def _device(name: str) -> torch.device:
+@contextmanager
+def _named_where_disk_fails(out: Path) -> Iterator[None]:
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is not one of cpu, cuda, cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there; {torch.cuda.device_count()} CUDA devices are")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not one of cpu, cuda, cuda:N")
-    return device
-
-
-def _json(values: dict[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{out}: cannot be written ({error.strerror or error}); what lies there is whole: make room, and "
+            "the same command goes on from it"
+        ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -55,7 +56,6 @@ PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
     }
 )
 
-# Where things lie on a machine is nobody's business: a command names them by what they are.
 _PLACES = {"data_folder": "FOLDER", "pretrained": "FILE", "dense_twin": "RUN"}
 
 
@@ -92,17 +92,20 @@ def choose_config(
     return preset, PRESETS[preset].changed(changes)
 
 
+def without_places(config: TrainConfig) -> TrainConfig:
+    """The same settings, with a word for every path: where things lie on a machine is nobody's business."""
+    kept = (None, "none", "train")
+    words = {name: word for name, word in _PLACES.items() if getattr(config, name) not in kept}
+    return replace(config, **words)  # type: ignore[arg-type]
+
+
 def command_of(config: TrainConfig) -> str:
     """The command line that makes this run, from the preset that needs the fewest changes."""
+    shown = without_places(config)
     commands = []
     for name, preset in PRESETS.items():
-        mine, theirs = config.to_dict(), preset.to_dict()
-        changed = [key for key in mine if mine[key] != theirs[key]]
-        options = "".join(f" --set {shlex.quote(f'{key}={_shown(key, config)}')}" for key in changed)
-        commands.append((len(changed), f"lhc-triton train --preset {name}{options} --out DIR"))
+        mine, theirs = shown.to_dict(), preset.to_dict()
+        texts = {key: as_text(getattr(shown, key)).strip('"') for key in mine if mine[key] != theirs[key]}
+        options = "".join(f" --set {shlex.quote(f'{key}={text}')}" for key, text in texts.items())
+        commands.append((len(texts), f"lhc-triton train --preset {name}{options} --out DIR"))
     return min(commands, key=lambda entry: entry[0])[1]
-
-
-def _shown(key: str, config: TrainConfig) -> str:
-    value = as_text(getattr(config, key)).strip('"')
-    return value if value in ("none", "train") else _PLACES.get(key, value)

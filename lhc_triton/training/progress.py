@@ -13,8 +13,8 @@ class Progress(Protocol):
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *exception: Any) -> None: ...
-    def step(self, stage: str, epoch: int, epochs: int, loss: float) -> None:
-        """One training step is done."""
+    def step(self, stage: str, epoch: int, epochs: int, loss: float | None) -> None:
+        """One training step is done; its loss may not be known."""
 
     def epoch(self, row: EpochMetrics, epochs: int) -> None:
         """One epoch is done."""
@@ -32,7 +32,7 @@ class Silence:
     def __exit__(self, *exception: Any) -> None:
         return None
 
-    def step(self, stage: str, epoch: int, epochs: int, loss: float) -> None:
+    def step(self, stage: str, epoch: int, epochs: int, loss: float | None) -> None:
         """Say nothing."""
 
     def epoch(self, row: EpochMetrics, epochs: int) -> None:
@@ -84,9 +84,9 @@ class TerminalProgress:
     ) -> None:
         self._bar.stop()
 
-    def step(self, stage: str, epoch: int, epochs: int, loss: float) -> None:
+    def step(self, stage: str, epoch: int, epochs: int, loss: float | None) -> None:
         """Move the bar on."""
-        text = f"{stage} {epoch + 1}/{epochs} loss {loss:.3f}"
+        text = None if loss is None else f"{stage} {epoch + 1}/{epochs} loss {loss:.3f}"
         self._bar.update(self._task, advance=1, description=text)
 
     def epoch(self, row: EpochMetrics, epochs: int) -> None:

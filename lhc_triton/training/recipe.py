@@ -88,7 +88,7 @@ def plateau(config: TrainConfig, stage: StageName, rows: Sequence[EpochMetrics])
     for row in rows:
         if row.stage != stage:
             continue
-        aimed = stage != "coarse" or reached(row.density, config.target)
+        aimed = stage != "coarse" or reached(row.steered_density, config.target)
         if aimed and not row.warming_up and (best is None or row.val_accuracy > best):
             best, waiting, stalled = row.val_accuracy, 0, 0
         elif best is not None:

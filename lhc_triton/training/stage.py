@@ -3,20 +3,80 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lhc_triton.schedule import TopologySchedule
+from lhc_triton.training.averaging import WeightAverage
 from lhc_triton.training.config import Precision, TrainConfig
-from lhc_triton.training.data import ImageSet, augment, normalise
+from lhc_triton.training.data import Source
+from lhc_triton.training.distributed import World, exchanging
 from lhc_triton.training.recipe import StageName, learning_rate
 
-_EVAL_BATCH = 500
+_EVAL_IMAGES, _EVAL_PIXELS = 500, 1 << 22
+_CUDA_STEPS_SHOWN = 20  # reading a loss waits for the device, so only every so many are read
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A network in a stage, with what goes along.
+
+    Attributes:
+        model: the network in training.
+        optimiser: over its parameters.
+        schedule: of a network with a topology, learned or frozen; None for the dense one.
+        average: of its weights, where the run wants one.
+        pixels: output positions of each converted convolution for one image, by name.
+    """
+
+    model: nn.Module
+    optimiser: torch.optim.Optimizer
+    schedule: TopologySchedule | None = None
+    average: WeightAverage | None = None
+    pixels: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network that is validated and kept: the average where there is one."""
+        return self.model if self.average is None else self.average.model
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """Which epoch is to be trained, and how.
+
+    Attributes:
+        stage: which stage.
+        epoch: from 0, within the stage.
+        precision: "fp32" or "bf16".
+        drops: how often the plateau rule has lowered the rate.
+        learns_topology: whether the schedule's penalty is part of the loss.
+    """
+
+    stage: StageName
+    epoch: int
+    precision: str
+    drops: int = 0
+    learns_topology: bool = False
+
+    def seed(self, config: TrainConfig) -> int:
+        """Of all that is random in the epoch."""
+        # Dense and coarse stage start alike: the twins see the same batches as long as both run.
+        return (config.seed * 1_000_003 + (self.stage == "fine") * 100_003 + self.epoch) % (1 << 63)
+
+
+@dataclass(frozen=True)
+class EpochLosses:
+    """Means over the steps of an epoch, and the last step's learning rate."""
+
+    task_loss: float
+    penalty: float
+    lr: float
 
 
 def choose_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
@@ -43,99 +103,158 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Non
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-@dataclass(frozen=True)
-class EpochLosses:
-    """Means over the steps of an epoch, and the last step's learning rate."""
+def batch_shares(order: Tensor, config: TrainConfig, world: World) -> list[Tensor]:
+    """Cut an epoch's images into this process's batches.
 
-    task_loss: float
-    penalty: float
-    lr: float
+    A step takes the next ``batch_size`` images, in ``accumulate`` parts, each of which is shared among the
+    processes: what a step sees does not depend on how many there are.
+
+    Args:
+        order: int64 [N], the images in the epoch's order; the rest that fills no step is left out.
+        config: the run.
+        world: the processes.
+
+    Returns:
+        ``accumulate`` index tensors for each step.
+    """
+    steps = len(order) // config.batch_size
+    return [
+        world.share(part)
+        for step in order[: steps * config.batch_size].split(config.batch_size)
+        for part in step.tensor_split(config.accumulate)
+    ]
 
 
 def train_epoch(
-    model: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    schedule: TopologySchedule | None,
-    images: ImageSet,
+    trainee: Trainee,
+    images: Source,
     config: TrainConfig,
-    stage: StageName,
-    epoch: int,
-    precision: str,
-    on_step: Callable[[float], None],
+    plan: EpochPlan,
+    world: World,
+    on_step: Callable[[float | None], None],
 ) -> EpochLosses:
-    """Train for one epoch. What is random in it depends on (seed, stage, epoch) alone.
+    """Train for one epoch. What is random in it depends on (seed, stage, epoch); dropout on the rank too.
 
     Args:
-        model: in any mode; left in training mode.
-        optimiser: over its parameters.
-        schedule: gives the penalty in the coarse stage.
+        trainee: its model is left in training mode.
         images: the training images.
         config: the run.
-        stage: which stage this is.
-        epoch: from 0.
-        precision: "fp32" or "bf16".
-        on_step: called with the task loss after each step.
+        plan: the epoch.
+        world: the processes that share each step.
+        on_step: called after each step, with its task loss where that is at hand.
 
     Returns:
-        The means over the epoch.
+        The means over the epoch, equal on all processes.
 
     Raises:
         RuntimeError: the loss is not finite.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(_epoch_seed(config.seed, stage, epoch))
-    order = torch.randperm(len(images), generator=generator)
-    steps = len(images) // config.batch_size
-    loss_sum = penalty_sum = 0.0
+    seed = plan.seed(config)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    batches = iter(
+        images.batches(
+            batch_shares(order, config, world),
+            augmentation=config.augmentation,
+            epoch_seed=seed,
+            device=world.device,
+            workers=config.workers,
+        )
+    )
+    steps = len(order) // config.batch_size
+    every = 1 if world.device.type == "cpu" else _CUDA_STEPS_SHOWN
+    task_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    penalty_sum = torch.zeros_like(task_sum)
     rate = config.lr
-    model.train()
-    for step in range(steps):
-        rate = learning_rate(config, stage, epoch, step, steps)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        chosen = order[step * config.batch_size : (step + 1) * config.batch_size]
-        pixels = images.images[chosen]
-        if config.augmentation != "none":
-            pixels = augment(pixels, generator)
-        with autocast(precision, device):
-            scores = model(_as_input(pixels, device))
-        task_loss = nn.functional.cross_entropy(scores.float(), images.labels[chosen].to(device))
-        loss = task_loss
-        if schedule is not None and stage == "coarse":
-            penalty = schedule.penalty()
-            loss = loss + penalty
-            penalty_sum += float(penalty.detach())
-        value = float(task_loss.detach())
-        if not math.isfinite(value):
-            raise RuntimeError(
-                f"the loss became {value} in {stage} epoch {epoch}, step {step}; lower lr {config.lr}"
-            )
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        loss_sum += value
-        on_step(value)
-    return EpochLosses(loss_sum / steps, penalty_sum / steps, rate)
+    trainee.model.train()
+    # Wrapped anew in each epoch: the order of its sums changes after a first step, in a resumed run as well.
+    parallel = world.parallel(trainee.model)
+    with _seeded(seed + world.rank, world.device):
+        for step in range(steps):
+            rate = learning_rate(config, plan.stage, plan.epoch, step, steps, plan.drops)
+            for group in trainee.optimiser.param_groups:
+                group["lr"] = rate
+            task_loss, penalty = _step(trainee, parallel, batches, config, plan, world)
+            task_sum += task_loss
+            penalty_sum += penalty
+            if trainee.average is not None:
+                trainee.average.update(plan.epoch * steps + step)
+            value = float(task_loss) * world.size if step % every == 0 else None
+            if value is not None:
+                _check_finite(value, config, plan)
+            on_step(value)
+    if not config.sync_batchnorm:
+        world.average_batch_norm(trainee.model)
+    mean = float(world.sum(task_sum)) / steps
+    _check_finite(mean, config, plan)
+    return EpochLosses(mean, float(penalty_sum) / steps, rate)
 
 
-def _epoch_seed(seed: int, stage: StageName, epoch: int) -> int:
-    # Dense and coarse stage start alike: the twins see the same batches as long as both run.
-    return (seed * 1_000_003 + (stage == "fine") * 100_003 + epoch) % (1 << 63)
+def _step(
+    trainee: Trainee,
+    parallel: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    config: TrainConfig,
+    plan: EpochPlan,
+    world: World,
+) -> tuple[Tensor, Tensor]:
+    """Take one step of the optimiser; return this process's part of the task loss, and the penalty."""
+    task_sum = torch.zeros((), device=world.device)
+    penalty = torch.zeros((), device=world.device)
+    trainee.optimiser.zero_grad(set_to_none=True)
+    for part in range(config.accumulate):
+        last = part == config.accumulate - 1
+        with exchanging(parallel, last):
+            pixels, labels = next(batches)
+            with autocast(plan.precision, world.device):
+                scores = parallel(pixels)
+            task_loss = nn.functional.cross_entropy(
+                scores.float(), labels, label_smoothing=config.label_smoothing
+            ) * (len(labels) / config.batch_size)
+            # Gradients become means over the processes, but this process's loss is a part of the step's sum.
+            loss = task_loss * world.size
+            if plan.learns_topology and last and trainee.schedule is not None:
+                penalty = trainee.schedule.penalty()
+                loss = loss + penalty
+            loss.backward()
+            task_sum += task_loss.detach()
+    trainee.optimiser.step()
+    return task_sum, penalty.detach()
 
 
-def _as_input(pixels: Tensor, device: torch.device) -> Tensor:
-    return normalise(pixels.to(device)).contiguous(memory_format=torch.channels_last)
+def _check_finite(loss: float, config: TrainConfig, plan: EpochPlan) -> None:
+    if not math.isfinite(loss):
+        raise RuntimeError(
+            f"the loss became {loss} in {plan.stage} epoch {plan.epoch}; lower lr {config.lr}, "
+            "or use precision fp32"
+        )
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators, which dropout draws from, and put them back."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: ImageSet, precision: str) -> float:
-    """Share of images that the model classifies rightly; the model is left in eval mode."""
-    device = next(model.parameters()).device
+def accuracy(model: nn.Module, images: Source, size: int, precision: str, world: World) -> float:
+    """Share of images that the model classifies rightly, equal on all processes.
+
+    Args:
+        model: left in eval mode.
+        images: shared among the processes.
+        size: their side in pixels.
+        precision: "fp32" or "bf16".
+        world: the processes.
+    """
     model.eval()
-    right = 0
-    for start in range(0, len(images), _EVAL_BATCH):
-        with autocast(precision, device):
-            scores = model(_as_input(images.images[start : start + _EVAL_BATCH], device))
-        labels = images.labels[start : start + _EVAL_BATCH].to(device)
-        right += int((scores.float().argmax(1) == labels).sum())
-    return right / len(images)
+    batch = max(1, min(_EVAL_IMAGES, _EVAL_PIXELS // size**2))
+    share = world.share(torch.arange(len(images)))
+    right = torch.zeros((), dtype=torch.int64, device=world.device)
+    steps = share.split(batch) if len(share) else ()
+    for pixels, labels in images.batches(steps, epoch_seed=0, device=world.device):
+        with autocast(precision, world.device):
+            scores = model(pixels)
+        right += (scores.float().argmax(1) == labels).sum()
+    return int(world.sum(right)) / len(images)

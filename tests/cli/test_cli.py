@@ -76,6 +76,18 @@ def test_plan_prints_a_table_for_people(run):
     assert "features" in done.stdout
 
 
+def test_train_shows_its_settings_as_the_file_it_takes_and_does_not_train(run, tmp_path):
+    from lhc_triton.training import PRESETS, TrainConfig
+
+    shown = run("train", "--preset", "paper", "--set", "network=resnet34", "--seed", "3", "--show-config")
+    config = TrainConfig.from_toml(shown.stdout)
+    assert config == PRESETS["paper"].changed({"network": "resnet34", "seed": "3"})
+    (tmp_path / "mine.toml").write_text(shown.stdout)
+    again = run("train", "--config", "mine.toml", "--show-config", "--json")
+    assert TrainConfig.from_dict(json.loads(again.stdout)) == config
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
+
+
 def test_inspect_writes_a_picture_and_numbers(run, tmp_path):
     path = tmp_path / "topology.png"
     done = run("inspect", "lhc", "--out", str(path), "--json")
@@ -100,6 +112,10 @@ def test_inspect_writes_a_picture_and_numbers(run, tmp_path):
         (("train", "--preset", "nothing"), "nothing"),
         (("train", "--data", "no-such-folder"), "no-such-folder"),
         (("train", "--density", "1.5"), "density"),
+        (("train", "--config", "no-such.toml"), "no-such.toml"),
+        (("train", "--set", "lr"), "'lr' is not of the form name=value"),
+        (("train", "--set", "lr=fast"), "lr 'fast' is not a number"),
+        (("train", "--preset", "shipped", "--set", "network=vgg16"), "it needs 32"),
         (("demo", "--batch", "0"), "batch"),
         (("demo", "--batch", "10001"), "10000 test images"),
         (("demo", "--out", "/proc/nowhere"), "/proc/nowhere"),

@@ -1,4 +1,4 @@
-"""The small VGG, its files, and the networks that ship with the package."""
+"""Network files: the small VGG's, the other networks', and those that ship with the package."""
 
 import json
 
@@ -7,14 +7,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lhc_triton.conversion import convert, freeze, lhc_layers, summary
-from lhc_triton.models import load_pretrained, load_vgg, save_vgg, small_vgg
-from lhc_triton.models.pretrained import pretrained_path
+from lhc_triton.handcrafted import impose
+from lhc_triton.models import (
+    Architecture,
+    load_network,
+    load_pretrained,
+    save_network,
+    small_vgg,
+)
+from lhc_triton.models.pretrained import load_initial, pretrained_path
 from lhc_triton.models.weights import read_tensors, write_tensors
 from lhc_triton.topology import LHCConfig
 from lhc_triton.training import FashionMNIST
 from lhc_triton.training.stage import accuracy
 
-ARCHITECTURE = {"widths": [8, "M", 12], "in_channels": 1, "num_classes": 10, "lhc": None}
+ARCHITECTURE = Architecture("small-vgg", (8, "M", 12), "cifar", 1, 10, 28)
 LHC = {"density": 0.1, "in_block": 4, "out_block": 4, "shapes": "free"}
 
 
@@ -66,9 +73,10 @@ def test_wrong_sizes_of_a_vgg_are_named(arguments, error, said):
 def test_a_saved_network_computes_the_same_up_to_half_precision(tmp_path, sparse):
     model = network(sparse=sparse)
     path = tmp_path / "net.safetensors"
-    save_vgg(model, path, {**ARCHITECTURE, "lhc": LHC if sparse else None}, {"epochs": 3})
-    read, notes = load_vgg(path)
-    assert notes == {"epochs": 3}
+    save_network(model, path, ARCHITECTURE, {"epochs": 3})
+    saved = load_network(path)
+    read = saved.model
+    assert (saved.training, saved.architecture) == ({"epochs": 3}, ARCHITECTURE)
     assert not read.training
     assert bool(lhc_layers(read)) == sparse
     assert {parameter.dtype for parameter in read.parameters()} == {torch.float32}
@@ -83,7 +91,7 @@ def test_a_saved_network_computes_the_same_up_to_half_precision(tmp_path, sparse
 def test_a_network_that_is_still_learning_its_topology_is_not_saved(tmp_path):
     model = convert(small_vgg((8, "M", 12)), LHCConfig(**LHC))
     with pytest.raises(ValueError, match="not frozen"):
-        save_vgg(model, tmp_path / "net", {**ARCHITECTURE, "lhc": LHC})
+        save_network(model, tmp_path / "net", ARCHITECTURE)
     assert not list(tmp_path.iterdir())
 
 
@@ -92,17 +100,17 @@ def test_weights_that_half_precision_cannot_hold_are_not_saved(tmp_path, value):
     model = network()
     torch.nn.init.constant_(model.classifier.weight, value)
     with pytest.raises(ValueError, match=r"classifier\.weight"):
-        save_vgg(model, tmp_path / "net", ARCHITECTURE)
+        save_network(model, tmp_path / "net", ARCHITECTURE)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -1])
 def test_a_truncated_weights_file_is_named(tmp_path, keep):
     path = tmp_path / "net.safetensors"
-    save_vgg(network(), path, ARCHITECTURE)
+    save_network(network(), path, ARCHITECTURE)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"net\.safetensors: not an intact"):
-        load_vgg(path)
+        load_network(path)
 
 
 @pytest.mark.parametrize(
@@ -111,51 +119,128 @@ def test_a_truncated_weights_file_is_named(tmp_path, keep):
         {"widths": [8, "M", 13]},
         {"widths": [8, "M", 12, 12]},
         {"widths": [8, "M", 10**9]},
+        {"widths": [8192] * 64},
         {"widths": [8, "M", 1.5]},
+        {"widths": [8, ["M"]]},
         {"widths": ["M"]},
         {"widths": [8] * 65},
         {"widths": 8},
         {"num_classes": 11},
         {"in_channels": True},
-        {"lhc": LHC},
-        {"lhc": {**LHC, "more": 1}},
-        {"lhc": 0.1},
+        {"image_size": 1},
+        {"images": "mnist"},
+        {"images": "imagenet"},
+        {"network": "resnet34"},
+        {"network": ["vgg16"]},
+        {"more": 1},
     ],
 )
 def test_a_file_whose_weights_are_not_those_of_its_architecture_is_named(tmp_path, changes):
     path = tmp_path / "net.safetensors"
-    save_vgg(network(), path, {**ARCHITECTURE, **changes})
+    save_network(network(), path, ARCHITECTURE)
+    tensors, document = read_tensors(path, "network weights", 2)
+    write_tensors(path, tensors, {**document, "architecture": {**ARCHITECTURE.to_dict(), **changes}})
     with pytest.raises(ValueError, match=r"net\.safetensors: does not hold") as caught:
-        load_vgg(path)
+        load_network(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {},
+        {"features.9": LHC},
+        {"features.0": LHC},
+        {"features.4": {**LHC, "more": 1}},
+        {"features.4": 3},
+        [],
+        None,
+    ],
+)
+def test_a_file_whose_layers_are_not_those_of_its_topology_is_named(tmp_path, layers):
+    path = tmp_path / "net.safetensors"
+    save_network(network(sparse=True), path, ARCHITECTURE)
+    tensors, document = read_tensors(path, "network weights", 2)
+    assert document["layers"] == {"features.4": LHC}
+    write_tensors(path, tensors, {**document, "layers": layers})
+    with pytest.raises(ValueError, match=r"net\.safetensors: does not hold"):
+        load_network(path)
+
+
+def test_a_file_of_the_first_format_still_loads(tmp_path):
+    """As the networks that ship with the package: one LHCConfig for all layers, 28x28 images."""
+    path, model = tmp_path / "net.safetensors", network(sparse=True)
+    sizes = {"widths": [8, "M", 12], "in_channels": 1, "num_classes": 10, "lhc": LHC}
+    document = {"kind": "vgg weights", "version": 1, "architecture": sizes, "training": {"epochs": 3}}
+    write_tensors(path, model.state_dict(), document)
+    saved = load_network(path)
+    assert (saved.training, saved.architecture) == ({"epochs": 3}, ARCHITECTURE)
+    x = torch.randn(2, 1, 28, 28)
+    torch.testing.assert_close(saved.model(x), model(x))
+    write_tensors(path, model.state_dict(), {**document, "architecture": {**sizes, "lhc": None}})
+    with pytest.raises(ValueError, match="does not hold the network it names"):
+        load_network(path)
+    write_tensors(path, model.state_dict(), {**document, "version": 2})
+    with pytest.raises(ValueError, match="vgg weights version 2; version 1 is supported"):
+        load_network(path)
+
+
+SMALL = (8, 8, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "topology"),
+    [
+        (Architecture("resnet34", SMALL, "cifar", 3, 5, 32), "blocks"),
+        (Architecture("resnet50", SMALL, "imagenet", 3, 5, 64), "cross"),
+        (Architecture("vgg19", (4, "M", 8, "M", 8), "cifar", 3, 7, 32), "dense"),
+    ],
+)
+def test_every_network_is_saved_with_its_topology_layer_by_layer(tmp_path, architecture, topology):
+    model, path = architecture.build().eval(), tmp_path / "net"
+    if topology == "blocks":
+        small = LHCConfig(in_block=2, out_block=2)
+        freeze(
+            convert(model, lambda n, c: small if c.out_channels < 16 else LHCConfig(in_block=8, out_block=4))
+        )
+    elif topology != "dense":
+        impose(model, topology)
+    save_network(model, path, architecture)
+    saved = load_network(path)
+    assert saved.architecture == architecture
+    ours, theirs = lhc_layers(model), lhc_layers(saved.model)
+    assert {n: layer.config for n, layer in ours.items()} == {n: layer.config for n, layer in theirs.items()}
+    assert all(torch.equal(layer.block_mask(), theirs[name].block_mask()) for name, layer in ours.items())
+    x = torch.randn(2, 3, architecture.image_size, architecture.image_size)
+    torch.testing.assert_close(saved.model(x), model(x), rtol=2e-2, atol=2e-2)
 
 
 def test_weights_of_another_dtype_or_not_finite_are_refused(tmp_path):
     path = tmp_path / "net.safetensors"
-    save_vgg(network(), path, ARCHITECTURE)
-    tensors, document = read_tensors(path, "vgg weights", 1)
+    save_network(network(), path, ARCHITECTURE)
+    tensors, document = read_tensors(path, "network weights", 2)
     for wrong, said in (
         (torch.zeros(10, 12, dtype=torch.int64), "dtype"),
         (torch.full((10, 12), float("nan")), "finite"),
     ):
         write_tensors(path, {**tensors, "classifier.weight": wrong}, document)
         with pytest.raises(ValueError, match=f"classifier.weight .*{said}"):
-            load_vgg(path)
+            load_network(path)
 
 
 def test_files_of_others_are_refused(tmp_path):
     path = tmp_path / "net.safetensors"
     with pytest.raises(FileNotFoundError, match="net"):
-        load_vgg(path)
+        load_network(path)
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="no lhc_triton metadata"):
-        load_vgg(path)
+        load_network(path)
     save_file({"x": torch.zeros(1)}, path, metadata={"lhc_triton": "{"})
     with pytest.raises(ValueError, match="not JSON"):
-        load_vgg(path)
-    save_file({"x": torch.zeros(1)}, path, metadata={"lhc_triton": json.dumps({"kind": "vgg weights"})})
+        load_network(path)
+    save_file({"x": torch.zeros(1)}, path, metadata={"lhc_triton": json.dumps({"kind": "network weights"})})
     with pytest.raises(ValueError, match="version None"):
-        load_vgg(path)
+        load_network(path)
 
 
 def test_a_document_with_nan_is_refused_and_leaves_nothing(tmp_path):
@@ -174,6 +259,67 @@ def test_tensors_of_shared_storage_are_written_and_replace_a_file_that_is_being_
     assert load_file(path).keys() == {"a"}
 
 
+def resnet34(classes: int):
+    return Architecture("resnet34", SMALL, "cifar", 3, classes, 32).build()
+
+
+def saved_state(path, model, changes=None, drop=()):
+    state = {**model.state_dict(), **(changes or {})}
+    save_file({name: t.contiguous() for name, t in state.items() if name not in drop}, path)
+    return state
+
+
+def test_weights_to_start_from_leave_another_classifier_at_random(tmp_path):
+    given, model = resnet34(100), resnet34(10)
+    before = model.fc.weight.clone()
+    state = saved_state(tmp_path / "w", given, drop=("bn1.num_batches_tracked",))
+    assert load_initial(model, tmp_path / "w") == ("fc.weight", "fc.bias")
+    assert torch.equal(model.fc.weight, before)
+    assert torch.equal(model.layer3[1].conv2.weight, state["layer3.1.conv2.weight"])
+    assert load_initial(resnet34(100), tmp_path / "w") == ()
+
+
+def test_imagenet_weights_of_a_vgg_start_its_cifar_form_computing_the_same_features(tmp_path):
+    """Its convolutions have no bias: each goes into the batch norm after it. The classifier differs."""
+    widths = (4, "M", 6)
+    given = Architecture("vgg16", widths, "imagenet", 3, 9, 32).build()
+    for module in given.features:
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.normal_(module.bias)
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    saved_state(tmp_path / "w", given)
+    model = Architecture("vgg16", widths, "cifar", 3, 9, 32).build()
+    assert load_initial(model, tmp_path / "w") == ("classifier.weight", "classifier.bias")
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model.eval().features(x), given.eval().features(x))
+
+
+def test_weights_to_start_from_that_do_not_fit_give_one_line(tmp_path):
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"w\.safetensors"):
+        load_initial(resnet34(10), path)
+    path.write_bytes(b"no safetensors")
+    with pytest.raises(ValueError, match=r"w\.safetensors: not an intact"):
+        load_initial(resnet34(10), path)
+    given = Architecture("resnet50", SMALL, "cifar", 3, 10, 32).build()
+    for changes, drop, said in (
+        (
+            {"conv1.weight": torch.zeros(8, 3, 7, 7)},
+            (),
+            r"conv1.weight is \[8, 3, 7, 7\], not \[8, 3, 3, 3\]",
+        ),
+        ({"conv1.weight": torch.full((8, 3, 3, 3), torch.nan)}, (), r"conv1.weight holds values"),
+        ({"bn1.num_batches_tracked": torch.zeros(())}, (), r"num_batches_tracked has dtype torch.float32"),
+        ({"c9.weight": torch.zeros(1), "c9.bias": torch.zeros(1)}, (), r"not know c9\.bias and 1 more"),
+        ({}, ("layer4.2.bn3.bias",), r"lacks layer4\.2\.bn3\.bias"),
+    ):
+        saved_state(path, given, changes, drop)
+        with pytest.raises(ValueError, match=f"weights are not this network's .*{said}"):
+            load_initial(Architecture("resnet50", SMALL, "cifar", 3, 10, 32).build(), path)
+
+
 def test_an_unknown_pretrained_network_is_refused():
     with pytest.raises(ValueError, match="'huge' is not one of lhc, dense"):
         load_pretrained("huge")
@@ -181,7 +327,7 @@ def test_an_unknown_pretrained_network_is_refused():
 
 def test_the_pretrained_pair_keeps_its_promise():
     """By its notes, whose accuracies are those of all 10,000 test images."""
-    notes = {kind: load_vgg(pretrained_path(kind))[1] for kind in ("dense", "lhc")}
+    notes = {kind: load_network(pretrained_path(kind)).training for kind in ("dense", "lhc")}
     assert notes["lhc"]["test_accuracy"] >= notes["dense"]["test_accuracy"] - 0.01
     assert notes["lhc"]["epochs"] == notes["dense"]["epochs"]
     assert notes["lhc"]["command"].startswith("lhc-triton train --preset shipped")
@@ -198,4 +344,4 @@ def test_a_pretrained_network_reaches_its_noted_accuracy(kind):
     """On every tenth test image, so up to the error of a sample of 1,000."""
     test = FashionMNIST.packaged().test
     found = accuracy(load_pretrained(kind), test.subset(torch.arange(0, len(test), 10)), "fp32")
-    assert abs(found - load_vgg(pretrained_path(kind))[1]["test_accuracy"]) < 0.025
+    assert abs(found - load_network(pretrained_path(kind)).training["test_accuracy"]) < 0.025

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from lhc_triton.conversion import lhc_layers
-from lhc_triton.models import load_vgg, small_vgg, weights
+from lhc_triton.models import load_network, small_vgg, weights
 from lhc_triton.training import EpochMetrics, FashionMNIST, ImageSet, TrainConfig, train
 from lhc_triton.training.data.fashion import FORMAT
-from lhc_triton.training.stage import make_optimiser, train_epoch
+from lhc_triton.training.recipe import make_optimiser
+from lhc_triton.training.stage import train_epoch
 
 CONFIG = TrainConfig(
     validation_images=40,
@@ -160,7 +161,8 @@ def test_the_result_tells_what_the_files_hold(whole):
     assert json.loads((folder / "result.json").read_text()) == result.to_dict()
     assert TrainConfig.from_dict(json.loads((folder / "config.json").read_text())) == CONFIG
     assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + len(rows) == 11
-    model, notes = load_vgg(result.files["lhc"])
+    saved = load_network(result.files["lhc"])
+    model, notes = saved.model, saved.training
     layers = lhc_layers(model)
     live = sum(int(layer.masked_weight().count_nonzero()) for layer in layers.values())
     assert live / sum(layer.weight.numel() for layer in layers.values()) == pytest.approx(result.density)
@@ -168,7 +170,7 @@ def test_the_result_tells_what_the_files_hold(whole):
     assert result.mac_reduction == pytest.approx(1 / result.mac_density)
     assert notes["test_accuracy"] == result.lhc_accuracy
     assert TrainConfig.from_dict(notes["config"]) == CONFIG
-    assert not lhc_layers(load_vgg(result.files["dense"])[0])
+    assert not lhc_layers(load_network(result.files["dense"]).model)
 
 
 def test_stages_follow_the_method(whole):
@@ -189,7 +191,7 @@ def test_stages_follow_the_method(whole):
 
 def test_training_learns_to_tell_the_classes_apart(tmp_path):
     data = tiny_data(440)
-    config = dataclasses.replace(CONFIG, augment=False, coarse_epochs=6, fine_epochs=3)
+    config = dataclasses.replace(CONFIG, augmentation="none", coarse_epochs=6, fine_epochs=3)
     result = train(config, tmp_path, progress=False, data=data)
     assert result.dense_accuracy > 0.9
     assert result.lhc_accuracy > 0.7
@@ -230,7 +232,7 @@ def test_a_checkpoint_of_other_images_is_refused(copy):
 
 def test_results_are_no_checkpoint(whole, tmp_path):
     (tmp_path / "last.safetensors").write_bytes((whole[0] / "lhc.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="holds vgg weights, not training checkpoint"):
+    with pytest.raises(ValueError, match="holds network weights, not training checkpoint"):
         train(CONFIG, tmp_path, progress=False, data=tiny_data())
 
 
@@ -243,7 +245,7 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
 
 
 def test_wrong_data_leave_no_checkpoint(tmp_path):
-    config = dataclasses.replace(CONFIG, data=str(tmp_path / "absent"))
+    config = dataclasses.replace(CONFIG, data_folder=str(tmp_path / "absent"))
     with pytest.raises(FileNotFoundError, match="absent"):
         train(config, tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match="which has 14"):
@@ -281,7 +283,7 @@ def test_an_aim_that_no_epoch_reaches_takes_the_nearest_density_and_says_so(tmp_
 
 def test_without_a_target_there_is_no_penalty(tmp_path):
     rows: list[EpochMetrics] = []
-    config = dataclasses.replace(CONFIG, density=None, shapes="rigid", augment=False, precision="bf16")
+    config = dataclasses.replace(CONFIG, density=None, shapes="rigid", augmentation="none", precision="bf16")
     result = train(config, tmp_path, progress=False, data=tiny_data(), on_epoch=rows.append)
     assert {row.penalty for row in rows} == {0.0}
     assert result.density_reached

@@ -1,34 +1,182 @@
 """TrainConfig, learning rates, precision, the optimiser's groups, and the choice of the best epoch."""
 
 import dataclasses
+import json
+import shlex
+from typing import get_args
 
 import pytest
 import torch
 
 from lhc_triton.conversion import convert, lhc_layers
+from lhc_triton.handcrafted import HANDCRAFTED
 from lhc_triton.models import small_vgg
+from lhc_triton.models.vgg import SMALL_WIDTHS
 from lhc_triton.topology import LHCConfig
-from lhc_triton.training import PRESETS, EpochMetrics, TrainConfig, stage
+from lhc_triton.training import PRESETS, EpochMetrics, TrainConfig, read_config, stage
+from lhc_triton.training.config import TopologyName
 from lhc_triton.training.metrics import best_epoch, write_metrics
-from lhc_triton.training.presets import command_of
-from lhc_triton.training.stage import choose_precision, learning_rate, make_optimiser, stage_epochs
+from lhc_triton.training.presets import choose_config, command_of
+from lhc_triton.training.recipe import (
+    Plateau,
+    ends_early,
+    learning_rate,
+    make_optimiser,
+    plateau,
+    stage_epochs,
+)
+from lhc_triton.training.stage import choose_precision
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_survive_json_and_give_the_twins_equal_epochs(name):
+def test_presets_survive_json_and_toml_and_give_the_twins_equal_epochs(name):
     config = PRESETS[name]
-    assert TrainConfig.from_dict(config.to_dict()) == config
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert TrainConfig.from_toml(config.to_toml()) == config
     assert stage_epochs(config, "dense") == stage_epochs(config, "coarse") + stage_epochs(config, "fine")
     assert config.lhc == LHCConfig(density=0.1, in_block=32, out_block=16)
 
 
-def test_the_command_of_a_run_names_its_preset_but_not_the_place_of_the_data():
-    quick = PRESETS["quick"]
-    assert command_of(quick) == "lhc-triton train --preset quick --out DIR"
-    given = dataclasses.replace(quick, data="/home/someone/images", seed=3)
-    assert command_of(given) == "lhc-triton train --preset quick --data FOLDER --seed 3 --out DIR"
-    assert command_of(dataclasses.replace(quick, lr=0.3)) is None
-    assert command_of(dataclasses.replace(quick, density=None)) is None
+def test_the_first_two_presets_are_the_runs_they_always_were():
+    shared = {
+        "data": "fashion-mnist",
+        "network": "small-vgg",
+        "validation_images": 1200,
+        "lr": 0.1,
+        "coarse_floor": 0.1,
+        "fine_lr": 0.05,
+        "lr_schedule": "cosine",
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "augmentation": "none",
+        "seed": 0,
+    }
+    quick = {"batch_size": 64, "coarse_epochs": 4, "fine_epochs": 6}
+    shipped = {"batch_size": 128, "coarse_epochs": 8, "fine_epochs": 8}
+    for name, own in (("quick", quick), ("shipped", shipped)):
+        found = PRESETS[name].to_dict()
+        assert {key: found[key] for key in {**shared, **own}} == {**shared, **own}
+    unset = TrainConfig()
+    assert (unset.accumulate, unset.label_smoothing, unset.ema, unset.early_stop) == (1, 0.0, None, None)
+
+
+def test_a_config_file_shows_every_setting_with_its_meaning():
+    lines = (
+        TrainConfig(density=None, widths=(8, "M", 16), pretrained='a "b".safetensors').to_toml().splitlines()
+    )
+    names = [line.split(" = ")[0] for line in lines if " = " in line and not line.startswith("#")]
+    assert names == [field.name for field in dataclasses.fields(TrainConfig)]
+    for index, line in enumerate(lines):
+        if " = " in line and not line.startswith("#"):
+            assert lines[index - 1].startswith("# ")
+    assert {'density = "none"', 'widths = [8, "M", 16]', 'pretrained = "a \\"b\\".safetensors"'} <= set(lines)
+
+
+def test_none_is_nothing_only_where_a_setting_may_be_nothing():
+    config = TrainConfig.from_toml('density = "none"\naugmentation = "none"\ndense_twin = "none"')
+    assert (config.density, config.augmentation, config.dense_twin) == (None, "none", "none")
+    with pytest.raises(ValueError, match="seed 'none' is not a whole number"):
+        TrainConfig.from_toml('seed = "none"')
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lr = ", "no TOML"),
+        ("epochs = 3", "unknown training setting 'epochs'; known: data, "),
+        ("lr = true", "lr True is not a number"),
+        ('seed = "3"', "seed '3' is not a whole number"),
+        ("[network]", "network {} is not one of"),
+        ("network = [1]", "network \\[1\\] is not one of small-vgg, vgg16"),
+        ('widths = "8, 8"', "widths '8, 8' is not a list"),
+        ("device = 1", "device 1 is not text"),
+        ("density = 2", "density=2.0"),
+        ("tensorboard = 1", "tensorboard 1 is not true or false"),
+    ],
+)
+def test_a_wrong_config_file_gives_one_line_that_names_it(tmp_path, text, said):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"run\.toml: {said}") as caught:
+        read_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_config_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent"):
+        read_config(tmp_path / "absent")
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"run\.toml"):
+        read_config(path)
+    path.write_bytes(b"#" * ((1 << 20) + 1))
+    with pytest.raises(ValueError, match=r"run\.toml: 1048577 bytes"):
+        read_config(path)
+
+
+def test_settings_given_as_text_change_a_config():
+    given = {
+        "lr": "1e-3",
+        "density": "none",
+        "data_folder": "2024",
+        "widths": '[8, "M", 16]',
+        "network": "small-vgg",
+    }
+    config = TrainConfig().changed(
+        {**given, "sync_batchnorm": "false", "device": "cuda:1", "early_stop": "5"}
+    )
+    assert config == TrainConfig(
+        lr=1e-3,
+        density=None,
+        data_folder="2024",
+        widths=(8, "M", 16),
+        sync_batchnorm=False,
+        device="cuda:1",
+        early_stop=5,
+    )
+    for name, text, said in (
+        ("seed", "many", "seed 'many' is not a whole number"),
+        ("seed", "1\nlr = 9", "seed '1\\\\nlr = 9'"),
+        ("sync_batchnorm", "yes", "sync_batchnorm 'yes' is not true or false"),
+        ("lrate", "1", "'lrate'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            TrainConfig().changed({name: text})
+
+
+def test_a_run_is_chosen_by_preset_or_file_and_then_changed(tmp_path):
+    assert choose_config(None, None) == ("quick", PRESETS["quick"])
+    name, config = choose_config("paper", None, ["seed=1", "lr = 0.2", "seed=3"])
+    assert (name, config) == ("paper", dataclasses.replace(PRESETS["paper"], seed=3, lr=0.2))
+    path = tmp_path / "mine.toml"
+    path.write_text("seed = 5")
+    assert choose_config(None, path, ["lr=0.2"]) == ("mine", TrainConfig(seed=5, lr=0.2))
+    for arguments, said in (
+        (("quick", path), "choose one of them"),
+        (("slow", None), "preset 'slow' is unknown; choose one of quick, shipped, paper"),
+        (("quick", None, ["seed"]), "setting 'seed' is not of the form name=value"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            choose_config(*arguments)
+
+
+def test_the_command_of_a_run_makes_its_config_again():
+    config = dataclasses.replace(
+        PRESETS["modern"], widths=SMALL_WIDTHS, seed=3, density=None, ema=0.99, pointwise_layers=False
+    )
+    for run in (*PRESETS.values(), config, TrainConfig(widths=(8, "M", 16), lr=0.3)):
+        _, _, _, preset, *rest = shlex.split(command_of(run))
+        assert rest[-2:] == ["--out", "DIR"]
+        assert rest[:-2:2] == ["--set"] * (len(rest) // 2 - 1)
+        assert choose_config(preset, None, rest[1:-2:2])[1] == run
+
+
+def test_the_command_of_a_run_names_no_place():
+    places = {"data_folder": "/home/someone/images", "pretrained": "/home/w", "dense_twin": "/home/run"}
+    assert command_of(dataclasses.replace(PRESETS["quick"], **places)) == (
+        "lhc-triton train --preset quick --set data_folder=FOLDER --set pretrained=FILE --set dense_twin=RUN"
+        " --out DIR"
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,20 +188,36 @@ def test_the_command_of_a_run_names_its_preset_but_not_the_place_of_the_data():
         ({"warmup_epochs": 12}, ValueError, "leaves none"),
         ({"warmup_epochs": 0}, ValueError, "warmup_epochs 0"),
         ({"batch_size": 1}, ValueError, "batch_size 1"),
+        (
+            {"batch_size": 128, "accumulate": 3},
+            ValueError,
+            "batch_size 128 does not divide into accumulate 3",
+        ),
         ({"train_images": 100}, ValueError, "train_images 100"),
         ({"validation_images": 9}, ValueError, "validation_images 9"),
+        ({"image_size": 2}, ValueError, "image_size 2"),
         ({"lr": -0.1}, ValueError, "lr -0.1"),
         ({"lr": float("nan")}, ValueError, "lr nan"),
         ({"lr": "fast"}, TypeError, "lr 'fast'"),
+        ({"seed": True}, TypeError, "seed True"),
+        ({"tensorboard": 1}, TypeError, "tensorboard 1"),
         ({"momentum": 0}, ValueError, "momentum 0"),
+        ({"ema": 1}, ValueError, "ema 1.0"),
+        ({"label_smoothing": 1}, ValueError, "label_smoothing 1"),
         ({"density": 0.0}, ValueError, "density"),
         ({"density": 1.5}, ValueError, "density"),
         ({"shapes": "round"}, ValueError, "shapes"),
         ({"precision": "fp16"}, ValueError, "precision 'fp16'"),
+        ({"network": "vgg11"}, ValueError, "network 'vgg11'"),
+        ({"topology": "butterfly"}, ValueError, "topology 'butterfly'"),
+        ({"network": "vgg16", "widths": (8, 8)}, ValueError, "vgg16 has its own"),
+        ({"width": 0}, ValueError, "width 0"),
         ({"seed": -1}, ValueError, "seed -1"),
+        ({"widths": 8}, TypeError, "widths 8"),
+        ({"widths": (8, "m")}, ValueError, "widths .* hold 'm'"),
+        ({"widths": (8, 0)}, ValueError, "widths .* hold 0"),
         ({"widths": (32,)}, ValueError, "two convolutions"),
         ({"widths": ("M", 32, 32)}, ValueError, "two convolutions"),
-        ({"widths": (8, "M", 8, "M", 8, "M", 8, "M", 8, "M", 8)}, ValueError, "pool 5 times"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value(changes, error, said):
@@ -64,6 +228,10 @@ def test_a_wrong_setting_is_named_with_its_value(changes, error, said):
 def test_an_unknown_setting_is_refused():
     with pytest.raises(ValueError, match="'epochs'"):
         TrainConfig.from_dict({"epochs": 3})
+
+
+def test_every_handcrafted_topology_and_data_set_can_be_chosen():
+    assert get_args(TopologyName) == ("learned", *HANDCRAFTED)
 
 
 def test_warm_ups_take_a_third_of_the_coarse_stage_unless_told():
@@ -82,6 +250,14 @@ def test_the_learning_rate_falls_by_half_a_cosine_and_starts_at_half():
     assert learning_rate(config, "dense", 6, 0, 10) == pytest.approx(0)
     assert learning_rate(config, "fine", 0, 0, 10) == pytest.approx(0.05)
     assert learning_rate(config, "fine", 2, 0, 10) == pytest.approx(0)
+
+
+def test_the_plateau_rule_divides_the_rate_by_ten_at_each_drop():
+    config = TrainConfig(lr=0.2, fine_lr=0.05, lr_schedule="plateau")
+    assert learning_rate(config, "coarse", 0, 5, 10) == pytest.approx(0.1)
+    assert learning_rate(config, "coarse", 1, 0, 10) == pytest.approx(0.2)
+    assert learning_rate(config, "dense", 9, 7, 10, drops=2) == pytest.approx(0.002)
+    assert learning_rate(config, "fine", 0, 0, 10, drops=1) == pytest.approx(0.005)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +305,31 @@ def test_the_best_epoch_is_the_most_accurate_of_the_right_density_after_the_warm
     assert best_epoch(rows, "coarse", 0.1) is rows[3]
     assert best_epoch(rows, "coarse", None) is rows[1]
     assert best_epoch(rows, "fine", 0.1) is rows[5]
+
+
+def test_the_rate_drops_after_epochs_without_gain_and_the_stage_ends_after_more():
+    config = TrainConfig(lr_schedule="plateau", plateau_patience=2, early_stop=4)
+    accuracies = [0.5, 0.6, 0.6, 0.55, 0.7, 0.7, 0.1, 0.2, 0.3]
+    rows = [row(epoch, value) for epoch, value in enumerate(accuracies)]
+    found = [plateau(config, "coarse", rows[: n + 1]) for n in range(len(rows))]
+    assert [state.drops for state in found] == [0, 0, 0, 1, 1, 1, 2, 2, 3]
+    assert [state.stalled for state in found] == [0, 0, 1, 2, 0, 1, 2, 3, 4]
+    assert [ends_early(config, "coarse", rows[:n]) for n in range(len(rows) + 1)] == [False] * 9 + [True]
+    cosine = dataclasses.replace(config, lr_schedule="cosine", early_stop=None)
+    assert plateau(cosine, "coarse", rows).drops == 0
+    assert not ends_early(cosine, "coarse", rows)
+    assert plateau(config, "fine", rows) == Plateau()
+
+
+def test_waiting_begins_once_an_epoch_may_be_chosen():
+    config = TrainConfig(lr_schedule="plateau", plateau_patience=1, early_stop=2)
+    rows = [row(0, 0.9, warming_up=True), row(1, 0.9, 0.5), row(2, 0.8, 0.3), row(3, 0.7, 0.2)]
+    assert plateau(config, "coarse", rows) == Plateau()
+    rows += [row(4, 0.6, 0.1), row(5, 0.9, 0.2), row(6, 0.5, 0.1)]
+    assert plateau(config, "coarse", rows) == Plateau(drops=2, waiting=0, stalled=2)
+    assert plateau(dataclasses.replace(config, topology="cross"), "coarse", rows[:4]).stalled == 2
+    dense = [row(epoch, 0.9, 1.0, stage="dense") for epoch in range(3)]
+    assert ends_early(config, "dense", [*rows, *dense])
 
 
 def test_without_the_right_density_the_nearest_is_best():

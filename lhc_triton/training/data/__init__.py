@@ -2,17 +2,17 @@
 
 from lhc_triton.training.data.fashion import open_fashion
 from lhc_triton.training.data.memory import ImageSet
-from lhc_triton.training.data.opening import DATA_NAMES, OnBadFile, open_data
+from lhc_triton.training.data.opening import DataName, OnBadFile, open_data
 from lhc_triton.training.data.previous import FashionMNIST, augment, normalise
 from lhc_triton.training.data.source import Augmentation, BadFile, Batch, Data, ImageFormat, Source
 from lhc_triton.training.data.splits import balanced_indices, validation_split
 
 __all__ = [
-    "DATA_NAMES",
     "Augmentation",
     "BadFile",
     "Batch",
     "Data",
+    "DataName",
     "FashionMNIST",
     "ImageFormat",
     "ImageSet",

@@ -1,0 +1,106 @@
+"""What makes a run the run it is, and two dense networks twins: settings and images, not the machine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lhc_triton.training.checkpoints import Checkpoint, load_checkpoint
+from lhc_triton.training.config import TrainConfig
+from lhc_triton.training.data import Source
+from lhc_triton.training.metrics import EpochMetrics
+from lhc_triton.training.recipe import STAGES, StageName, ends_early, stage_epochs
+
+LAST = "last.safetensors"
+OWN_TWIN = ("train", "none")
+"""Values of TrainConfig.dense_twin that are no folder."""
+
+# Settings that may differ between the two parts of a run that was resumed.
+_MACHINE = ("data_folder", "device", "precision", "workers", "tensorboard")
+# Settings that the dense network knows nothing of.
+_TOPOLOGY = (
+    "topology",
+    "pointwise_layers",
+    "density",
+    "in_block",
+    "out_block",
+    "block_rule",
+    "shapes",
+    "penalty",
+    "pattern_weight",
+    "warmup_epochs",
+    "coarse_floor",
+    "fine_lr",
+    "dense_twin",
+)
+
+
+def identity(config: TrainConfig, training: Source, validation: Source) -> dict[str, Any]:
+    """What must be equal for two runs to be the same, as JSON can hold it.
+
+    Raises:
+        OSError: the file of pretrained weights cannot be read.
+    """
+    known = {name: value for name, value in config.to_dict().items() if name not in _MACHINE}
+    if config.pretrained is not None:
+        with Path(config.pretrained).open("rb") as file:
+            known["pretrained"] = hashlib.file_digest(file, "sha256").hexdigest()
+    if config.dense_twin not in OWN_TWIN:
+        known["dense_twin"] = "taken over"
+    return {**known, "training images": training.digest(), "validation images": validation.digest()}
+
+
+def stages_of(config: TrainConfig) -> tuple[StageName, ...]:
+    """The stages that a run trains itself."""
+    return STAGES if config.dense_twin == "train" else STAGES[1:]
+
+
+def finished(config: TrainConfig, stage: StageName, rows: Sequence[EpochMetrics]) -> bool:
+    """Whether a stage has all its epochs among ``rows``, or was ended early."""
+    trained = sum(row.stage == stage for row in rows)
+    return trained > 0 and (trained == stage_epochs(config, stage) or ends_early(config, stage, rows))
+
+
+def find_checkpoint(path: Path, config: TrainConfig, run: dict[str, Any]) -> Checkpoint | None:
+    """The state to go on from, if there is one, its epochs checked against the settings.
+
+    Raises:
+        ValueError: the file is damaged, or of another run.
+    """
+    if not path.exists():
+        return None
+    checkpoint = load_checkpoint(path, run)
+    order = []
+    for stage in stages_of(config):
+        trained = sum(row.stage == stage for row in checkpoint.rows)
+        order += [(stage, epoch) for epoch in range(min(trained, stage_epochs(config, stage)))]
+        if not finished(config, stage, checkpoint.rows):
+            break
+    if [(row.stage, row.epoch) for row in checkpoint.rows] != order:
+        raise ValueError(f"{path}: its epochs are not those of this run; delete it to start again")
+    return checkpoint
+
+
+def dense_twin(folder: str | Path, config: TrainConfig, run: dict[str, Any]) -> Checkpoint:
+    """The best dense network of another run, which must have been trained as this run would have.
+
+    Args:
+        folder: of the other run.
+        config: of this run.
+        run: identity() of this run.
+
+    Returns:
+        Its checkpoint; the last row is the epoch that was chosen.
+
+    Raises:
+        FileNotFoundError: the folder holds no dense network.
+        ValueError: it is damaged, not trained to the end, or of another network, recipe, seed or images.
+    """
+    folder = Path(folder)
+    mine = {name: value for name, value in run.items() if name not in _TOPOLOGY}
+    last = load_checkpoint(folder / LAST, mine, ignore=_TOPOLOGY)
+    if not finished(config, "dense", last.rows):
+        raise ValueError(f"{folder}: its dense network is not trained to the end; resume that run first")
+    return load_checkpoint(folder / "dense_best.safetensors", mine, ignore=_TOPOLOGY)

@@ -1,0 +1,221 @@
+"""A run that was stopped or killed goes on bit for bit, and a damaged or foreign checkpoint is refused."""
+
+import dataclasses
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import CONFIG, SOURCE, assert_same_run, lines_of, one_thread, tiny_data
+
+from lhc_triton.models import weights
+from lhc_triton.training import Data, EpochMetrics, ImageSet, train
+
+# Everything that has a state of its own.
+RICH = dataclasses.replace(
+    CONFIG,
+    accumulate=2,
+    ema=0.9,
+    label_smoothing=0.1,
+    lr_schedule="plateau",
+    plateau_patience=1,
+    early_stop=2,
+    penalty="macs",
+    pattern_weight=0.1,
+    shapes="rigid",
+    dense_twin="none",
+)
+RICH_STATE = ("last", "coarse_best", "fine_best", "lhc")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def threads():
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing stopped: (folder, result, metrics of its epochs)."""
+    folder = tmp_path_factory.mktemp("whole")
+    rows: list[EpochMetrics] = []
+    result = train(CONFIG, folder, progress=False, data=tiny_data(), on_epoch=rows.append)
+    return folder, result, rows
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory):
+    """The same with all options."""
+    folder = tmp_path_factory.mktemp("rich")
+    train(RICH, folder, progress=False, data=tiny_data())
+    return folder
+
+
+class StopError(Exception):
+    """Stands for a kill: nothing of the run goes on after it."""
+
+
+def stop_after(epochs):
+    seen: list[EpochMetrics] = []
+
+    def stop(row: EpochMetrics) -> None:
+        seen.append(row)
+        if len(seen) == epochs:
+            raise StopError
+
+    return stop
+
+
+@pytest.mark.parametrize("epochs", range(1, 11))
+def test_a_run_stopped_after_any_epoch_goes_on_bit_for_bit(whole, tmp_path, epochs):
+    with pytest.raises(StopError):
+        train(CONFIG, tmp_path, progress=False, data=tiny_data(), on_epoch=stop_after(epochs))
+    torch.manual_seed(epochs)  # the global generator must not matter
+    rows: list[EpochMetrics] = []
+    train(CONFIG, tmp_path, progress=False, data=tiny_data(), on_epoch=rows.append)
+    assert [(row.stage, row.epoch) for row in rows] == [(row.stage, row.epoch) for row in whole[2]][epochs:]
+    assert_same_run(tmp_path, whole[0])
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 4])
+def test_averages_accumulation_plateaus_and_costs_go_on_bit_for_bit_too(rich, tmp_path, epochs):
+    with pytest.raises(StopError):
+        train(RICH, tmp_path, progress=False, data=tiny_data(), on_epoch=stop_after(epochs))
+    train(RICH, tmp_path, progress=False, data=tiny_data())
+    assert_same_run(tmp_path, rich, RICH_STATE)
+
+
+@pytest.mark.parametrize("write", [1, 2, 8, 13])
+def test_a_run_stopped_while_a_checkpoint_is_written_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, write):
+    """The write-and-rename is cut before the rename, once in a while of each kind."""
+    seen = 0
+    replace = os.replace
+
+    def stop(source: str, target: str) -> None:
+        nonlocal seen
+        seen += str(target).endswith(".safetensors")
+        if seen == write:
+            raise StopError
+        replace(source, target)
+
+    monkeypatch.setattr(weights.os, "replace", stop)
+    with pytest.raises(StopError):
+        train(CONFIG, tmp_path, progress=False, data=tiny_data())
+    monkeypatch.undo()
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+    train(CONFIG, tmp_path, progress=False, data=tiny_data())
+    assert_same_run(tmp_path, whole[0])
+
+
+KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+sys.path[:0] = sys.argv[3:]
+from tiny_runs import CONFIG, tiny_data
+from lhc_triton.models import weights
+from lhc_triton.training import train
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+def between_epochs(row):
+    if sys.argv[2] == "between" and (row.stage, row.epoch) == ("coarse", 1):
+        kill()
+steps, files = [], []
+step, replace = torch.optim.SGD.step, os.replace
+def in_an_epoch(self, *arguments):
+    steps.append(step(self, *arguments))
+    if sys.argv[2] == "within" and len(steps) == 33:  # the third of five steps of coarse epoch 1
+        kill()
+def in_a_write(source, target):
+    files.append(str(target))
+    if sys.argv[2] == "writing" and sum(name.endswith("last.safetensors") for name in files) == 7:
+        kill()
+    replace(source, target)
+torch.optim.SGD.step = in_an_epoch
+weights.os.replace = in_a_write
+train(CONFIG, sys.argv[1], progress=False, data=tiny_data(), on_epoch=between_epochs)
+"""
+
+
+@pytest.mark.parametrize(("when", "epochs"), [("between", 7), ("within", 6), ("writing", 6)])
+def test_a_killed_process_goes_on_bit_for_bit(whole, tmp_path, when, epochs):
+    command = [sys.executable, "-c", KILLED, str(tmp_path), when, str(SOURCE), str(Path(__file__).parent)]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert lines_of(tmp_path) == lines_of(whole[0])[: 1 + epochs]
+    train(CONFIG, tmp_path, progress=False, data=tiny_data())
+    assert_same_run(tmp_path, whole[0])
+
+
+def test_a_full_disk_gives_one_line_and_leaves_the_last_checkpoint(whole, tmp_path):
+    """The system's limit on a file's size stands for the disk: the write fails with a part of it done."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(row: EpochMetrics) -> None:
+        if (row.stage, row.epoch) == ("coarse", 0):
+            size = (tmp_path / "last.safetensors").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+
+    try:
+        with pytest.raises(OSError, match=r"cannot be written \(File too large\).*make room") as caught:
+            train(CONFIG, tmp_path, progress=False, data=tiny_data(), on_epoch=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
+    train(CONFIG, tmp_path, progress=False, data=tiny_data())
+    assert_same_run(tmp_path, whole[0])
+
+
+def test_a_finished_run_is_not_trained_again(whole, tmp_path):
+    folder, result, _ = whole
+    rows: list[EpochMetrics] = []
+    again = train(CONFIG, folder, progress=False, data=tiny_data(), on_epoch=rows.append)
+    assert rows == []
+    assert again == result
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A folder with the run's last checkpoint."""
+    (tmp_path / "last.safetensors").write_bytes((whole[0] / "last.safetensors").read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_checkpoint_gives_one_line_that_names_it(copy, keep):
+    last = copy / "last.safetensors"
+    content = last.read_bytes()
+    last.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(ValueError, match=r"last\.safetensors") as caught:
+        train(CONFIG, copy, progress=False, data=tiny_data())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seed": 1}, {"lr": 0.05}, {"density": 0.2}, {"coarse_epochs": 4}, {"ema": 0.9}]
+)
+def test_a_checkpoint_of_another_run_is_refused_and_left_alone(copy, changes):
+    before = (copy / "last.safetensors").read_bytes()
+    changed = dataclasses.replace(CONFIG, **changes)
+    with pytest.raises(ValueError, match=f"another run \\({next(iter(changes))} "):
+        train(changed, copy, progress=False, data=tiny_data())
+    assert (copy / "last.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_of_other_images_is_refused(copy):
+    data = tiny_data()
+    other = ImageSet(data.train.images.flip(3), data.train.labels, data.format)
+    with pytest.raises(ValueError, match=r"another run \(training images "):
+        train(CONFIG, copy, progress=False, data=Data(data.name, data.format, other, None, data.test))
+
+
+def test_results_are_no_checkpoint(whole, tmp_path):
+    (tmp_path / "last.safetensors").write_bytes((whole[0] / "lhc.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="holds network weights, not training checkpoint"):
+        train(CONFIG, tmp_path, progress=False, data=tiny_data())

@@ -116,10 +116,11 @@ def train(
     if as_json:
         print_json(result.to_dict())
         return
+    dense = "" if result.dense_accuracy is None else f"{100 * result.dense_accuracy:.2f} %"
     print_table(
         ("", "dense", "LHC"),
         [
-            ("test accuracy", f"{100 * result.dense_accuracy:.2f} %", f"{100 * result.lhc_accuracy:.2f} %"),
+            ("test accuracy", dense, f"{100 * result.lhc_accuracy:.2f} %"),
             ("weights", "", f"{times(result.weight_reduction)} fewer"),
             ("MACs", "", f"{times(result.mac_reduction)} fewer"),
         ],

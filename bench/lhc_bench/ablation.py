@@ -13,16 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from lhc_triton.training import PRESETS, TrainConfig, train
+from lhc_triton.training.identity import TOPOLOGY_ONLY
 
 MAX_RUNS = 1000
 MAX_BYTES = 1 << 20
 LONGEST_NAME = 120
-LHC_ONLY = (
-    "topology", "pointwise_layers", "density", "in_block", "out_block", "block_rule", "shapes", "penalty",
-    "pattern_weight", "warmup_epochs", "coarse_floor", "fine_lr",
-)  # fmt: skip
-"""Settings that the dense twin does not depend on."""
-
 Progress = Callable[[str], None]
 
 
@@ -151,5 +146,5 @@ def run_ablation(runs: Mapping[str, TrainConfig], out_dir: str | Path, progress:
 
 def dense_part(config: TrainConfig) -> TrainConfig:
     """The settings, those of the topology alone at their defaults: where equal, so are the dense twins."""
-    kept = {name: value for name, value in config.to_dict().items() if name not in LHC_ONLY}
+    kept = {name: value for name, value in config.to_dict().items() if name not in TOPOLOGY_ONLY}
     return TrainConfig.from_dict(kept)

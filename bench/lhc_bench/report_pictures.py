@@ -238,9 +238,9 @@ def training_figure(experiment: Experiment) -> Figure:
         if panels == 3:
             _draw_correlation(axes[2], run.layers, legend)
     config = runs[0].config
-    if config.density is not None:
+    if config.target is not None:
         label = f"target for {config.penalty}"
-        axes[1].axhline(config.density, color=IDEAL, linewidth=1, linestyle="--", label=label)
+        axes[1].axhline(config.target, color=IDEAL, linewidth=1, linestyle="--", label=label)
     titles = ("validation accuracy, %", "live share", "correlation of the masks, epoch to epoch")
     coarse, fine = (max(_epochs(run.epochs, stage) for run in runs) for stage in ("coarse", "fine"))
     for axis, title in zip(axes, titles, strict=False):
@@ -275,7 +275,7 @@ def _curve(
 def _draw_correlation(axis: Axes, rows: Sequence[Mapping[str, Any]], legend: bool) -> None:
     layers: dict[str, dict[int, float]] = {}
     for row in rows:
-        if row["stage"] == "coarse" and row["correlation"] is not None:
+        if row["stage"] == "coarse":
             layers.setdefault(row["layer"], {})[row["epoch"]] = row["correlation"]
     for number, values in enumerate(layers.values()):
         label = "each layer" if legend and number == 0 else None

@@ -25,7 +25,6 @@ METRICS = {
     "val_accuracy": float,
 }
 LAYERS = {"stage": str, "epoch": int, "layer": str, "density": float, "correlation": float}
-MAY_BE_EMPTY = ("correlation",)  # of the first epoch, which has none before it
 SHARES = ("density", "mac_density", "val_accuracy")
 
 
@@ -70,8 +69,7 @@ class Run:
     @property
     def density_target(self) -> float | None:
         """The share of the weights that was aimed at; None where the aim was none, or another."""
-        config = self.config
-        return config.density if config.penalty == "weights" and config.topology == "learned" else None
+        return self.config.target if self.config.penalty == "weights" else None
 
     @property
     def lhc_file(self) -> Path:
@@ -160,8 +158,6 @@ def _table(path: Path, columns: Mapping[str, type]) -> tuple[Mapping[str, Any], 
 
 
 def _cell(name: str, text: str | None, kind: type) -> Any:
-    if not text and name in MAY_BE_EMPTY:
-        return None
     try:
         value = kind(text)
         fits = kind is not float or (math.isfinite(value) and (name not in SHARES or 0 <= value <= 1))

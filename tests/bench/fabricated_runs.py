@@ -61,7 +61,7 @@ def fabricated_run(folder: Path, *, with_layers: bool = True, with_twin: bool = 
                 "epoch": epoch,
                 "layer": name,
                 "density": 0.5,
-                "correlation": chance.uniform(0.5, 1) if epoch else "",
+                "correlation": chance.uniform(0.5, 1),
             }
             for epoch in range(COARSE)
             for name in lhc_layers(model)

@@ -140,3 +140,49 @@ def test_the_command_line_names_the_runs_without_training(spec, monkeypatch, cap
     with pytest.raises(SystemExit):
         main()
     assert json.loads(capsys.readouterr().out)["runs"] == list(read_ablation(spec(SPEC)))
+
+
+TINY = """
+[base]
+widths = [4, "M", 16, "M", 16]
+train_images = 100
+validation_images = 20
+in_block = 8
+density = 0.3
+coarse_epochs = 2
+fine_epochs = 1
+batch_size = 20
+augmentation = "none"
+
+[[grid]]
+topology = ["learned", "cross"]
+"""
+
+
+def test_one_command_trains_resumes_and_reports(spec, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    command = ["lhc-triton", "ablate", str(spec(TINY)), "--out", str(out), "--batch", "1", "--json"]
+    monkeypatch.setattr(sys, "argv", command)
+    names = ["topology=learned,seed=0", "topology=cross,seed=0"]
+
+    def ablate():
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code
+        return json.loads(capsys.readouterr().out)["experiments"], [
+            (out / name / "metrics.csv").read_bytes() for name in names
+        ]
+
+    found, curves = ablate()
+    assert [experiment["label"] for experiment in found] == ["topology learned", "topology cross"]
+    runs = [run for experiment in found for run in experiment["runs"]]
+    assert [run["run"] for run in runs] == names
+    assert len({run["dense_accuracy"] for run in runs}) == 1
+    assert [b"dense,2," in curve for curve in curves] == [True, False]
+    crosses = {shape for layer in runs[1]["layers"] for shape in layer["shapes"]}
+    assert crosses == {"010/111/010"}
+    assert (out / "report" / "report.html").stat().st_size > 10_000
+    (out / names[1] / "result.json").unlink()  # as a kill before the end would
+    again, same = ablate()
+    assert same == curves
+    assert [e["mean"] for e in again] == [e["mean"] for e in found]

@@ -141,7 +141,7 @@ def layers_figure(experiment: Experiment) -> Figure:
         "distinct patterns per filter group": [_pattern_shares(row) for row in experiment.rows],
     }
     for index, (title, runs) in enumerate(columns.items()):
-        axis = picture.panel(figure, 1.75 + 2.9 * index, 0.55, 2.6, height)
+        axis = picture.panel(figure, 1.75 + 2.9 * index, 0.55, 2.5, height)
         places = range(len(names))
         axis.barh(places, [statistics.fmean(values) for values in zip(*runs, strict=True)], height=0.72,
                   color=SPARSE, alpha=0.75)  # fmt: skip

@@ -300,6 +300,13 @@ def test_an_imposed_network_comes_back_from_its_state():
         impose(network(), "hetconv").load_state_dict(model.state_dict())
 
 
+def test_impose_takes_a_network_without_storage():
+    with torch.device("meta"):
+        model = impose(network(), "asymmetric")
+    model.to_empty(device="cpu").load_state_dict(impose(network(), "asymmetric").state_dict())
+    assert torch.equal(model[1].mask() != 0, mask_of("asymmetric", convolution()))
+
+
 def test_impose_refuses_a_network_that_nothing_of_suits_and_changes_nothing():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 2))
     with pytest.raises(ValueError, match=r"no convolution of Sequential suits the topology 'cross': 1: kern"):

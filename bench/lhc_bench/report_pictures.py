@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = (SPARSE, "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000", "#d55e00", "#7f3c8d")
-MARKERS = "osD^vPX*"
+MARKERS, DENSE_MARKERS = "osD^v", "*XP8"
 DENSITY_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 SPEED_TICKS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 CLOSE_SPEED_TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)
@@ -35,6 +35,7 @@ SPEEDS = {
 LINE = 0.235  # inches for a layer
 SHAPES_SHOWN = 14
 BIGGEST_GLYPH = 0.42
+SHOWN_SHARE = 0.5  # percent; less rounds to nothing
 
 
 def accuracy_figure(found: Sequence[Experiment], against: Sequence[str]) -> Figure:
@@ -75,11 +76,13 @@ def _scatter(axis: Axes, found: Sequence[Experiment], name: str) -> None:
     xs, means = [1.0], [(1.0, accuracy) for accuracy in dense.values()]
     for number, (network, accuracy) in enumerate(dense.items()):
         label = "dense twin" if len(dense) == 1 else f"dense {network}"
-        axis.plot([1.0], [accuracy], color=DENSE, marker=MARKERS[-1 - number % 4], markersize=10,
+        axis.plot([1.0], [accuracy], color=DENSE, marker=DENSE_MARKERS[number % 4], markersize=10,
                   linestyle="none", label=label, zorder=3)  # fmt: skip
         axis.axhline(accuracy, color=DENSE, linewidth=1, linestyle=":", zorder=0)
     for number, experiment in enumerate(found):
-        color, marker = COLORS[number % len(COLORS)], MARKERS[number // len(COLORS) % len(MARKERS)]
+        # Forty pairs before one comes again; neighbours differ in both, so that one shows behind the other.
+        color = COLORS[number % len(COLORS)]
+        marker = MARKERS[(number + number // len(COLORS)) % len(MARKERS)]
         x, y = experiment.mean(name), experiment.mean("lhc_accuracy")
         assert x is not None
         assert y is not None
@@ -90,7 +93,8 @@ def _scatter(axis: Axes, found: Sequence[Experiment], name: str) -> None:
             axis.scatter(experiment.values(name), accuracies, s=9, color=color, alpha=0.6, linewidths=0)
         axis.errorbar(
             [x], [100 * y], xerr=experiment.spread(name), yerr=100 * (experiment.spread("lhc_accuracy") or 0),
-            color=color, marker=marker, markersize=6, linestyle="none", elinewidth=1, label=experiment.label,
+            color=color, marker=marker, markersize=7, alpha=0.8, linestyle="none", elinewidth=1,
+            label=experiment.label,
         )  # fmt: skip
     if not density:
         front = pareto(means)
@@ -182,7 +186,9 @@ def shapes_figure(experiment: Experiment) -> Figure:
     columns = [key for key, _ in sorted(total.items(), key=lambda item: (-item[1], item[0]))]
     columns = columns[:SHAPES_SHOWN]
     shares = np.array([[100 * layer[key] / layer.total() for key in columns] for layer in counts])
-    shares = np.hstack([shares, np.maximum(100 - shares.sum(axis=1, keepdims=True), 0)])
+    others = np.maximum(100 - shares.sum(axis=1, keepdims=True), 0)
+    if others.max() >= SHOWN_SHARE:
+        shares = np.hstack([shares, others])
     height, unit = LINE * len(counts), 0.55
     caption = "Shapes: live taps of a kernel, per pair of filter group and input block. " + _seeds(experiment)
     width = max(2.0 + unit * shares.shape[1], 7.5)
@@ -191,7 +197,7 @@ def shapes_figure(experiment: Experiment) -> Figure:
     axis = picture.panel(figure, 1.75, 0.35, unit * shares.shape[1], height)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=max(60.0, shares.max()), aspect="auto")
     for (line, column), share in np.ndenumerate(shares):
-        if share >= 0.5:
+        if share >= SHOWN_SHARE:
             axis.text(column, line, f"{share:.0f}", ha="center", va="center", fontsize=7,
                       color="white" if share > 45 else "black")  # fmt: skip
     names = [topology.name for topology in experiment.first.topologies]
@@ -208,7 +214,8 @@ def shapes_figure(experiment: Experiment) -> Figure:
             taps[::-1], cmap=ListedColormap([DEAD, LIVE]), vmin=0, vmax=1, edgecolors="white", linewidth=0.8,
         )  # fmt: skip
         glyph.set_axis_off()
-    axis.text(len(columns), -0.75, "others", ha="center", va="bottom", fontsize=8)
+    if shares.shape[1] > len(columns):
+        axis.text(len(columns), -0.75, "others", ha="center", va="bottom", fontsize=8)
     return figure
 
 
@@ -225,7 +232,8 @@ def training_figure(experiment: Experiment) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     runs = [row.run for row in experiment.rows]
-    panels = 3 if all(run.layers for run in runs) else 2
+    learned = runs[0].config.topology == "learned"
+    panels = 3 if learned and all(run.layers for run in runs) else 2
     figure = picture.frame(0.2 + 3.85 * panels, 3.75, "Training", [_seeds(experiment)])
     axes = [picture.panel(figure, 0.6 + 3.85 * index, 0.75, 3.2, 2.3) for index in range(panels)]
     for number, run in enumerate(runs):
@@ -247,7 +255,7 @@ def training_figure(experiment: Experiment) -> Figure:
         axis.set_xlim(-0.5, coarse + fine - 0.5)
         axis.axvline(coarse - 0.5, color=picture.GREY, linewidth=0.8, linestyle=":")
         axis.set_title(title, fontsize=9, loc="left", pad=4)
-        axis.set_xlabel("epoch; dotted: the topology is frozen", fontsize=8)
+        axis.set_xlabel("epoch; dotted: the fine stage begins", fontsize=8)
         axis.legend(fontsize=8, framealpha=0.9, edgecolor="none")
         axis.grid(color="#e3e3e3", linewidth=0.6)
         axis.set_axisbelow(True)

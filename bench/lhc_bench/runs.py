@@ -113,7 +113,7 @@ def _result(path: Path) -> dict[str, Any]:
     """The checked fields of result.json that a Run has."""
     try:
         found = json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds no JSON object")

@@ -1,4 +1,4 @@
-"""Recordings of a network on the CPU: its operators called again from C++, without Python between the layers.
+"""Recordings of a network on the CPU: its operators called again from C++, without Python in between.
 
 At the sizes of a real network, Python's share of a call is small for one layer and large for all: 53 layers of
 ResNet50 at density 0.1 took 11.1 ms on two cores, and the same operators called one after the other from C++
@@ -47,7 +47,7 @@ class Watch:
             for name, value in home.items()
         ]
         # Three lists, so that the comparison below runs without Python's interpreter: 0.1 us for each place.
-        self._homes = [home for home, _, _ in places]
+        self._homes: list[dict[str, Any]] = [home for home, _, _ in places]
         self._names = [name for _, name, _ in places]
         self._values = [value for _, _, value in places]
         weights = [m.weight for m in modules if isinstance(m, DenseConv2d) and not m.weight.is_inference()]

@@ -157,7 +157,8 @@ def _told(experiment: Experiment) -> str:
         if run.command is not None:
             notes.append(f"{escape(run.name)}: <code>{escape(run.command)}</code>")
         if not run.density_reached:
-            notes.append(f"{escape(run.name)}: density {row.density:.4f}, not within 0.01 of the target")
+            aim = f"the share of {run.config.penalty} is not within 0.01 of the target {run.config.target}"
+            notes.append(escape(f"{run.name}: {aim}"))
         if row.measured is not None:
             timed = row.measured
             text = f"{run.name}: {timed.lhc_us / 1000:.2f} ms against {timed.dense_us / 1000:.2f} ms"

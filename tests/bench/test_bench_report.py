@@ -151,6 +151,7 @@ def test_the_page_stands_alone_and_its_text_is_escaped(reported):
     assert "&lt;quick&gt;" in text
     assert "<quick>" not in text
     assert "no layers.csv" in text
+    assert "run3: the share of weights is not within 0.01 of the target 0.5" in text
     assert text.count("<td>–</td>") == len(report.experiments)  # the column of measured times
 
 

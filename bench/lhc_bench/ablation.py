@@ -68,8 +68,9 @@ def _runs(document: Mapping[str, Any]) -> dict[str, TrainConfig]:
     if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
         raise ValueError("grid is no list of tables; head each one with [[grid]]")
     runs: dict[str, TrainConfig] = {}
-    for changes in (changes for grid in grids for changes in _combinations(grid)):
-        for seed in seeds:
+    # Seed by seed: one that is stopped early has tried everything before it repeats anything.
+    for seed in seeds:
+        for changes in (changes for grid in grids for changes in _combinations(grid)):
             config = _changed(base, {**changes, "seed": seed})
             if config not in runs.values():
                 runs[_name({**changes, "seed": seed})] = config

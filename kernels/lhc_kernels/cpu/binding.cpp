@@ -31,21 +31,21 @@ void run_python(Stack* stack) {
 }
 
 struct Work {
-  const std::function<void()>& run;
+  const std::function<void(int)>& run;
   std::exception_ptr error;
   std::atomic_flag failed = ATOMIC_FLAG_INIT;
 };
 
-void run_threads(int workers, const std::function<void()>& run) {
+void run_threads(int workers, const std::function<void(int)>& run) {
   // The stable function reaches torch's own pool; at::parallel_for is inlined here and, compiled without
   // OpenMP, would run serially. It reports a failure by a number, so the exception goes around it.
   Work work{run, nullptr};
   torch_parallel_for(
       0, workers, 1,
-      [](int64_t, int64_t, void* context) {
+      [](int64_t begin, int64_t end, void* context) {
         Work& work = *static_cast<Work*>(context);
         try {
-          work.run();
+          for (int64_t worker = begin; worker < end; ++worker) work.run(static_cast<int>(worker));
         } catch (...) {
           if (!work.failed.test_and_set()) work.error = std::current_exception();
         }

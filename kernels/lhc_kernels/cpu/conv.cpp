@@ -33,6 +33,8 @@ constexpr int64_t kCrowdedFloats = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+int64_t weight_floats(const Conv& conv) { return conv.tile_ptr[conv.tiles] * conv.in_block * conv.tile_width; }
+
 // A run of output pixels of one group, as vectors.
 struct Strip {
   int vectors;
@@ -355,10 +357,10 @@ void run_group(const Conv& conv, const Group& group, const Threads& threads) {
   job.strips = ceil_div(job.vectors, kVectors);
 
   // Strip by strip, all weights passing by, while these fit into the second-level cache beside the pixels.
-  // More weights than that pass by once, tile by tile, if the pixels fit; else in chunks that do.
+  // Where the weights are more than the pixels they pass by once, tile by tile, each thread reading its own, if the
+  // pixels fit; else in chunks that do.
   const int64_t pixels = conv.channels * job.planes.runs * job.planes.run_pixels;
-  const int64_t weights = conv.tile_ptr[conv.tiles] * conv.in_block * conv.tile_width;
-  const int64_t budget = weights > kWeightFloats && pixels <= kWeightFloats ? 0 : kWeightFloats;
+  const int64_t budget = weight_floats(conv) > pixels && pixels <= kWeightFloats ? 0 : kWeightFloats;
   job.cost.push_back(0);
   for (int64_t t = 0; t < conv.tiles; ++t) {
     const int64_t entries = conv.tile_ptr[t + 1] - conv.tile_ptr[t];
@@ -399,8 +401,11 @@ void grouped_conv2d(const Conv& conv, const Threads& threads) {
   if (reads_directly(conv)) return run_group(conv, {0, conv.batch, 0, conv.out_height}, threads);
   Group size = group_size(conv, kPlanesFloats, threads.count);
   // A thread that fills its own planes finds them in its own cache: 1.2x to 1.9x faster at stride 2 than sharing them,
-  // which is left for layers that have too few pixels for all threads.
-  const bool own = size.images * size.rows * conv.out_width >= kLanes || threads.count == 1;
+  // which is left for layers that have too few pixels for all threads, or far more weights than pixels: these are
+  // then shared out (1.2x faster for 512 channels of 2x2 pixels).
+  const bool heavy = weight_floats(conv) > 2 * conv.batch * conv.channels * conv.height * conv.width;
+  const bool enough = size.images * size.rows * conv.out_width >= kLanes;
+  const bool own = (enough && !heavy) || threads.count == 1;
   if (!own) size = group_size(conv, kPlanesFloats * threads.count, 1);
   const int64_t bands = ceil_div(conv.out_height, size.rows);
   const auto run = [&](int64_t item, const Threads& on) {

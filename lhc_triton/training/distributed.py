@@ -141,7 +141,7 @@ def joined(device: str) -> Iterator[World]:
     if not made:
         if place.type == "cuda":
             torch.cuda.set_device(place)
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        _join(place)
     rank = dist.get_rank()
     try:
         yield World(rank, size, place)
@@ -155,6 +155,15 @@ def joined(device: str) -> Iterator[World]:
     finally:
         if not made:
             dist.destroy_process_group()
+
+
+def _join(device: torch.device) -> None:
+    # torchrun keeps its store over a restart: under their old names, new processes would find the addresses
+    # of the ones that are gone, and wait for them.
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=_TIMEOUT)))
+    store = dist.PrefixStore(f"restart {_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
 
 
 def _number(name: str, default: int) -> int:

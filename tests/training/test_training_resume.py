@@ -70,7 +70,8 @@ def stop_after(epochs):
     return stop
 
 
-@pytest.mark.parametrize("epochs", range(1, 11))
+# After the first and the last epoch of each stage, and within one.
+@pytest.mark.parametrize("epochs", [1, 5, 6, 7, 8, 9, 10])
 def test_a_run_stopped_after_any_epoch_goes_on_bit_for_bit(whole, tmp_path, epochs):
     with pytest.raises(StopError):
         train(CONFIG, tmp_path, progress=False, data=tiny_data(), on_epoch=stop_after(epochs))

@@ -146,13 +146,20 @@ def train(
         return
     out = out or Path("runs") / name
     result = run_training(chosen, out)
+    if os.environ.get("RANK", "0") != "0":
+        return  # under torchrun the first process shows the result
     if as_json:
         print_json(result.to_dict())
         return
+    dense = result.dense_accuracy
     print_table(
-        ("", "dense", "LHC"),
+        (result.network, "dense", "LHC"),
         [
-            ("test accuracy", f"{100 * result.dense_accuracy:.2f} %", f"{100 * result.lhc_accuracy:.2f} %"),
+            (
+                "test accuracy",
+                "not trained" if dense is None else f"{100 * dense:.2f} %",
+                f"{100 * result.lhc_accuracy:.2f} %",
+            ),
             ("weights", "", f"{times(result.weight_reduction)} fewer"),
             ("MACs", "", f"{times(result.mac_reduction)} fewer"),
         ],

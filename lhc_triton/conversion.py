@@ -39,8 +39,8 @@ def convert(
         config: blocks, shapes, density target; LHCConfig() by default. Or a function that is called as
             config(name, module) for every convolution that filter_fn takes, and returns its LHCConfig: see
             `blocks_by_width`.
-        filter_fn: called as filter_fn(name, module) for every convolution that could be converted; return
-            False to leave it dense.
+        filter_fn: called as filter_fn(name, module) for every convolution that could be converted (to free
+            shapes at least); return False to leave it dense.
 
     Raises:
         ValueError: the model has no convolution, none can be converted, or a weight has NaN or infinity.

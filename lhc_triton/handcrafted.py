@@ -84,7 +84,8 @@ def handcrafted(
     """
     _check(name, parts)
     kh, kw = conv.kernel_size
-    return _BUILDERS[name](_Site(conv.out_channels, conv.in_channels, kh, kw, blocks), parts)
+    with torch.device("cpu"):  # a mask's values are read, which a default device such as "meta" does not have
+        return _BUILDERS[name](_Site(conv.out_channels, conv.in_channels, kh, kw, blocks), parts)
 
 
 def impose(

@@ -36,10 +36,10 @@ class TopologySchedule:
 
     Two additions of ours, both off by default, change R. With ``entry_costs`` the 0.99 term steers the live
     share of the cost, ``sum(live weights * cost) / sum(weights * cost)`` over the layers, in place of the
-    live share of the weights. With ``pattern_weight`` w > 0, R grows by ``w * D``: D is the mean over the layers,
-    each counted by its weights, of the share of entries in which a filter group differs from its nearest
-    ones, so many that together they have 64 filters (see `topology.pattern_distance`). It is 0 where every
-    pattern is shared by 64 filters, the width from which tiles run well.
+    live share of the weights. With ``pattern_weight`` w > 0, R grows by ``w * D``: D is the mean over the
+    layers, each counted by its weights, of the share of entries in which a filter group differs from its
+    nearest ones, so many that together they have 64 filters (see `topology.pattern_distance`). It is 0 where
+    every pattern is shared by 64 filters, the width from which tiles run well.
 
     Use it as::
 

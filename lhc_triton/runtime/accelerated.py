@@ -15,6 +15,7 @@ from lhc_triton.planning.schema import LayerPlan, Plan
 from lhc_triton.runtime.graph import Site
 from lhc_triton.runtime.graphs import Graphs
 from lhc_triton.runtime.modules import FusedConv2d, check_move
+from lhc_triton.runtime.tapes import Tapes
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,16 @@ class AcceleratedModel(nn.Module):
     """A network for inference whose convolutions run as planned; made by ``accelerate`` and ``load``.
 
     It takes what the model took, any batch and image size included. It stays in eval mode and has no
-    gradients. On a GPU it runs in CUDA graphs; see `graphs.Graphs` for who owns the output (the caller) and
-    what concurrent callers get (turns).
+    gradients. Calls are recorded and replayed, so that Python costs nothing between the layers: on a GPU in
+    CUDA graphs, see `graphs.Graphs` for who owns the output (the caller) and what concurrent callers get
+    (turns); on the CPU, where the native kernel is at work, by `tapes.Tapes`.
 
     Attributes:
         network: the rewritten network.
         plan: the plan in force.
         record: how it was made.
         graphs: its CUDA graphs; None to launch every kernel by itself.
+        tapes: its recordings on the CPU; None to call every layer from Python.
     """
 
     def __init__(self, network: nn.Module, plan: Plan, record: Record, graphs: bool = True) -> None:
@@ -105,6 +108,9 @@ class AcceleratedModel(nn.Module):
         self.graphs = Graphs() if graphs else None
         if self.graphs is not None:
             self.network.register_load_state_dict_post_hook(self.graphs.clear)
+        native = any(row.backend == "native" for row in record.rows)
+        # What torch.fx cannot trace may take another way at each call.
+        self.tapes = Tapes() if graphs and native and record.traced else None
         self.train(False)
 
     def forward(self, *inputs: Any) -> Any:
@@ -115,9 +121,11 @@ class AcceleratedModel(nn.Module):
         # in autograd's layer at every call.
         skip = contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
         with skip:
-            if self.graphs is None:
-                return self.network(*inputs)
-            return self.graphs.run(self.network, inputs)
+            if self.tapes is not None and self.tapes.apply(inputs):
+                return self.tapes.run(self.network, inputs)
+            if self.graphs is not None:
+                return self.graphs.run(self.network, inputs)
+            return self.network(*inputs)
 
     def train(self, mode: bool = True) -> AcceleratedModel:
         """Stay in eval mode, whatever ``mode`` says: train the model, then accelerate it again."""
@@ -163,13 +171,12 @@ class AcceleratedModel(nn.Module):
                 "measured_us": _sum([row.measured_us for row in record.rows]),
                 "rel_err": record.output_error,
             },
-            "notes": [*record.notes, *self._graph_notes()],
+            "notes": [*record.notes, *self._replay_notes()],
         }
 
-    def _graph_notes(self) -> list[str]:
-        if self.graphs is None or not self.graphs.problem:
-            return []
-        return [f"CUDA graphs are off: {self.graphs.problem}"]
+    def _replay_notes(self) -> list[str]:
+        means = (("CUDA graphs are", self.graphs), ("recording on the CPU is", self.tapes))
+        return [f"{name} off: {used.problem}" for name, used in means if used is not None and used.problem]
 
     def explain(self) -> str:
         """Return ``report`` as a plain table for people."""

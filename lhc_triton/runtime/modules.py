@@ -196,6 +196,11 @@ class DenseConv2d(FusedConv2d):
             self._prepacked = (weight, version, packed)
         return packed
 
+    @property
+    def prepacked_weight(self) -> Tensor | None:
+        """The weight in oneDNN's order, once a call has needed it."""
+        return None if self._prepacked is None else self._prepacked[2]
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave the prepacked weight out of copies: it is opaque, and made again."""
         return {**super().__getstate__(), "_prepacked": None}

@@ -15,9 +15,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from lhc_triton.models.architecture import NetworkName
 from lhc_triton.models.vgg import SMALL_WIDTHS
 from lhc_triton.topology import LHCConfig, ShapeFamily
-from lhc_triton.training.data import Augmentation, OnBadFile
+from lhc_triton.training.data import Augmentation, DataName, OnBadFile
 
-DataName = Literal["fashion-mnist", "cifar10", "cifar100", "imagenet", "folder"]
 Stem = Literal["auto", "cifar", "imagenet"]
 TopologyName = Literal[
     "learned",

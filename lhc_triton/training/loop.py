@@ -90,8 +90,6 @@ def train(
     """
     with joined(config.device) as world, ExitStack() as closing:
         out = Path(out_dir)
-        if world.is_main:
-            _prepare(out, config)
         if data is None:
             data = open_data(
                 config.data,
@@ -99,6 +97,7 @@ def train(
                 image_size=config.image_size,
                 on_bad_file=config.on_bad_file,
             )
+        architecture_of(config, data.format)  # refuses images that are too small for the network
         training, validation = _split(config, data)
         _check_steps(config, len(training), world)
         run = identity(config, training, validation)
@@ -108,6 +107,8 @@ def train(
         rows = checkpoint.rows if checkpoint else []
         precision = checkpoint.precision if checkpoint else choose_precision(config.precision, world.device)
         world.check_same("run", json.dumps([run, len(rows), precision]))
+        if world.is_main:
+            _prepare(out, config)
         steps = len(training) // config.batch_size
         shown = closing.enter_context(_progress(config, progress and world.is_main, steps, len(rows)))
         if rows:

@@ -22,8 +22,8 @@ PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
         ),
         # Made the weights that ship with the package, from its own images: anybody can make them.
         "shipped": TrainConfig(coarse_epochs=8, fine_epochs=8, augmentation="none"),
-        # The recipe of the authors' code. It ends a stage after the same 20 epochs without gain that lower
-        # the rate, so that a lower rate never acts; here it gets another 20.
+        # The recipe of the authors' code, which starts from ImageNet weights (set pretrained). There a stage
+        # ends after the 20 epochs without gain that lower the rate; here the lower rate gets another 20.
         "paper": TrainConfig(
             data="cifar10",
             network="vgg16",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lhc_triton.conversion import convert, freeze, lhc_layers, output_pixels, summary
+from lhc_triton.conversion import blocks_by_width, convert, freeze, lhc_layers, output_pixels, summary
 from lhc_triton.layers import LHCConv2d
 from lhc_triton.topology import LHCConfig
 
@@ -341,3 +341,65 @@ def test_summary_of_a_dense_network_has_no_converted_layers():
 def test_summary_refuses(model, size, message):
     with pytest.raises(ValueError, match=message):
         summary(model, size)
+
+
+def test_convert_takes_a_rule_that_gives_each_layer_its_blocks():
+    def rule(name, conv):
+        return LHCConfig(0.3, in_block=conv.in_channels // 2, out_block=4)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 12, 3), nn.Conv2d(12, 4, 1))
+    convert(model, rule, lambda name, conv: conv.out_channels > 4)
+    assert {n: x.config.in_block for n, x in lhc_layers(model).items()} == {"1": 4, "2": 8}
+    other = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 12, 3)), rule)
+    other.load_state_dict({k: v for k, v in freeze(model).state_dict().items() if not k.startswith("3.")})
+    x = torch.randn(1, 3, 12, 12)
+    assert torch.equal(other(x), model[:3](x))
+    assert all(layer.frozen for layer in lhc_layers(other).values())
+
+
+def test_convert_with_a_rule_leaves_even_kernels_dense_where_it_gives_them_rigid_shapes():
+    def rule(name, conv):
+        return LHCConfig(shapes="free" if name == "1" else "rigid")
+
+    model = convert(nn.Sequential(*(nn.Conv2d(4, 4, kernel) for kernel in (3, 2, 2, 3))), rule)
+    assert list(lhc_layers(model)) == ["1", "3"]
+
+
+def test_convert_refuses_a_rule_that_returns_something_else_and_changes_nothing():
+    model = network()
+    with pytest.raises(TypeError, match=r"config function returned 16 for layer '.+': return an LHCConfig"):
+        convert(model, lambda name, conv: 16)
+    assert not lhc_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("channels", "filters", "blocks"),
+    [
+        (64, 64, (32, 16)),
+        (128, 128, (32, 16)),
+        (256, 256, (32, 32)),
+        (256, 512, (32, 64)),
+        (512, 255, (64, 16)),
+        (1024, 1024, (128, 128)),
+        (2048, 2048, (128, 128)),
+        (3, 5, (32, 16)),
+    ],
+)
+def test_blocks_by_width_widens_while_enough_groups_and_blocks_remain(channels, filters, blocks):
+    config = LHCConfig(0.2, shapes="rigid")
+    found = blocks_by_width(config)("a", nn.Conv2d(channels, filters, 3, device="meta"))
+    assert (found.in_block, found.out_block) == blocks
+    assert (found.density, found.shapes) == (0.2, "rigid")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"groups": 0}, ValueError, "groups=0 is not supported: give 1 or more"),
+        ({"blocks": 1.5}, TypeError, "blocks=1.5 is not an int"),
+        ({"largest": 16}, ValueError, "in_block=32 is above largest=16"),
+    ],
+)
+def test_blocks_by_width_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        blocks_by_width(LHCConfig(), **arguments)

@@ -25,7 +25,8 @@ SOURCES = Path(__file__).resolve().parent
 COMPILERS = ("c++", "g++", "clang++")
 TARGET_FLAGS = ("-march=native",)
 # Never -ffast-math: linking with it makes the whole process flush denormals.
-FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
+# NDEBUG as in torch's own build: without it, some structures of its headers have another layout.
+FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 LIBRARY = "lhc_native.so"
 TIMEOUT_S = 300
 

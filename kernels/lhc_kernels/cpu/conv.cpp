@@ -157,9 +157,13 @@ void run_block(const Job& job, const Strip& strip, const Borders& borders, int64
     unrolled<V>([&](auto v) { sums[f * V + v] = first; });
   });
   if (!used) return;
-  // The lines to be written arrive while the sums are computed.
+  // The lines to be written, and to be added, arrive while the sums are computed.
   if (!strip.scattered)
     unrolled<F>([&](auto f) { unrolled<V>([&](auto v) { __builtin_prefetch(y[f] + strip.y[v], 1); }); });
+  if (!strip.scattered && conv.residual)
+    unrolled<F>([&](auto f) {
+      unrolled<V>([&](auto v) { __builtin_prefetch(conv.residual + (y[f] - conv.y) + strip.y[v]); });
+    });
   add_entries<F, V>(job, strip, borders, tile, column, sums);
   if (!plain) {
     unrolled<F>([&](auto f) {

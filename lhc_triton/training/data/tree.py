@@ -143,7 +143,7 @@ def _remove_bad(root: Path, trees: dict[str, _Tree]) -> tuple[BadFile, ...]:
             return error.reason
         return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         reasons = dict(zip(names, pool.map(problem, names), strict=True))
     for part, tree in trees.items():
         for label, files in tree.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +11,7 @@ import torch
 
 from lhc_triton.training.data.folder import FolderSource
 from lhc_triton.training.data.pictures import SUFFIXES, BadPictureError, check_picture
+from lhc_triton.training.data.prefetch import ahead
 from lhc_triton.training.data.source import BadFile, Data, ImageFormat
 
 DEFAULT_SIZE = 224
@@ -143,8 +143,8 @@ def _remove_bad(root: Path, trees: dict[str, _Tree]) -> tuple[BadFile, ...]:
             return error.reason
         return None
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        reasons = dict(zip(names, pool.map(problem, names), strict=True))
+    workers = len(os.sched_getaffinity(0))
+    reasons = dict(zip(names, ahead(problem, names, workers), strict=True))
     for part, tree in trees.items():
         for label, files in tree.items():
             tree[label] = [file for file in files if reasons[f"{part}/{label}/{file[0]}"] is None]

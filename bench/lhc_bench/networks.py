@@ -113,15 +113,15 @@ class NetworkSubject:
         """Draw weights and images, and build the dense peers.
 
         They are the network with its batch norm folded, in the memory format that is faster here, and
-        compiled with frozen weights in each format. CUDA graphs are not theirs but those of the measurement,
-        as for the sparse ones: so nobody copies inputs or outputs.
+        compiled with frozen weights in each format. On the CPU the folded ones are recorded as the sparse ones
+        are. CUDA graphs are not theirs but those of the measurement, so nobody copies inputs or outputs.
         """
         dense = _drawn(case, setting)
         x = case.image(case.batch, setting)
         if setting.device == "cuda":  # the format of every network here: nobody has to convert its input
             x = x.contiguous(memory_format=torch.channels_last)
         model = copy.deepcopy(dense).to(setting.device, setting.dtype)
-        folded = accelerate(model, x, tune=setting.tune, backend="dense", graphs=False)
+        folded = accelerate(model, x, tune=setting.tune, backend="dense", graphs=setting.device != "cuda")
         memory = _memory_mb(folded, x, setting.device)
         peers: dict[str, Call] = {"folded eager": _bound(folded, x)}
         skipped: dict[str, str] = {}
@@ -172,7 +172,7 @@ class NetworkSubject:
                 left_out[backend] = reason
                 continue
             try:
-                fast = accelerate(sparse, self.x, tune=setting.tune, backend=backend, graphs=False)
+                fast = accelerate(sparse, self.x, tune=setting.tune, backend=backend, graphs=setting.device != "cuda")
             except Exception as error:  # a forced backend may not serve every layer, or not compile
                 left_out[backend] = reason_of(error)
                 continue
@@ -207,7 +207,7 @@ class NetworkSubject:
         macs = lhc.summary(model, tuple(self.x.shape[1:])).total.macs * self.x.shape[0]
         with torch.inference_mode():
             expected = copy.deepcopy(model).double()(self.x.double())
-        fast = accelerate(model, self.x, tune=setting.tune, backend="dense", graphs=False)
+        fast = accelerate(model, self.x, tune=setting.tune, backend="dense", graphs=setting.device != "cuda")
         return self._contender(fast, expected, macs)
 
 

@@ -15,7 +15,7 @@ from lhc_triton.planning.schema import LayerPlan, Plan
 from lhc_triton.runtime.graph import Site
 from lhc_triton.runtime.graphs import Graphs
 from lhc_triton.runtime.modules import FusedConv2d, check_move
-from lhc_triton.runtime.tapes import Tapes
+from lhc_triton.runtime.tapes import Tapes, can_record
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class AcceleratedModel(nn.Module):
     It takes what the model took, any batch and image size included. It stays in eval mode and has no
     gradients. Calls are recorded and replayed, so that Python costs nothing between the layers: on a GPU in
     CUDA graphs, see `graphs.Graphs` for who owns the output (the caller) and what concurrent callers get
-    (turns); on the CPU, where the native kernel is at work, by `tapes.Tapes`.
+    (turns); on the CPU by `tapes.Tapes`, where the native kernel could be built.
 
     Attributes:
         network: the rewritten network.
@@ -108,9 +108,8 @@ class AcceleratedModel(nn.Module):
         self.graphs = Graphs() if graphs else None
         if self.graphs is not None:
             self.network.register_load_state_dict_post_hook(self.graphs.clear)
-        native = any(row.backend == "native" for row in record.rows)
         # What torch.fx cannot trace may take another way at each call.
-        self.tapes = Tapes() if graphs and native and record.traced else None
+        self.tapes = Tapes() if graphs and record.traced and can_record() else None
         self.train(False)
 
     def forward(self, *inputs: Any) -> Any:

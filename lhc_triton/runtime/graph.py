@@ -359,6 +359,7 @@ def rewrite(
         chain[-1].replace_all_uses_with(fused)
         for node in reversed(chain):
             graph.erase_node(node)
+    _share_planes(graph, modules)
     root = nn.Module()
     shell = fx.GraphModule(root, fx.Graph(), traced._get_name())
     for node in graph.nodes:
@@ -372,6 +373,19 @@ def rewrite(
     shell.graph = graph
     shell.eval()
     return shell
+
+
+def _share_planes(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+    """Bring a value that several native layers read into planes once, rather than in each of them."""
+    native = {name for name, module in modules.items() if getattr(module, "backend", None) == "native"}
+    for node in list(graph.nodes):
+        readers = [user for user in node.users if user.op == "call_module" and user.target in native]
+        if len(readers) < 2 or node.target in native:
+            continue
+        with graph.inserting_after(node):
+            planes = graph.call_method("contiguous", (node,))
+        for reader in readers:
+            reader.replace_input_with(node, planes)
 
 
 def _copy_attribute(source: nn.Module, target: nn.Module, name: str) -> None:

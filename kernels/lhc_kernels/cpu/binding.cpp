@@ -63,7 +63,9 @@ bool is_served(at::ScalarType type) {
 }
 
 // Contiguous and in float32, in which everything is computed; the tensor itself where it is that already.
-at::Tensor computable(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
+at::Tensor computable(const at::Tensor& t) {
+  return t.scalar_type() == at::kFloat && t.is_contiguous() ? t : t.to(at::kFloat).contiguous();
+}
 
 // Whether the values of the tables fit the layer: no index may reach foreign memory, and every filter must be
 // computed once.

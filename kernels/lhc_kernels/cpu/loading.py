@@ -24,6 +24,11 @@ def problem() -> str | None:
     return None
 
 
+def loaded() -> bool:
+    """Return whether the native kernel is in this process; nothing is built."""
+    return problem.cache_info().currsize > 0 and problem() is None
+
+
 def load() -> None:
     """Build and load the native kernel if that has not happened yet.
 

@@ -130,7 +130,7 @@ def joined(device: str) -> Iterator[World]:
 
     Raises:
         ValueError: the device is not there, or one device is named for several processes.
-        RuntimeError: another process of the run was lost.
+        ConnectionError: another process of the run was lost.
     """
     made = dist.is_available() and dist.is_initialized()
     size = dist.get_world_size() if made else _number("WORLD_SIZE", 1)
@@ -147,7 +147,7 @@ def joined(device: str) -> Iterator[World]:
         yield World(rank, size, place)
     except RuntimeError as error:
         if any(sign in str(error).lower() for sign in _LOST):
-            raise RuntimeError(
+            raise ConnectionError(
                 f"rank {rank} of {size} lost another process of the run, whose own message says why; "
                 "the same command goes on from the last checkpoint"
             ) from error

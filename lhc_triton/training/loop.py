@@ -85,8 +85,8 @@ def train(
         FileNotFoundError: the data, pretrained weights or the dense twin's folder are missing.
         OSError: ``out_dir`` cannot be made or written: the disk is full, for example.
         ValueError: a data file is damaged; too few images; ``out_dir`` holds a damaged checkpoint, or one of
-            another run; the device is not there.
-        RuntimeError: the loss is not finite; another process of the run was lost.
+            another run; the device is not there; the loss is not finite.
+        ConnectionError: another process of the run was lost.
     """
     with joined(config.device) as world, ExitStack() as closing:
         out = Path(out_dir)

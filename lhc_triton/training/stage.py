@@ -147,7 +147,7 @@ def train_epoch(
         The means over the epoch, equal on all processes.
 
     Raises:
-        RuntimeError: the loss is not finite.
+        ValueError: the loss is not finite.
     """
     seed = plan.seed(config)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -223,7 +223,7 @@ def _step(
 
 def _check_finite(loss: float, config: TrainConfig, plan: EpochPlan) -> None:
     if not math.isfinite(loss):
-        raise RuntimeError(
+        raise ValueError(
             f"the loss became {loss} in {plan.stage} epoch {plan.epoch}; lower lr {config.lr}, "
             "or use precision fp32"
         )

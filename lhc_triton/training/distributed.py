@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -58,7 +60,7 @@ class World:
 
     def barrier(self) -> None:
         """Wait until every process is here."""
-        self.sum(torch.zeros(1, device=self.device))
+        self.sum(torch.zeros((), device=self.device)).item()  # a device only queues the sum
 
     def check_same(self, what: str, value: str) -> None:
         """Raise ValueError on every process unless all have the same ``value``; ``what`` names it."""
@@ -158,12 +160,46 @@ def joined(device: str) -> Iterator[World]:
 
 
 def _join(device: torch.device) -> None:
-    # torchrun keeps its store over a restart: under their old names, new processes would find the addresses
-    # of the ones that are gone, and wait for them.
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=_TIMEOUT)))
-    store = dist.PrefixStore(f"restart {_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store.set_timeout(_TIMEOUT)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    store = fresh_store(store, rank, size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+
+
+def fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """Agree on a part of a store that no earlier process has written to.
+
+    torchrun keeps its store over a restart. Under their old names, new processes would find the addresses of
+    the ones that are gone and wait for them; and no number that torchrun hands out is both new in a restart
+    and the same on all machines. So rank 0 makes up a name, and gives it to every process that asks: what an
+    earlier process asked is answered as well, but confirmed by none.
+
+    Args:
+        store: shared by the processes, and perhaps by earlier ones.
+        rank: this process.
+        size: how many there are.
+
+    Raises:
+        ConnectionError: a process did not come within ten minutes.
+    """
+    mine = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"lhc/asks/{rank}", mine)
+        name = store.get(f"lhc/answer/{mine}").decode()
+        store.set(f"lhc/{name}/has/{rank}", "")
+        return dist.PrefixStore(f"lhc/{name}", store)
+    missing = set(range(1, size))
+    deadline = time.monotonic() + _TIMEOUT.total_seconds()
+    while missing:
+        for other in missing:
+            if store.check([f"lhc/asks/{other}"]):
+                store.set(f"lhc/answer/{store.get(f'lhc/asks/{other}').decode()}", mine)
+        missing = {other for other in missing if not store.check([f"lhc/{mine}/has/{other}"])}
+        if time.monotonic() > deadline:
+            raise ConnectionError(f"rank {min(missing)} of {size} did not come; start all processes again")
+        time.sleep(0.02)
+    return dist.PrefixStore(f"lhc/{mine}", store)
 
 
 def _number(name: str, default: int) -> int:

@@ -183,7 +183,8 @@ def train_epoch(
                 _check_finite(value, config, plan)
             on_step(value)
     if not config.sync_batchnorm:
-        world.average_batch_norm(trainee.model)
+        for model in (trainee.model, trainee.judged):
+            world.average_batch_norm(model)
     mean = float(world.sum(task_sum)) / steps
     _check_finite(mean, config, plan)
     return EpochLosses(mean, float(penalty_sum) / steps, rate)

@@ -4,13 +4,16 @@ import dataclasses
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_runs import CONFIG, SOURCE, assert_same_run, lines_of, one_thread, tiny_data
 
 from lhc_triton.training import train
+from lhc_triton.training.distributed import fresh_store
 
 HEAD = """
 import dataclasses, os, signal, sys
@@ -157,6 +160,18 @@ def test_a_killed_process_ends_all_and_the_restarted_ones_go_on_bit_for_bit(toge
     assert done.returncode == 0, done.stderr
     assert "SIGKILL" in done.stderr or "exitcode: -9" in done.stderr
     assert_same_run(tmp_path / "run", together / "whole")
+
+
+def test_processes_meet_in_a_store_that_earlier_ones_have_left_their_marks_in():
+    store = dist.HashStore()
+    for attempt in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            if attempt == 2:  # one that began and was lost
+                store.set("lhc/asks/1", "0123456789abcdef")
+            parts = list(pool.map(lambda rank: fresh_store(store, rank, 3), [2, 1, 0]))
+        assert not parts[0].check(["address"])
+        parts[0].set("address", f"of attempt {attempt}")
+        assert {part.get("address") for part in parts} == {f"of attempt {attempt}".encode()}
 
 
 def test_an_error_of_one_process_ends_all_and_one_process_can_go_on(alone, tmp_path):

@@ -12,11 +12,14 @@ import typer
 from . import __version__
 from .console import (
     counting,
-    glyph,
     print_json,
     print_table,
+    show_demo,
+    show_diagnosis,
+    show_experiments,
     show_kernels,
     show_summary,
+    show_topology,
     stages,
     times,
 )
@@ -41,6 +44,11 @@ Network = Annotated[
         help="A shipped network ('lhc', 'dense'), trained weights of `train`, or an artefact of `save`."
     ),
 ]
+Measure = Annotated[
+    bool, typer.Option("--measure/--no-measure", help="Time each network against its dense twin, here.")
+]
+MeasuredOn = Annotated[str, typer.Option(help="Where to measure: cpu or cuda.")]
+MeasuredBatch = Annotated[int, typer.Option(help="Images of a call that is predicted or measured.")]
 
 
 @app.command(epilog="Example: `lhc-triton demo --out out/demo`")
@@ -58,48 +66,7 @@ def demo(
     if as_json:
         print_json(report)
         return
-    rows = [
-        (
-            "test accuracy",
-            f"{100 * report['dense_accuracy']:.2f} %",
-            f"{100 * report['lhc_accuracy']:.2f} %",
-            "",
-        ),
-        (
-            "weights",
-            f"{report['weights']:,}",
-            f"{report['live_weights']:,}",
-            times(report["weight_reduction"]),
-        ),
-        (
-            "MACs per image",
-            f"{report['macs']:,}",
-            f"{report['live_macs']:,}",
-            times(report["mac_reduction"]),
-        ),
-        (
-            f"time of {report['batch']} images",
-            f"{report['dense_us'] / 1000:.2f} ms",
-            f"{report['lhc_us'] / 1000:.2f} ms",
-            times(report["speedup"]),
-        ),
-    ]
-    print_table(("", f"dense ({report['baseline']})", "LHC", "less by"), rows)
-    print_table(
-        ("layer", "backend", "density", "patterns", "tiles", "why"),
-        [
-            (
-                x["layer"],
-                x["backend"],
-                f"{x['density']:.3f}",
-                str(x["patterns"]),
-                str(x["tiles"]),
-                x["reason"],
-            )
-            for x in report["layers"]
-        ],
-    )
-    typer.echo("Weights and MACs count the converted convolutions; times are medians of whole networks.")
+    show_demo(report)
     typer.echo(f"{report['device']}, {report['threads']} threads. Written to {out}: report.json and pictures")
 
 
@@ -165,6 +132,62 @@ def train(
         ],
     )
     typer.echo(f"Written: {out}")
+
+
+@app.command(epilog="Examples: `lhc-triton report runs/*`, `lhc-triton report runs/a runs/b --measure`")
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of `train`; seeds of one setting are averaged.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, report.json and the pictures.")] = Path(
+        "out/report"
+    ),
+    measure: Measure = False,
+    device: MeasuredOn = "cpu",
+    batch: MeasuredBatch = 64,
+    as_json: Json = False,
+) -> None:
+    """Report on runs: accuracy, reductions, predicted and measured time, topologies; a page and pictures."""
+    with stages() as progress:
+        _report(runs, out, measure, device, batch, as_json, progress)
+
+
+@app.command(epilog="Example: `lhc-triton ablate blocks.toml --out out/blocks`")
+def ablate(
+    spec: Annotated[Path, typer.Argument(help="TOML with seeds, [base] and [[grid]]s of settings.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for a run each, and report/; resumed where it is.")
+    ] = Path("out/ablation"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Name the runs, and do not train.")] = False,
+    measure: Measure = False,
+    device: MeasuredOn = "cpu",
+    batch: MeasuredBatch = 64,
+    as_json: Json = False,
+) -> None:
+    """Train every setting of a grid with every seed, dense twins shared, and report on them together."""
+    from lhc_bench.ablation import read_ablation, run_ablation
+
+    runs = read_ablation(spec)
+    if dry_run:
+        names = list(runs)
+        print_json({"runs": names}) if as_json else typer.echo("\n".join(names))
+        return
+    folders = run_ablation(runs, out, lambda text: typer.echo(text, err=True))
+    with stages() as progress:
+        _report(folders, out / "report", measure, device, batch, as_json, progress)
+
+
+def _report(
+    runs: list[Path], out: Path, measure: bool, device: str, batch: int, as_json: bool, progress: Any
+) -> None:
+    from lhc_bench.report import make_report
+
+    made = make_report(runs, out, measure=measure, device=device, batch=batch, progress=progress)
+    if as_json:
+        print_json(made.to_dict())
+        return
+    show_experiments([experiment.to_dict() for experiment in made.experiments])
+    typer.echo(f"Written: {out / 'report.html'}, report.json and pictures")
 
 
 @app.command(epilog="Example: `lhc-triton plan lhc --batch 8 --out plan.json`")
@@ -301,21 +324,7 @@ def inspect(
     if as_json:
         print_json({"layers": statistics, "picture": None if out is None else str(out)})
         return
-    print_table(
-        ("layer", "shape", "density", "weights", "live", "patterns", "kernel shapes (share)"),
-        [
-            (
-                row["layer"],
-                f"{row['in_channels']}->{row['out_channels']} {row['kernel'][0]}x{row['kernel'][1]}",
-                f"{row['density']:.3f}",
-                f"{row['weights']:,}",
-                f"{row['live_weights']:,}",
-                f"{row['patterns']} of {row['groups']}",
-                "  ".join(f"{glyph(s['taps'])} {100 * s['share']:.0f}%" for s in row["shapes"][:3]),
-            )
-            for row in statistics
-        ],
-    )
+    show_topology(statistics)
     if out is not None:
         typer.echo(f"Written: {out}")
 
@@ -351,24 +360,7 @@ def doctor(
     if as_json:
         print_json(found)
         return
-    versions = [(name, version or "not installed") for name, version in found["packages"].items()]
-    print_table(("package", "version"), [("python", found["python"]), *versions])
-    print_table(
-        ("device", "name", "details"),
-        [
-            (
-                d["device"],
-                d["name"],
-                ", ".join(f"{k} {v}" for k, v in d.items() if k not in ("device", "name")),
-            )
-            for d in found["devices"]
-        ],
-    )
-    print_table(
-        ("compiler", "version"), [(name, line or "not found") for name, line in found["compilers"].items()]
-    )
-    for kind, rows in found["backends"].items():
-        print_table((f"backend on {kind}", "state"), [(row["backend"], row["state"]) for row in rows])
+    show_diagnosis(found)
 
 
 def _compiled(targets: list[str] | None, configs: int) -> list[dict[str, Any]]:

@@ -75,6 +75,129 @@ def show_summary(summary: dict[str, Any]) -> None:
     typer.echo("Speed-up over the best dense form in the same run, geometric mean over the cases.")
 
 
+def show_demo(report: dict[str, Any]) -> None:
+    """Print what the demo found: the whole network beside its dense twin, and each layer's plan."""
+    rows = [
+        (
+            "test accuracy",
+            f"{100 * report['dense_accuracy']:.2f} %",
+            f"{100 * report['lhc_accuracy']:.2f} %",
+            "",
+        ),
+        (
+            "weights",
+            f"{report['weights']:,}",
+            f"{report['live_weights']:,}",
+            times(report["weight_reduction"]),
+        ),
+        (
+            "MACs per image",
+            f"{report['macs']:,}",
+            f"{report['live_macs']:,}",
+            times(report["mac_reduction"]),
+        ),
+        (
+            f"time of {report['batch']} images",
+            f"{report['dense_us'] / 1000:.2f} ms",
+            f"{report['lhc_us'] / 1000:.2f} ms",
+            times(report["speedup"]),
+        ),
+    ]
+    print_table(("", f"dense ({report['baseline']})", "LHC", "less by"), rows)
+    print_table(
+        ("layer", "backend", "density", "patterns", "tiles", "why"),
+        [
+            (
+                x["layer"],
+                x["backend"],
+                f"{x['density']:.3f}",
+                str(x["patterns"]),
+                str(x["tiles"]),
+                x["reason"],
+            )
+            for x in report["layers"]
+        ],
+    )
+    typer.echo("Weights and MACs count the converted convolutions; times are medians of whole networks.")
+
+
+def show_diagnosis(found: dict[str, Any]) -> None:
+    """Print what this machine can run."""
+    versions = [(name, version or "not installed") for name, version in found["packages"].items()]
+    print_table(("package", "version"), [("python", found["python"]), *versions])
+    print_table(
+        ("device", "name", "details"),
+        [
+            (
+                d["device"],
+                d["name"],
+                ", ".join(f"{k} {v}" for k, v in d.items() if k not in ("device", "name")),
+            )
+            for d in found["devices"]
+        ],
+    )
+    print_table(
+        ("compiler", "version"), [(name, line or "not found") for name, line in found["compilers"].items()]
+    )
+    for kind, rows in found["backends"].items():
+        print_table((f"backend on {kind}", "state"), [(row["backend"], row["state"]) for row in rows])
+
+
+def show_experiments(found: Sequence[dict[str, Any]]) -> None:
+    """Print a line for each experiment of a report: means, and spreads where there are several runs."""
+    columns = (
+        ("dense, %", "dense_accuracy", 100, ".2f"),
+        ("LHC, %", "lhc_accuracy", 100, ".2f"),
+        ("gain", "gain", 100, "+.2f"),
+        ("weights /", "weight_reduction", 1, ".1f"),
+        ("MACs /", "mac_reduction", 1, ".1f"),
+        ("patterns", "patterns", 1, ".0f"),
+        ("CPU", "predicted_cpu", 1, ".1f"),
+        ("GPU", "predicted_cuda", 1, ".1f"),
+        ("measured", "measured", 1, ".2f"),
+    )
+    rows = [
+        (
+            experiment["label"],
+            str(len(experiment["runs"])),
+            *(
+                _spread(experiment["mean"][name], experiment["spread"][name], factor, form)
+                for _, name, factor, form in columns
+            ),
+        )
+        for experiment in found
+    ]
+    print_table(("setting", "runs", *(column[0] for column in columns)), rows)
+    typer.echo("Test accuracies; weights and MACs of the whole network, times fewer; ± over the seeds.")
+    typer.echo("CPU, GPU: predicted speed-up of the converted layers. Measured: of the whole network.")
+
+
+def _spread(mean: float | None, spread: float | None, factor: float, form: str) -> str:
+    if mean is None:
+        return "-"
+    text = f"{factor * mean:{form}}"
+    return text if spread is None else f"{text} ± {factor * spread:{form.lstrip('+')}}"
+
+
+def show_topology(statistics: Sequence[dict[str, Any]]) -> None:
+    """Print what each layer learned."""
+    print_table(
+        ("layer", "shape", "density", "weights", "live", "patterns", "kernel shapes (share)"),
+        [
+            (
+                row["layer"],
+                f"{row['in_channels']}->{row['out_channels']} {row['kernel'][0]}x{row['kernel'][1]}",
+                f"{row['density']:.3f}",
+                f"{row['weights']:,}",
+                f"{row['live_weights']:,}",
+                f"{row['patterns']} of {row['groups']}",
+                "  ".join(f"{glyph(s['taps'])} {100 * s['share']:.0f}%" for s in row["shapes"][:3]),
+            )
+            for row in statistics
+        ],
+    )
+
+
 def show_kernels(rows: Sequence[dict[str, Any]]) -> None:
     """Print what the compiler made of each kernel."""
     head = ("target", "kernel", "layer", "dtype", "config", "registers", "stack", "shared", "wgmma", "async")

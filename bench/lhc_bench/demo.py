@@ -20,7 +20,7 @@ from lhc_triton.training.data import open_data
 
 from .demo_picture import draw_speedup
 from .files import made_folder, write_beside
-from .peers import compiled_or_reason
+from .peers import network_peers
 from .topology_picture import draw_topology, topology_statistics
 
 Progress = Callable[[str], None]
@@ -83,7 +83,7 @@ def run_demo(
     topologies = [layer.topology for layer in fast.plan.layers if layer.topology.density < 1]
 
     progress("prepare the dense twin: batch norm folded, eager and compiled")
-    peers, skipped = _dense_peers(dense, example)
+    peers, skipped = network_peers(dense, example)
 
     progress("classify 10,000 test images with both")
     lhc_accuracy = accuracy(fast, images, labels)
@@ -176,16 +176,6 @@ def _layer_rows(
         times = time_paired(calls, rounds=rounds)
         rows.append({**row, "dense_us": times["dense"].median_us, "lhc_us": times["lhc"].median_us})
     return rows
-
-
-def _dense_peers(dense: nn.Module, example: Tensor) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Return the dense twin in its fastest forms, and the forms that do not run here with the reason."""
-    folded = lhc.accelerate(dense, example, backend="dense", tune="off")
-    peers: dict[str, nn.Module] = {"dense, eager": folded}
-    compiled, reason = compiled_or_reason(dense, example)
-    if compiled is not None:
-        peers["dense, compiled"] = compiled
-    return peers, {} if reason is None else {"dense, compiled": reason}
 
 
 def _call(model: Callable[..., Any], *inputs: Tensor) -> Callable[[], Any]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lhc_triton.planning.schema import ConvGeometry
+from lhc_triton.runtime.accelerate import accelerate
 from lhc_triton.runtime.epilogue import MEMORY_FORMATS
 
 from .graphs import reason_of
@@ -88,6 +89,20 @@ def dense_peers(
     if not compiled:
         skipped["compiled"] = "not asked for"
     return calls, skipped
+
+
+def network_peers(dense: nn.Module, example: Tensor) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Return a dense network in its fastest forms, and the forms that do not run here with the reason.
+
+    Args:
+        dense: in eval mode; left as it is.
+        example: what the forms will be called with, under ``torch.inference_mode()``.
+    """
+    peers: dict[str, nn.Module] = {"dense, eager": accelerate(dense, example, backend="dense", tune="off")}
+    compiled, reason = compiled_or_reason(dense, example)
+    if compiled is not None:
+        peers["dense, compiled"] = compiled
+    return peers, {} if reason is None else {"dense, compiled": reason}
 
 
 def reset_compiler() -> None:

@@ -107,12 +107,13 @@ def draw_topology(
         hspace=0.42,
         wspace=0.13,
     )
+    mixed = len({(topology.in_block, topology.out_block) for topology in topologies}) > 1
     widest = max(max(topology.density for topology in topologies) * 1.45, (target or 0) * 1.45)
     for row, topology in enumerate(topologies):
         axes = [figure.add_subplot(grid[row, column]) for column in range(4)]
-        _draw_density(axes[0], topology, widest, target, last=row == rows - 1)
+        _draw_density(axes[0], topology, widest, target, mixed, last=row == rows - 1)
         _draw_taps(axes[1], topology)
-        _draw_patterns(axes[2], topology, last=row == rows - 1)
+        _draw_patterns(axes[2], topology, mixed, last=row == rows - 1)
         _draw_shapes(axes[3], topology)
         if row == 0:
             headings = ["density", "live taps, %", "patterns", "most frequent kernel shapes"]
@@ -132,7 +133,7 @@ def draw_topology(
 
 
 def _draw_density(
-    axis: Axes, topology: LayerTopology, widest: float, target: float | None, last: bool
+    axis: Axes, topology: LayerTopology, widest: float, target: float | None, mixed: bool, last: bool
 ) -> None:
     geometry = topology.geometry
     axis.barh([0], [topology.density], height=0.5, color=LIVE)
@@ -150,9 +151,10 @@ def _draw_density(
     axis.set_ylim(-0.5, 0.5)
     axis.set_yticks([0])
     kernel = "x".join(map(str, geometry.kernel))
-    axis.set_yticklabels(
-        [f"{topology.name}\n{geometry.in_channels} → {geometry.out_channels}, {kernel}"], fontsize=9
-    )
+    label = f"{topology.name}\n{geometry.in_channels} → {geometry.out_channels}, {kernel}"
+    if mixed:
+        label += f"\nblocks {topology.in_block} x {topology.out_block}"
+    axis.set_yticklabels([label], fontsize=9)
     axis.tick_params(axis="y", length=0)
     axis.tick_params(axis="x", labelsize=8, labelbottom=last)
     axis.xaxis.set_major_locator(_at_most(4))
@@ -175,7 +177,7 @@ def _draw_taps(axis: Axes, topology: LayerTopology) -> None:
         axis.text(s, r, label, ha="center", va="center", fontsize=6.5, color=shade)
 
 
-def _draw_patterns(axis: Axes, topology: LayerTopology, last: bool) -> None:
+def _draw_patterns(axis: Axes, topology: LayerTopology, mixed: bool, last: bool) -> None:
     from matplotlib.colors import ListedColormap
 
     kh, kw = topology.geometry.kernel
@@ -190,11 +192,9 @@ def _draw_patterns(axis: Axes, topology: LayerTopology, last: bool) -> None:
     for spine in axis.spines.values():
         spine.set_visible(False)
     if last:
-        axis.set_xlabel(
-            f"columns: taps of each block of {topology.in_block} channels; rows: groups of "
-            f"{topology.out_block} filters",
-            fontsize=8,
-        )
+        channels, filters = ("", "") if mixed else (f"{topology.in_block} ", f"{topology.out_block} ")
+        text = f"columns: taps of each block of {channels}channels; rows: groups of {filters}filters"
+        axis.set_xlabel(text, fontsize=8)
 
 
 def _draw_shapes(axis: Axes, topology: LayerTopology) -> None:

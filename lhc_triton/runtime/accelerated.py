@@ -106,8 +106,6 @@ class AcceleratedModel(nn.Module):
         self.plan = plan
         self.record = record
         self.graphs = Graphs() if graphs else None
-        if self.graphs is not None:
-            self.network.register_load_state_dict_post_hook(self.graphs.clear)
         # What torch.fx cannot trace may take another way at each call.
         self.tapes = Tapes() if graphs and record.traced and can_record() else None
         self.train(False)
@@ -120,10 +118,9 @@ class AcceleratedModel(nn.Module):
         # in autograd's layer at every call.
         skip = contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
         with skip:
-            if self.tapes is not None and self.tapes.apply(inputs):
-                return self.tapes.run(self.network, inputs)
-            if self.graphs is not None:
-                return self.graphs.run(self.network, inputs)
+            for replays in (self.graphs, self.tapes):
+                if replays is not None and replays.applies(inputs):
+                    return replays.run(self.network, inputs)
             return self.network(*inputs)
 
     def train(self, mode: bool = True) -> AcceleratedModel:

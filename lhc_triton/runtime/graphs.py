@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lhc_triton.runtime.errors import one_line
+from lhc_triton.runtime.watch import Watch
 
 MAX_GRAPHS = 8
 MAX_SEEN = 64
@@ -56,9 +57,9 @@ class Graphs:
     A signature's first call runs as it is, which also warms up; from the second one on a graph is replayed.
     The most recently used `limit` graphs are kept, in one memory pool. The caller owns what it gets: outputs
     are copies, no later call changes them. Calls from several threads or streams are safe; they take turns,
-    for the graphs' inputs and memory are shared. As it is the network runs on other devices, inside another
-    capture, under autocast or a dispatch mode (a FLOP counter, for example), and where gradients are asked
-    for.
+    for the graphs' inputs and memory are shared. All graphs are dropped when the network changes (see
+    `watch.Watch`). As it is the network runs on other devices, inside another capture, under autocast or a
+    dispatch mode (a FLOP counter, for example), with hooks, and where gradients are asked for.
 
     Args:
         limit: graphs to keep.
@@ -74,6 +75,7 @@ class Graphs:
         self._device = CudaDevice() if device is None else device
         self._graphs: OrderedDict[Signature, _Graph] = OrderedDict()
         self._seen: OrderedDict[Signature, None] = OrderedDict()
+        self._watch: Watch | None = None
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -84,11 +86,14 @@ class Graphs:
 
     def run(self, network: nn.Module, inputs: tuple[Any, ...]) -> Any:
         """Return the network's output, through a graph where there is one or where it is time for one."""
-        if not self._applies(inputs):
+        if not self.applies(inputs):
             return network(*inputs)
         signature = _signature(inputs)
         with self._lock:
-            if signature in self._graphs or (signature in self._seen and self._capture(network, inputs)):
+            usable = self._keep_watch(network)
+            if usable and (
+                signature in self._graphs or (signature in self._seen and self._capture(network, inputs))
+            ):
                 return self._replay(signature, inputs)
         output = network(*inputs)
         with self._lock:
@@ -97,18 +102,27 @@ class Graphs:
 
     def capture(self, network: nn.Module, inputs: tuple[Any, ...]) -> bool:
         """Capture a graph for these inputs, which the network has run on before; False if there is none."""
-        if not self._applies(inputs):
+        if not self.applies(inputs):
             return False
         with self._lock:
-            return _signature(inputs) in self._graphs or self._capture(network, inputs)
+            usable = self._keep_watch(network)
+            return usable and (_signature(inputs) in self._graphs or self._capture(network, inputs))
+
+    def _keep_watch(self, network: nn.Module) -> bool:
+        """Drop the graphs of what the network was before; return whether it may be replayed, without hooks."""
+        if self._watch is not None and not self._watch.same():
+            self._drop()
+        if self._watch is None:
+            self._watch = Watch(network)
+        return not self._watch.hooked()
 
     def refuse(self, problem: str) -> None:
         """Use no graphs any more."""
         self.problem = problem
         self.clear()
 
-    def clear(self, *_: Any) -> None:
-        """Drop all graphs, when the network's tensors move or are replaced; also a hook, hence `_`."""
+    def clear(self) -> None:
+        """Drop all graphs and their memory."""
         with self._lock:
             self._drop()
 
@@ -116,8 +130,10 @@ class Graphs:
         self._device.finish()
         self._graphs.clear()
         self._seen.clear()
+        self._watch = None
 
-    def _applies(self, inputs: tuple[Any, ...]) -> bool:
+    def applies(self, inputs: tuple[Any, ...]) -> bool:
+        """Return whether a call with these inputs may be captured or replayed here and now."""
         if self.problem or not inputs or not all(type(x) in (Tensor, nn.Parameter) for x in inputs):
             return False
         wants_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)

@@ -7,7 +7,6 @@ use.
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -15,51 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_modules
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lhc_triton.runtime.modules import DenseConv2d
+from lhc_triton.runtime.watch import Watch
 
 MAX_TAPES = 8
 
 Signature = tuple[Any, ...]
-
-
-class Watch:
-    """Tells whether a network is still what it was when the watch began.
-
-    It notices hooks, modules and tensors that were replaced, and dense weights that were written to, of which
-    there is a copy in another order. Other tensors are read where they are: writing to them needs no notice.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        modules = list(network.modules())
-        self._hooks = [
-            torch_modules._global_forward_hooks,
-            torch_modules._global_forward_pre_hooks,
-            *(hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)),
-        ]
-        places = [
-            (home, name, value)
-            for module in modules
-            for home in (module._modules, module._parameters, module._buffers)
-            for name, value in home.items()
-        ]
-        # Three lists, so that the comparison below runs without Python's interpreter: 0.1 us for each place.
-        self._homes: list[dict[str, Any]] = [home for home, _, _ in places]
-        self._names = [name for _, name, _ in places]
-        self._values = [value for _, _, value in places]
-        weights = [m.weight for m in modules if isinstance(m, DenseConv2d) and not m.weight.is_inference()]
-        self._versions = [(weight, weight._version) for weight in weights]
-
-    def unchanged(self) -> bool:
-        """Return whether the network is as it was, and without hooks."""
-        return (
-            not any(self._hooks)
-            and all(map(operator.is_, map(dict.get, self._homes, self._names), self._values))
-            and all(weight._version == version for weight, version in self._versions)
-        )
 
 
 @dataclass(frozen=True)
@@ -90,7 +53,7 @@ class Tapes:
 
     A signature is the inputs' shapes, strides and types. Its first call runs as it is, the second one is
     recorded, later ones are replayed. The most recently used `limit` recordings are kept; one is dropped when
-    its network changes (see `Watch`). A replay calls the same operators on the same weights, so it computes
+    its network changes (see `watch.Watch`). A replay calls the same operators on the same weights, so it computes
     the same bits; the outputs are the caller's own. Threads may call at once. As it is the network runs on
     other devices, under autocast or a dispatch mode (a FLOP counter, for example), with hooks, and where
     gradients are asked for.
@@ -114,7 +77,7 @@ class Tapes:
     def __len__(self) -> int:
         return sum(recording is not None for recording in self._recordings.values())
 
-    def apply(self, inputs: tuple[Any, ...]) -> bool:
+    def applies(self, inputs: tuple[Any, ...]) -> bool:
         """Return whether a call with these inputs may be recorded or replayed here and now."""
         if self.problem or not inputs or not all(type(x) in (Tensor, nn.Parameter) for x in inputs):
             return False
@@ -129,7 +92,7 @@ class Tapes:
         with self._lock:
             seen = signature in self._recordings
             recording = self._recordings.get(signature)
-        if recording is not None and recording.watch.unchanged():
+        if recording is not None and recording.watch.same() and not recording.watch.hooked():
             return recording.replay(inputs)
         output, made = self._record(network, inputs) if seen else (network(*inputs), None)
         with self._lock:
@@ -147,8 +110,8 @@ class Tapes:
     def _record(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, _Recording | None]:
         """Run the network; return its output, and the recording where there can be one."""
         watch = Watch(network)
-        if not watch.unchanged():
-            return network(*inputs), None  # it has hooks, which a replay would not call
+        if watch.hooked():
+            return network(*inputs), None
         tape = torch.classes.lhc.Tape()
         tape.start(list(inputs))
         try:

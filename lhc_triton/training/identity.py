@@ -20,7 +20,7 @@ OWN_TWIN = ("train", "none")
 # Settings that may differ between the two parts of a run that was resumed.
 _MACHINE = ("data_folder", "device", "precision", "workers", "tensorboard")
 # Settings that the dense network knows nothing of.
-_TOPOLOGY = (
+TOPOLOGY_ONLY = (
     "topology",
     "pointwise_layers",
     "density",
@@ -99,8 +99,8 @@ def dense_twin(folder: str | Path, config: TrainConfig, run: dict[str, Any]) -> 
         ValueError: it is damaged, not trained to the end, or of another network, recipe, seed or images.
     """
     folder = Path(folder)
-    mine = {name: value for name, value in run.items() if name not in _TOPOLOGY}
-    last = load_checkpoint(folder / LAST, mine, ignore=_TOPOLOGY)
+    mine = {name: value for name, value in run.items() if name not in TOPOLOGY_ONLY}
+    last = load_checkpoint(folder / LAST, mine, ignore=TOPOLOGY_ONLY)
     if not finished(config, "dense", last.rows):
         raise ValueError(f"{folder}: its dense network is not trained to the end; resume that run first")
-    return load_checkpoint(folder / "dense_best.safetensors", mine, ignore=_TOPOLOGY)
+    return load_checkpoint(folder / "dense_best.safetensors", mine, ignore=TOPOLOGY_ONLY)

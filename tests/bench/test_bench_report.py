@@ -1,0 +1,215 @@
+"""Reports on runs: what is read is checked, what is counted is right, the page stands alone."""
+
+import json
+import random
+import re
+import statistics
+import sys
+
+import pytest
+import torch
+from fabricated_runs import fabricated_run
+
+from lhc_bench import peers
+from lhc_bench.report import make_report
+from lhc_bench.report_pictures import pareto
+from lhc_bench.report_rows import describe, experiments
+from lhc_bench.runs import read_run
+from lhc_triton.cli import main
+from lhc_triton.models import load_network
+
+SETTINGS = ({"seed": 0}, {"seed": 1}, {"out_block": 16}, {"density": 0.5})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two seeds of one setting, and two other settings; one of them from before layers.csv."""
+    here = tmp_path_factory.mktemp("runs")
+    return [
+        fabricated_run(here / f"run{number}", with_layers=number != 2, **settings)
+        for number, settings in enumerate(SETTINGS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def reported(folders, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    return out, make_report(folders, out, batch=2)
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    return fabricated_run(tmp_path / "run")
+
+
+def test_a_run_is_read_as_it_was_written(folders):
+    run = read_run(folders[1])
+    assert (run.name, run.config.seed, run.seconds) == ("run1", 1, 12.5)
+    assert [row["stage"] for row in run.epochs] == ["dense"] * 5 + ["coarse"] * 3 + ["fine"] * 2
+    assert {row["layer"] for row in run.layers} == {"features.3", "features.7"}
+    assert all(0.5 <= row["correlation"] <= 1 for row in run.layers)
+    assert run.notes == ()
+    assert "layers.csv" in read_run(folders[2]).notes[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["config.toml", "result.json", "metrics.csv", "lhc.safetensors", "dense.safetensors"]
+)
+def test_a_missing_file_is_named(run_folder, name):
+    (run_folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(name)):
+        read_run(run_folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "put", "message"),
+    [
+        ("config.toml", "density = 0.3", "density = 3", "density"),
+        ("config.toml", "seed = 0", "sead = 0", "sead"),
+        ("result.json", "}", "", "not JSON"),
+        ("result.json", '"seconds": 12.5', '"seconds": -1', "seconds"),
+        ("result.json", '"seconds": 12.5', '"seconds": NaN', "seconds"),
+        ("result.json", '"lhc_accuracy": 0', '"lhc_accuracy": 9', "lhc_accuracy"),
+        ("result.json", '"density_reached": false', '"density_reached": 0', "density_reached"),
+        ("metrics.csv", "val_accuracy", "accuracy", "val_accuracy"),
+        ("metrics.csv", "\ndense,1,", "\ndense,one,", "line 3: epoch"),
+        ("metrics.csv", ",1.0,1.0,0.", ",nan,1.0,0.", "line 2: density"),
+        ("metrics.csv", ",1.0,1.0,0.", ",1.5,1.0,0.", "line 2: density"),
+        ("layers.csv", "correlation", "relation", "correlation"),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_is_wrong(run_folder, name, found, put, message):
+    path = run_folder / name
+    text = path.read_text()
+    assert found in text
+    path.write_text(text.replace(found, put, 1))
+    with pytest.raises(ValueError, match=rf"(?s){re.escape(name)}.*{re.escape(message)}"):
+        read_run(run_folder)
+
+
+def test_weights_that_are_no_network_are_named(run_folder):
+    (run_folder / "lhc.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"lhc\.safetensors"):
+        describe(read_run(run_folder), 1, None, 1)
+
+
+def test_counts_are_those_of_the_weights_that_are_left(folders):
+    row = describe(read_run(folders[0]), 2, None, 1)
+    model = load_network(folders[0] / "lhc.safetensors").model
+    sides = {"features.0": 28, "features.3": 28, "features.7": 14, "classifier": 1}
+    weights = {name: model.get_submodule(name).weight for name in sides}
+    live = {name: int((weight != 0).sum()) for name, weight in weights.items()}
+    assert row.weights == sum(weight.numel() for weight in weights.values())
+    assert row.live_weights == sum(live.values())
+    assert row.macs == sum(weights[name].numel() * side**2 for name, side in sides.items())
+    assert row.live_macs == sum(live[name] * side**2 for name, side in sides.items())
+    converted = ("features.3", "features.7")
+    assert row.density == sum(live[n] for n in converted) / sum(weights[n].numel() for n in converted)
+    filters = [weights[name].flatten(1).unflatten(0, (-1, 8)).any(1) for name in converted]
+    assert row.patterns == sum(len(torch.unique(groups, dim=0)) for groups in filters)
+    assert row.groups == 4
+
+
+def test_seeds_are_averaged_and_settings_kept_apart(reported):
+    _, report = reported
+    assert [experiment.label for experiment in report.experiments] == [
+        "density 0.3, out_block 8", "out_block 16", "density 0.5"
+    ]  # fmt: skip
+    together = report.experiments[0]
+    assert [row.run.config.seed for row in together.rows] == [0, 1]
+    gains = [row.run.lhc_accuracy - row.run.dense_accuracy for row in together.rows]
+    assert together.mean("gain") == pytest.approx(statistics.mean(gains))
+    assert together.spread("gain") == pytest.approx(abs(gains[0] - gains[1]) / 2**0.5)
+    assert report.experiments[1].spread("gain") is None
+    assert report.experiments[1].mean("measured") is None
+
+
+def test_the_same_run_twice_is_refused(folders):
+    rows = [describe(read_run(folder), 1, None, 1) for folder in (folders[0], folders[0])]
+    with pytest.raises(ValueError, match="same settings and seed"):
+        experiments(rows)
+
+
+def test_the_front_holds_what_nothing_beats():
+    chance = random.Random(3)
+    points = [(chance.randrange(9), chance.randrange(9)) for _ in range(40)]
+
+    def beaten(point):
+        return any(x >= point[0] and y >= point[1] and (x, y) != point for x, y in points)
+
+    assert pareto(points) == sorted({point for point in points if not beaten(point)})
+
+
+def test_the_page_stands_alone_and_its_text_is_escaped(reported):
+    out, report = reported
+    text = (out / "report.html").read_text()
+    pictures = sorted(path.name for path in out.glob("*.png"))
+    own = [f"{n:02}_{kind}.png" for n in (1, 2, 3) for kind in ("layers", "shapes", "topology", "training")]
+    assert pictures == [*own, "accuracy_density.png", "accuracy_speedup.png"]
+    assert text.count('src="data:image/png;base64,') == text.count("src=") == len(pictures)
+    assert not re.search(r"https?://|<script|<link|@import|url\(", text)
+    assert "&lt;quick&gt;" in text
+    assert "<quick>" not in text
+    assert "no layers.csv" in text
+    assert "run3: the share of weights is not within 0.01 of the target 0.5" in text
+    assert text.count("<td>–</td>") == len(report.experiments)  # the column of measured times
+
+
+def test_the_json_holds_every_run(reported, folders):
+    out, report = reported
+    found = json.loads((out / "report.json").read_text())
+    assert found["rounds"] == 0
+    runs = [run for experiment in found["experiments"] for run in experiment["runs"]]
+    assert sorted(run["run"] for run in runs) == [folder.name for folder in folders]
+    assert all(run["measured"] is None and run["predicted"]["cpu"]["lhc_us"] > 0 for run in runs)
+    layer = runs[0]["layers"][1]
+    assert sum(layer["shapes"].values()) <= layer["kernels"] == 4  # 2 groups x 2 input blocks
+    assert found == json.loads(json.dumps(report.to_dict()))
+
+
+def test_without_a_twin_there_is_no_dense_accuracy(tmp_path):
+    folder = fabricated_run(tmp_path / "run", with_twin=False, dense_twin="none")
+    report = make_report([folder], tmp_path / "out", batch=1)
+    assert report.experiments[0].mean("dense_accuracy") is None
+    assert report.experiments[0].mean("lhc_accuracy") is not None
+    assert "small VGG" in report.experiments[0].label
+
+
+@pytest.mark.parametrize("with_twin", [True, False])
+def test_measured_is_the_whole_network_against_its_fastest_dense_form(tmp_path, monkeypatch, with_twin):
+    monkeypatch.setattr(peers, "compiled_or_reason", lambda model, example: (None, "not in this test"))
+    folder = fabricated_run(tmp_path / "run", with_twin=with_twin)
+    row = describe(read_run(folder), 2, "cpu", 3)
+    assert row.measured.source == ("dense, eager" if with_twin else "same network, dense")
+    assert (row.measured.device, row.measured.dtype, row.measured.batch) == ("cpu", "float32", 2)
+    assert row.values["measured"] == row.measured.dense_us / row.measured.lhc_us > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch": 0}, "batch is 0"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"device": "tpu"}, "device 'tpu'"),
+        ({"folders": []}, "no run"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_made(folders, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_report(**{"folders": folders, "out_dir": tmp_path / "out", **arguments})
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_reports_and_refuses(folders, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lhc-triton", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code or 0, capsys.readouterr()
+
+    code, shown = run("report", folders[0], "--out", tmp_path / "out", "--batch", 1, "--json")
+    assert code == 0
+    assert json.loads(shown.out) == json.loads((tmp_path / "out" / "report.json").read_text())
+    code, shown = run("report", tmp_path / "nowhere")
+    assert code == 2
+    assert "nowhere" in shown.err.splitlines()[-1]

@@ -109,9 +109,8 @@ def rigid_shapes(kernel_size: int | tuple[int, int]) -> Tensor:
 
     shapes: list[Tensor] = []
     for region in regions:
-        shape = torch.zeros(
-            kh, kw, dtype=torch.bool, device="cpu"
-        )  # values are read, whatever the default device
+        # The values are read right here: also where the default device is "meta".
+        shape = torch.zeros(kh, kw, dtype=torch.bool, device="cpu")
         if region is not None:
             shape[region] = True
         if not any(torch.equal(shape, known) for known in shapes):

@@ -3,7 +3,6 @@
 from lhc_triton.training.config import TrainConfig, read_config
 from lhc_triton.training.data import (
     Data,
-    FashionMNIST,
     ImageFormat,
     ImageSet,
     Source,
@@ -18,7 +17,6 @@ __all__ = [
     "PRESETS",
     "Data",
     "EpochMetrics",
-    "FashionMNIST",
     "ImageFormat",
     "ImageSet",
     "Source",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -58,7 +60,7 @@ class World:
 
     def barrier(self) -> None:
         """Wait until every process is here."""
-        self.sum(torch.zeros(1, device=self.device))
+        self.sum(torch.zeros((), device=self.device)).item()  # a device only queues the sum
 
     def check_same(self, what: str, value: str) -> None:
         """Raise ValueError on every process unless all have the same ``value``; ``what`` names it."""
@@ -130,7 +132,7 @@ def joined(device: str) -> Iterator[World]:
 
     Raises:
         ValueError: the device is not there, or one device is named for several processes.
-        RuntimeError: another process of the run was lost.
+        ConnectionError: another process of the run was lost.
     """
     made = dist.is_available() and dist.is_initialized()
     size = dist.get_world_size() if made else _number("WORLD_SIZE", 1)
@@ -141,13 +143,13 @@ def joined(device: str) -> Iterator[World]:
     if not made:
         if place.type == "cuda":
             torch.cuda.set_device(place)
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        _join(place)
     rank = dist.get_rank()
     try:
         yield World(rank, size, place)
     except RuntimeError as error:
         if any(sign in str(error).lower() for sign in _LOST):
-            raise RuntimeError(
+            raise ConnectionError(
                 f"rank {rank} of {size} lost another process of the run, whose own message says why; "
                 "the same command goes on from the last checkpoint"
             ) from error
@@ -155,6 +157,49 @@ def joined(device: str) -> Iterator[World]:
     finally:
         if not made:
             dist.destroy_process_group()
+
+
+def _join(device: torch.device) -> None:
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=_TIMEOUT)))
+    store.set_timeout(_TIMEOUT)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = fresh_store(store, rank, size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+
+
+def fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """Agree on a part of a store that no earlier process has written to.
+
+    torchrun keeps its store over a restart. Under their old names, new processes would find the addresses of
+    the ones that are gone and wait for them; and no number that torchrun hands out is both new in a restart
+    and the same on all machines. So rank 0 makes up a name, and gives it to every process that asks: what an
+    earlier process asked is answered as well, but confirmed by none.
+
+    Args:
+        store: shared by the processes, and perhaps by earlier ones.
+        rank: this process.
+        size: how many there are.
+
+    Raises:
+        ConnectionError: a process did not come within ten minutes.
+    """
+    mine = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"lhc/asks/{rank}", mine)
+        name = store.get(f"lhc/answer/{mine}").decode()
+        store.set(f"lhc/{name}/has/{rank}", "")
+        return dist.PrefixStore(f"lhc/{name}", store)
+    missing = set(range(1, size))
+    deadline = time.monotonic() + _TIMEOUT.total_seconds()
+    while missing:
+        for other in missing:
+            if store.check([f"lhc/asks/{other}"]):
+                store.set(f"lhc/answer/{store.get(f'lhc/asks/{other}').decode()}", mine)
+        missing = {other for other in missing if not store.check([f"lhc/{mine}/has/{other}"])}
+        if time.monotonic() > deadline:
+            raise ConnectionError(f"rank {min(missing)} of {size} did not come; start all processes again")
+        time.sleep(0.02)
+    return dist.PrefixStore(f"lhc/{mine}", store)
 
 
 def _number(name: str, default: int) -> int:

@@ -85,8 +85,8 @@ def train(
         FileNotFoundError: the data, pretrained weights or the dense twin's folder are missing.
         OSError: ``out_dir`` cannot be made or written: the disk is full, for example.
         ValueError: a data file is damaged; too few images; ``out_dir`` holds a damaged checkpoint, or one of
-            another run; the device is not there.
-        RuntimeError: the loss is not finite; another process of the run was lost.
+            another run; the device is not there; the loss is not finite.
+        ConnectionError: another process of the run was lost.
     """
     with joined(config.device) as world, ExitStack() as closing:
         out = Path(out_dir)
@@ -108,7 +108,7 @@ def train(
         precision = checkpoint.precision if checkpoint else choose_precision(config.precision, world.device)
         world.check_same("run", json.dumps([run, len(rows), precision]))
         if world.is_main:
-            _prepare(out, config)
+            _prepare(out, config, rows)
         steps = len(training) // config.batch_size
         shown = closing.enter_context(_progress(config, progress and world.is_main, steps, len(rows)))
         if rows:
@@ -369,7 +369,7 @@ def _progress(config: TrainConfig, wanted: bool, steps: int, done: int) -> Progr
     )
 
 
-def _prepare(out: Path, config: TrainConfig) -> None:
+def _prepare(out: Path, config: TrainConfig, rows: list[EpochMetrics]) -> None:
     """Make the folder and try to write in it, before hours are spent."""
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file; give a folder for the run")
@@ -378,6 +378,8 @@ def _prepare(out: Path, config: TrainConfig) -> None:
         begun.unlink(missing_ok=True)
     with _named_where_disk_fails(out):
         write_beside(out / "config.toml", config.to_toml().encode())
+        if rows:  # a kill may have come between the checkpoint and its metrics
+            write_metrics(out / "metrics.csv", rows)
 
 
 @contextmanager

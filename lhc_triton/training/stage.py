@@ -147,7 +147,7 @@ def train_epoch(
         The means over the epoch, equal on all processes.
 
     Raises:
-        RuntimeError: the loss is not finite.
+        ValueError: the loss is not finite.
     """
     seed = plan.seed(config)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -183,7 +183,8 @@ def train_epoch(
                 _check_finite(value, config, plan)
             on_step(value)
     if not config.sync_batchnorm:
-        world.average_batch_norm(trainee.model)
+        for model in (trainee.model, trainee.judged):
+            world.average_batch_norm(model)
     mean = float(world.sum(task_sum)) / steps
     _check_finite(mean, config, plan)
     return EpochLosses(mean, float(penalty_sum) / steps, rate)
@@ -223,7 +224,7 @@ def _step(
 
 def _check_finite(loss: float, config: TrainConfig, plan: EpochPlan) -> None:
     if not math.isfinite(loss):
-        raise RuntimeError(
+        raise ValueError(
             f"the loss became {loss} in {plan.stage} epoch {plan.epoch}; lower lr {config.lr}, "
             "or use precision fp32"
         )

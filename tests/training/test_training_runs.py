@@ -1,165 +1,42 @@
-"""Whole runs on tiny data: what they leave behind, and that a killed one goes on bit for bit."""
+"""Whole runs on tiny data: what they leave behind, and that they follow the method and the settings."""
 
+import csv
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
+from itertools import pairwise
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import CONFIG, one_thread, tiny_data
 
 from lhc_triton.conversion import lhc_layers
-from lhc_triton.models import load_network, small_vgg, weights
-from lhc_triton.training import EpochMetrics, FashionMNIST, ImageSet, TrainConfig, train
-from lhc_triton.training.data.fashion import FORMAT
+from lhc_triton.models import load_network, small_vgg
+from lhc_triton.training import EpochMetrics, TrainConfig, train
+from lhc_triton.training.distributed import joined
 from lhc_triton.training.recipe import make_optimiser
-from lhc_triton.training.stage import train_epoch
-
-CONFIG = TrainConfig(
-    validation_images=40,
-    widths=(8, 16, "M", 16),
-    density=0.3,
-    in_block=8,
-    out_block=8,
-    coarse_epochs=3,
-    fine_epochs=2,
-    batch_size=20,
-    precision="fp32",
-)
-STATE = ("last", "dense_best", "coarse_best", "fine_best", "dense", "lhc")
-SOURCE = Path(__file__).resolve().parents[2]
+from lhc_triton.training.stage import EpochPlan, Trainee, train_epoch
 
 
-def tiny_data(count: int = 140) -> FashionMNIST:
-    """Classes that differ by the period and direction of stripes; 40 test images beside ``count`` others."""
-    generator = torch.Generator().manual_seed(5)
-    pixels = torch.randint(0, 60, (count + 40, 1, 28, 28), generator=generator, dtype=torch.uint8)
-    labels = torch.arange(count + 40) % 10
-    for image, label in zip(pixels, labels.tolist(), strict=True):
-        stripes = image[0] if label < 5 else image[0].t()
-        stripes[:: label % 5 + 2] += 150
-    images = ImageSet(pixels, labels, FORMAT)
-    return FashionMNIST(images.subset(torch.arange(count)), images.subset(torch.arange(count, count + 40)))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True, scope="module")
+def threads():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nothing stopped: (folder, result, metrics of its epochs)."""
     folder = tmp_path_factory.mktemp("whole")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     rows: list[EpochMetrics] = []
     result = train(CONFIG, folder, progress=False, data=tiny_data(), on_epoch=rows.append)
-    torch.set_num_threads(threads)
     return folder, result, rows
-
-
-def assert_same_run(folder: Path, other: Path) -> None:
-    for name in STATE:
-        ours, theirs = load_file(folder / f"{name}.safetensors"), load_file(other / f"{name}.safetensors")
-        assert ours.keys() == theirs.keys()
-        for key, tensor in ours.items():
-            assert torch.equal(tensor, theirs[key]), f"{name}: {key}"
-    metrics = [(f / "metrics.csv").read_text().splitlines() for f in (folder, other)]
-    # The last column is the wall time.
-    assert [line.rsplit(",", 1)[0] for line in metrics[0]] == [line.rsplit(",", 1)[0] for line in metrics[1]]
-    results = [json.loads((f / "result.json").read_text()) for f in (folder, other)]
-    for result in results:
-        del result["seconds"], result["files"]
-    assert results[0] == results[1]
-
-
-class StopError(Exception):
-    """Stands for a kill: nothing of the run goes on after it."""
-
-
-@pytest.mark.parametrize("epochs", range(1, 11))
-def test_a_run_stopped_after_any_epoch_goes_on_bit_for_bit(whole, tmp_path, epochs):
-    seen = 0
-
-    def stop(row: EpochMetrics) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == epochs:
-            raise StopError
-
-    with pytest.raises(StopError):
-        train(CONFIG, tmp_path, progress=False, data=tiny_data(), on_epoch=stop)
-    torch.manual_seed(epochs)  # the global generator must not matter
-    rows: list[EpochMetrics] = []
-    train(CONFIG, tmp_path, progress=False, data=tiny_data(), on_epoch=rows.append)
-    assert [(row.stage, row.epoch) for row in rows] == [(row.stage, row.epoch) for row in whole[2]][epochs:]
-    assert_same_run(tmp_path, whole[0])
-
-
-@pytest.mark.parametrize("write", [1, 2, 8, 13])
-def test_a_run_stopped_while_a_checkpoint_is_written_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, write):
-    """The write-and-rename is cut before the rename, once in a while of each kind."""
-    seen = 0
-    replace = os.replace
-
-    def stop(source: str, target: str) -> None:
-        nonlocal seen
-        seen += str(target).endswith(".safetensors")
-        if seen == write:
-            raise StopError
-        replace(source, target)
-
-    monkeypatch.setattr(weights.os, "replace", stop)
-    with pytest.raises(StopError):
-        train(CONFIG, tmp_path, progress=False, data=tiny_data())
-    monkeypatch.undo()
-    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
-    train(CONFIG, tmp_path, progress=False, data=tiny_data())
-    assert_same_run(tmp_path, whole[0])
-
-
-KILLED = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-sys.path[:0] = sys.argv[2:]
-from test_training_runs import CONFIG, tiny_data
-from lhc_triton.training import train
-def kill(row):
-    if (row.stage, row.epoch) == ("coarse", 1):
-        os.kill(os.getpid(), signal.SIGKILL)
-train(CONFIG, sys.argv[1], progress=False, data=tiny_data(), on_epoch=kill)
-"""
-
-
-def test_a_killed_process_goes_on_bit_for_bit(whole, tmp_path):
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(SOURCE), str(Path(__file__).parent)]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    train(CONFIG, tmp_path, progress=False, data=tiny_data())
-    assert_same_run(tmp_path, whole[0])
-
-
-def test_a_finished_run_is_not_trained_again(whole, tmp_path):
-    folder, result, _ = whole
-    rows: list[EpochMetrics] = []
-    again = train(CONFIG, folder, progress=False, data=tiny_data(), on_epoch=rows.append)
-    assert rows == []
-    assert again == result
 
 
 def test_the_result_tells_what_the_files_hold(whole):
     folder, result, rows = whole
     assert json.loads((folder / "result.json").read_text()) == result.to_dict()
-    assert TrainConfig.from_dict(json.loads((folder / "config.json").read_text())) == CONFIG
+    assert TrainConfig.from_toml((folder / "config.toml").read_text()) == CONFIG
     assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + len(rows) == 11
     saved = load_network(result.files["lhc"])
     model, notes = saved.model, saved.training
@@ -189,6 +66,36 @@ def test_stages_follow_the_method(whole):
     assert result.lhc_val_accuracy == max(row.val_accuracy for row in by_stage["fine"])
 
 
+def test_layers_are_logged_as_an_independent_count_finds_them(tmp_path):
+    masks: list[dict[str, torch.Tensor]] = []
+
+    def remember(row: EpochMetrics) -> None:
+        if row.stage != "dense":
+            state = load_file(tmp_path / "last.safetensors")
+            masks.append({n: t for n, t in state.items() if n.endswith(".topology")})
+
+    train(CONFIG, tmp_path, progress=False, data=tiny_data(), on_epoch=remember)
+    with (tmp_path / "layers.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(x["stage"], x["epoch"], x["layer"]) for x in lines] == [
+        (stage, str(epoch), layer)
+        for stage, epochs in (("coarse", 3), ("fine", 2))
+        for epoch in range(epochs)
+        for layer in ("features.3", "features.7")
+    ]
+    weights = {"features.3": 64 * 28 * 28, "features.7": 64 * 14 * 14}  # of a block's tap, times the pixels
+    for index, line in enumerate(lines):
+        now, name = masks[index // 2], f"model/{line['layer']}.topology"
+        live = {layer: int(now[f"model/{layer}.topology"].sum()) * each for layer, each in weights.items()}
+        assert float(line["density"]) == pytest.approx(float(now[name].float().mean()))
+        assert float(line["mac_share"]) == pytest.approx(live[line["layer"]] / sum(live.values()))
+        assert int(line["patterns"]) == len({tuple(group.flatten().tolist()) for group in now[name]})
+        assert sum(json.loads(line["shapes"]).values()) == now[name].shape[0] * now[name].shape[1]
+        if index >= 2:
+            pair = torch.stack([masks[index // 2 - 1][name].flatten(), now[name].flatten()]).double()
+            assert float(line["correlation"]) == pytest.approx(float(torch.corrcoef(pair)[0, 1]))
+
+
 def test_training_learns_to_tell_the_classes_apart(tmp_path):
     data = tiny_data(440)
     config = dataclasses.replace(CONFIG, augmentation="none", coarse_epochs=6, fine_epochs=3)
@@ -198,42 +105,76 @@ def test_training_learns_to_tell_the_classes_apart(tmp_path):
     assert abs(result.density - 0.3) < 0.05
 
 
-@pytest.fixture
-def copy(whole, tmp_path):
-    """A folder with the run's last checkpoint."""
-    (tmp_path / "last.safetensors").write_bytes((whole[0] / "last.safetensors").read_bytes())
-    return tmp_path
+def test_a_dense_network_can_be_taken_from_another_run_or_left_out(whole, tmp_path):
+    folder, result, _ = whole
+    taken = dataclasses.replace(CONFIG, density=0.5, dense_twin=str(folder))
+    other = train(taken, tmp_path / "taken", progress=False, data=tiny_data())
+    assert other.dense_accuracy == result.dense_accuracy
+    assert (other.dense_epoch, other.epochs["dense"]) == (result.dense_epoch, 0)
+    dense = [load_file(f / "dense.safetensors") for f in (folder, tmp_path / "taken")]
+    assert all(torch.equal(dense[0][name], dense[1][name]) for name in dense[0])
+    assert str(folder) not in other.command
+    alone = train(
+        dataclasses.replace(CONFIG, dense_twin="none"), tmp_path / "alone", progress=False, data=tiny_data()
+    )
+    assert (alone.dense_accuracy, alone.dense_epoch) == (None, None)
+    assert alone.lhc_accuracy == result.lhc_accuracy
+    assert not (tmp_path / "alone" / "dense.safetensors").exists()
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.999])
-def test_a_truncated_checkpoint_gives_one_line_that_names_it(copy, keep):
-    last = copy / "last.safetensors"
-    content = last.read_bytes()
-    last.write_bytes(content[: int(keep * len(content))])
-    with pytest.raises(ValueError, match=r"last\.safetensors") as caught:
-        train(CONFIG, copy, progress=False, data=tiny_data())
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"seed": 1}, "another run \\(seed 0, now 1\\)"), ({"fine_epochs": 3}, "another run \\(fine_epochs")],
+)
+def test_a_dense_network_of_another_recipe_is_no_twin(whole, tmp_path, changes, reason):
+    config = dataclasses.replace(CONFIG, dense_twin=str(whole[0]), **changes)
+    with pytest.raises(ValueError, match=reason):
+        train(config, tmp_path, progress=False, data=tiny_data())
 
 
-@pytest.mark.parametrize("changes", [{"seed": 1}, {"lr": 0.05}, {"density": 0.2}, {"coarse_epochs": 4}])
-def test_a_checkpoint_of_another_run_is_refused_and_left_alone(copy, changes):
-    before = (copy / "last.safetensors").read_bytes()
-    with pytest.raises(ValueError, match=f"another run \\({next(iter(changes))} "):
-        train(dataclasses.replace(CONFIG, **changes), copy, progress=False, data=tiny_data())
-    assert (copy / "last.safetensors").read_bytes() == before
+def test_a_dense_network_that_is_not_trained_to_the_end_is_no_twin(tmp_path):
+    def stop(row: EpochMetrics) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(CONFIG, tmp_path / "begun", progress=False, data=tiny_data(), on_epoch=stop)
+    config = dataclasses.replace(CONFIG, dense_twin=str(tmp_path / "begun"))
+    with pytest.raises(ValueError, match="not trained to the end"):
+        train(config, tmp_path / "new", progress=False, data=tiny_data())
+    config = dataclasses.replace(CONFIG, dense_twin=str(tmp_path / "absent"))
+    with pytest.raises(FileNotFoundError, match="absent"):
+        train(config, tmp_path / "new", progress=False, data=tiny_data())
 
 
-def test_a_checkpoint_of_other_images_is_refused(copy):
-    data = tiny_data()
-    other = ImageSet(data.train.images.flip(3), data.train.labels, FORMAT)
-    with pytest.raises(ValueError, match=r"another run \(data "):
-        train(CONFIG, copy, progress=False, data=FashionMNIST(other, data.test))
+def test_a_topology_made_by_hand_is_trained_by_the_same_recipe(whole, tmp_path):
+    rows: list[EpochMetrics] = []
+    config = dataclasses.replace(CONFIG, topology="stripe", dense_twin="none", density=None)
+    result = train(config, tmp_path, progress=False, data=tiny_data(), on_epoch=rows.append)
+    assert [row.lr for row in rows] == [row.lr for row in whole[2] if row.stage != "dense"]
+    assert {(row.density, row.penalty, row.mask_correlation) for row in rows} == {(result.density, 0.0, 1.0)}
+    assert not any(row.warming_up for row in rows)
+    assert result.density < 1
+    assert result.density_reached
 
 
-def test_results_are_no_checkpoint(whole, tmp_path):
-    (tmp_path / "last.safetensors").write_bytes((whole[0] / "lhc.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="holds network weights, not training checkpoint"):
-        train(CONFIG, tmp_path, progress=False, data=tiny_data())
+def test_a_stage_ends_where_the_accuracy_has_stalled(tmp_path):
+    rows: list[EpochMetrics] = []
+    config = dataclasses.replace(CONFIG, early_stop=1, fine_epochs=20, lr=0.0)  # no gain but by chance
+    result = train(config, tmp_path, progress=False, data=tiny_data(), on_epoch=rows.append)
+    dense = [row.val_accuracy for row in rows if row.stage == "dense"]
+    assert len(dense) == result.epochs["dense"] < 23
+    assert all(later > earlier for earlier, later in pairwise(dense[:-1]))
+    assert dense[-1] <= max(dense[:-1])
+    assert train(config, tmp_path, progress=False, data=tiny_data()) == result
+
+
+def test_costs_steer_their_own_share_to_the_target(tmp_path):
+    rows: list[EpochMetrics] = []
+    config = dataclasses.replace(CONFIG, penalty="macs", dense_twin="none")
+    result = train(config, tmp_path, progress=False, data=tiny_data(), on_epoch=rows.append)
+    assert all(row.steered_density == pytest.approx(row.mac_density) for row in rows)
+    assert any(row.steered_density != pytest.approx(row.density, rel=1e-3) for row in rows)
+    assert result.steered_density == pytest.approx(result.mac_density)
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
@@ -264,10 +205,10 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, device):
 def test_a_loss_that_is_not_finite_stops_the_run():
     model = small_vgg((4, 4))
     torch.nn.init.constant_(model.classifier.weight, float("inf"))
-    images = tiny_data().train
-    with pytest.raises(RuntimeError, match=r"lower lr 0\.1"):
+    trainee = Trainee(model, make_optimiser(model, CONFIG))
+    with joined("cpu") as world, pytest.raises(ValueError, match=r"lower lr 0\.1"):
         train_epoch(
-            model, make_optimiser(model, CONFIG), None, images, CONFIG, "dense", 0, "fp32", lambda loss: None
+            trainee, tiny_data().train, CONFIG, EpochPlan("dense", 0, "fp32"), world, lambda loss: None
         )
 
 

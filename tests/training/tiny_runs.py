@@ -1,4 +1,4 @@
-"""A run that takes a second, its images, and the comparison of two run folders; shared by the tests of runs."""
+"""A run that takes a second, its images, and the comparison of two run folders; for several test files."""
 
 import json
 from contextlib import contextmanager

@@ -3,7 +3,6 @@
 from lhc_triton.training.data.fashion import open_fashion
 from lhc_triton.training.data.memory import ImageSet
 from lhc_triton.training.data.opening import DataName, OnBadFile, open_data
-from lhc_triton.training.data.previous import FashionMNIST, augment, normalise
 from lhc_triton.training.data.source import Augmentation, BadFile, Batch, Data, ImageFormat, Source
 from lhc_triton.training.data.splits import balanced_indices, validation_split
 
@@ -13,14 +12,11 @@ __all__ = [
     "Batch",
     "Data",
     "DataName",
-    "FashionMNIST",
     "ImageFormat",
     "ImageSet",
     "OnBadFile",
     "Source",
-    "augment",
     "balanced_indices",
-    "normalise",
     "open_data",
     "open_fashion",
     "validation_split",

@@ -113,8 +113,8 @@ class NetworkSubject:
         """Draw weights and images, and build the dense peers.
 
         They are the network with its batch norm folded, in the memory format that is faster here, and
-        compiled with frozen weights in each format. On the CPU the folded ones are recorded as the sparse ones
-        are. CUDA graphs are not theirs but those of the measurement, so nobody copies inputs or outputs.
+        compiled with frozen weights in each format. On the CPU the folded ones are recorded like the sparse
+        ones. CUDA graphs are not theirs but those of the measurement, so nobody copies inputs or outputs.
         """
         dense = _drawn(case, setting)
         x = case.image(case.batch, setting)
@@ -172,7 +172,9 @@ class NetworkSubject:
                 left_out[backend] = reason
                 continue
             try:
-                fast = accelerate(sparse, self.x, tune=setting.tune, backend=backend, graphs=setting.device != "cuda")
+                fast = accelerate(
+                    sparse, self.x, tune=setting.tune, backend=backend, graphs=setting.device != "cuda"
+                )
             except Exception as error:  # a forced backend may not serve every layer, or not compile
                 left_out[backend] = reason_of(error)
                 continue

@@ -109,7 +109,7 @@ class Graphs:
             return usable and (_signature(inputs) in self._graphs or self._capture(network, inputs))
 
     def _keep_watch(self, network: nn.Module) -> bool:
-        """Drop the graphs of what the network was before; return whether it may be replayed, without hooks."""
+        """Drop the graphs of what the network was before; return whether it may be replayed now."""
         if self._watch is not None and not self._watch.same():
             self._drop()
         if self._watch is None:

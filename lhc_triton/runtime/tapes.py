@@ -1,8 +1,8 @@
 """Recordings of a network on the CPU: its operators called again from C++, without Python in between.
 
-Python's share of a call is small for one layer and large for all: ResNet50 at density 0.1 took 11.8 ms on two
-cores, and the same operators called from C++ 10.1 ms. Python also runs on one core, however many the operators
-use.
+Python's share of a call is small for one layer and large for all: ResNet50 at density 0.1 took 11.8 ms on
+two cores, and the same operators called from C++ 10.1 ms. Python also runs on one core, however many the
+operators use.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class Tapes:
 
     A signature is the inputs' shapes, strides and types. Its first call runs as it is, the second one is
     recorded, later ones are replayed. The most recently used `limit` recordings are kept; one is dropped when
-    its network changes (see `watch.Watch`). A replay calls the same operators on the same weights, so it computes
-    the same bits; the outputs are the caller's own. Threads may call at once. As it is the network runs on
-    other devices, under autocast or a dispatch mode (a FLOP counter, for example), with hooks, and where
-    gradients are asked for.
+    its network changes (see `watch.Watch`). A replay calls the same operators on the same weights, so it
+    computes the same bits; the outputs are the caller's own. Threads may call at once. As it is the network
+    runs on other devices, under autocast or a dispatch mode (a FLOP counter, for example), with hooks, and
+    where gradients are asked for.
 
     Args:
         limit: recordings to keep.

@@ -14,8 +14,8 @@ from lhc_triton.runtime.modules import DenseConv2d
 class Watch:
     """Tells whether a network is still what it was when the watch began.
 
-    It notices modules and tensors that were replaced, and dense weights that were written to, of which there is
-    a copy in another order. Other tensors are read where they are: writing to them needs no notice.
+    It notices modules and tensors that were replaced, and dense weights that were written to, of which there
+    is a copy in another order. Other tensors are read where they are: writing to them needs no notice.
     """
 
     def __init__(self, network: nn.Module) -> None:

@@ -152,7 +152,7 @@ def load(
         model: the model that was accelerated; only needed, and then required, where its graph could not be
             stored. It is copied.
         device: where the network shall run.
-        graphs: on a GPU, run the network in CUDA graphs; see ``accelerate``.
+        graphs: record calls and replay them; see ``accelerate``.
 
     Raises:
         ArtifactError: the file is damaged, of another format version, or does not fit ``model``.

@@ -90,8 +90,8 @@ def accelerate(
         tune: "off" trusts the cost model and the kernels' heuristic, "cached" prefers stored measurements,
             "full" measures, and stores. With LHC_TRITON_DETERMINISTIC=1 set, "off" whatever is asked for.
         backend: "auto", or one backend that every planned layer must use.
-        graphs: on a GPU, run the network in CUDA graphs, one for each signature of its inputs; see
-            ``AcceleratedModel``. Outputs are the caller's own either way.
+        graphs: record calls and replay them, for each signature of the inputs: as CUDA graphs on a GPU, as
+            lists of operators on the CPU; see ``AcceleratedModel``. Outputs are the caller's own either way.
 
     Raises:
         ValueError: the model has no convolution, NaN weights or an unfinished mask warm-up; it does not take

@@ -92,7 +92,7 @@ class TrainConfig:
     topology: Annotated[
         TopologyName,
         Setting(
-            "learned, or one made by hand: standard, pointwise, groupwise, depthwise, hetconv, stripe, 1xn, "
+            "learned, or one made by hand, in its own blocks: standard, pointwise, groupwise, depthwise, hetconv, stripe, 1xn, "
             "asymmetric, cross, dilated_cross"
         ),
     ] = "learned"

@@ -94,7 +94,7 @@ def apply_topology(model: ModelT, config: TrainConfig) -> ModelT:
     def takes_part(name: str, conv: nn.Conv2d) -> bool:
         return config.pointwise_layers or conv.kernel_size != (1, 1)
 
-    blocks = blocks_by_width(config.lhc) if config.block_rule == "width" else config.lhc
     if config.topology != "learned":
-        return impose(model, config.topology, blocks, filter_fn=takes_part)
+        return impose(model, config.topology, filter_fn=takes_part)
+    blocks = blocks_by_width(config.lhc) if config.block_rule == "width" else config.lhc
     return convert(model, blocks, takes_part)

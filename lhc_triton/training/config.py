@@ -92,8 +92,8 @@ class TrainConfig:
     topology: Annotated[
         TopologyName,
         Setting(
-            "learned, or one made by hand, in its own blocks: standard, pointwise, groupwise, depthwise, hetconv, stripe, 1xn, "
-            "asymmetric, cross, dilated_cross"
+            "learned, or one made by hand, in its own blocks: standard, pointwise, groupwise, depthwise, "
+            "hetconv, stripe, 1xn, asymmetric, cross, dilated_cross"
         ),
     ] = "learned"
     pointwise_layers: Annotated[bool, Setting("whether 1x1 convolutions learn a topology too")] = True

@@ -26,13 +26,14 @@ def transient_mb(call: Callable[[], object], device: str) -> float | None:
     of kernels that ask torch for them. What a library allocates by itself is not seen.
 
     Args:
-        call: called twice in inference mode, the first time to warm up.
+        call: called three times in inference mode; the first two warm up, and are recorded where calls are.
         device: "cpu" or "cuda".
 
     Returns:
         None where torch was built without its profiler.
     """
     with torch.inference_mode():
+        call()
         call()
         if device == "cuda":
             torch.cuda.synchronize()

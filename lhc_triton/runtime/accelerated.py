@@ -15,7 +15,7 @@ from lhc_triton.planning.schema import LayerPlan, Plan
 from lhc_triton.runtime.graph import Site
 from lhc_triton.runtime.graphs import Graphs
 from lhc_triton.runtime.modules import FusedConv2d, check_move
-from lhc_triton.runtime.tapes import Tapes, can_record
+from lhc_triton.runtime.tapes import Tapes, recordable
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ class AcceleratedModel(nn.Module):
     It takes what the model took, any batch and image size included. It stays in eval mode and has no
     gradients. Calls are recorded and replayed, so that Python costs nothing between the layers: on a GPU in
     CUDA graphs, see `graphs.Graphs` for who owns the output (the caller) and what concurrent callers get
-    (turns); on the CPU by `tapes.Tapes`, where the native kernel could be built.
+    (turns); on the CPU by `tapes.Tapes`, where the native kernel could be built and the graph is one of
+    common operations.
 
     Attributes:
         network: the rewritten network.
@@ -106,8 +107,7 @@ class AcceleratedModel(nn.Module):
         self.plan = plan
         self.record = record
         self.graphs = Graphs() if graphs else None
-        # What torch.fx cannot trace may take another way at each call.
-        self.tapes = Tapes() if graphs and record.traced and can_record() else None
+        self.tapes = Tapes() if graphs and recordable(network) else None
         self.train(False)
 
     def forward(self, *inputs: Any) -> Any:
@@ -129,8 +129,9 @@ class AcceleratedModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AcceleratedModel:
         check_move(self, fn)  # all layers can follow, or none moves
-        if self.graphs is not None:
-            self.graphs.clear()
+        for replays in (self.graphs, self.tapes):
+            if replays is not None:
+                replays.clear()
         return super()._apply(fn, recurse)
 
     def fused_layers(self) -> dict[str, FusedConv2d]:

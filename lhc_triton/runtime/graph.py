@@ -359,7 +359,6 @@ def rewrite(
         chain[-1].replace_all_uses_with(fused)
         for node in reversed(chain):
             graph.erase_node(node)
-    _share_planes(graph, modules)
     root = nn.Module()
     shell = fx.GraphModule(root, fx.Graph(), traced._get_name())
     for node in graph.nodes:
@@ -371,21 +370,27 @@ def rewrite(
         elif node.op == "get_attr":
             _copy_attribute(traced, shell, str(node.target))
     shell.graph = graph
+    _share_planes(shell)
     shell.eval()
     return shell
 
 
-def _share_planes(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+def _share_planes(network: fx.GraphModule) -> None:
     """Bring a value that several native layers read into planes once, rather than in each of them."""
-    native = {name for name, module in modules.items() if getattr(module, "backend", None) == "native"}
-    for node in list(graph.nodes):
+    native = {n for n, m in network.named_modules() if getattr(m, "backend", None) == "native"}
+    finder = _Finder(network, {})
+    for node in finder.order:
         readers = [user for user in node.users if user.op == "call_module" and user.target in native]
         if len(readers) < 2 or node.target in native:
             continue
-        with graph.inserting_after(node):
-            planes = graph.call_method("contiguous", (node,))
+        last = max(readers, key=finder.position.__getitem__)
+        if finder._mutated_between(finder.roots[node], node, last, []):
+            continue  # later readers see another value
+        with network.graph.inserting_after(node):
+            planes = network.graph.call_method("contiguous", (node,))
         for reader in readers:
             reader.replace_input_with(node, planes)
+    network.recompile()
 
 
 def _copy_attribute(source: nn.Module, target: nn.Module, name: str) -> None:

@@ -113,7 +113,7 @@ class Graphs:
         if self._watch is not None and not self._watch.same():
             self._drop()
         if self._watch is None:
-            self._watch = Watch(network)
+            self._watch = Watch(network, addresses=True)
         return not self._watch.hooked()
 
     def refuse(self, problem: str) -> None:

@@ -1,13 +1,18 @@
 """Recordings on the CPU: when they are made and replayed, and that nobody can tell but by the time."""
 
+import contextlib
 import copy
+import gc
 import io
 import threading
+import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 import torch
-from runtime_networks import image, vgg
+from runtime_networks import finish, image, vgg
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +26,11 @@ from lhc_triton.runtime.tapes import Tapes, can_record
 def library(native_kernel):
     if not can_record():
         pytest.skip(f"the native kernel cannot be built here: {native_kernel}")
+
+
+@dataclass
+class Scores:
+    scores: torch.Tensor
 
 
 class Net(nn.Module):
@@ -91,15 +101,19 @@ def test_another_size_batch_format_or_mode_gives_the_same_as_without_recordings(
             assert torch.equal(fast(x), fast.network(x))
             with torch.inference_mode():
                 assert torch.equal(fast(x), fast.network(x))
-    assert len(fast.tapes) == 3
+    assert len(fast.tapes) == 6  # with and without inference mode
 
 
-def test_the_least_recently_used_recording_makes_room():
-    tapes, net = Tapes(limit=2), Net(lambda self, x: x * 2)
-    for size in (1, 2, 3):
-        for _ in range(2):
-            tapes.run(net, (torch.ones(size),))
+def test_the_recording_that_was_not_used_for_longest_makes_room():
+    calls = []
+    tapes, net = Tapes(limit=2), Net(lambda self, x: calls.append(len(x)) or x * 2)
+    for size in (1, 1, 2, 2, 1, 3, 3, 4, 5):
+        tapes.run(net, (torch.ones(size),))
     assert len(tapes) == 2
+    del calls[:]
+    for size in (1, 3, 2):
+        tapes.run(net, (torch.ones(size),))
+    assert calls == [2]
 
 
 def test_outputs_are_the_callers_own(fast):
@@ -248,6 +262,133 @@ def test_a_call_that_fails_leaves_no_recording_behind():
     assert len(tapes) == 1
 
 
+def test_a_failure_while_the_output_is_looked_at_ends_the_recording(monkeypatch):
+    net, x, tapes = Net(lambda self, x: x * 2), torch.ones(3), Tapes()
+    tapes.run(net, (x,))
+
+    def interrupted(output):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lhc_triton.runtime.tapes.tree_flatten", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tapes.run(net, (x,))
+    with pytest.raises(RuntimeError, match="records nothing"):
+        torch.classes.lhc.Tape().stop([], [])
+    for _ in range(3):
+        assert torch.equal(tapes.run(net, (x,)), x * 2)
+    assert len(tapes) == 1
+
+
+def test_a_thread_records_one_tape_at_a_time():
+    tape = torch.classes.lhc.Tape()
+    tape.start([torch.ones(2)])
+    with pytest.raises(RuntimeError, match="records already"):
+        torch.classes.lhc.Tape().start([torch.ones(2)])
+    tape.stop([], [])
+
+
+def test_the_same_tensor_twice_or_a_weight_as_input_is_not_recorded():
+    net, tapes, x = Net(lambda self, x, y: x + 2 * y), Tapes(), torch.randn(5)
+    assert not tapes.applies((x, x))
+    for _ in range(3):
+        assert torch.equal(tapes.run(net, (x, net.kept)), x + 2 * net.kept)
+    assert len(tapes) == 0
+    with pytest.raises(RuntimeError, match="given twice"):
+        torch.classes.lhc.Tape().start([x, x])
+
+
+def test_a_recording_keeps_no_activation_alive():
+    kept = []
+
+    def function(self, x):
+        parts = [x + 1, x + 2]
+        kept.extend(map(weakref.ref, parts))
+        return torch.cat(parts)
+
+    run_thrice(Net(function), torch.randn(5))
+    assert [part() for part in kept] == [None] * 4  # of the two calls that ran in Python
+
+
+@pytest.mark.parametrize("label", [False, True])
+def test_operators_inside_a_label_or_a_profile_are_recorded(label):
+    def function(self, x):
+        with torch.profiler.record_function("mine") if label else contextlib.nullcontext():
+            return x.mul(2).add_(self.kept)
+
+    net, tapes = Net(function), Tapes()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        for _ in range(2):
+            tapes.run(net, (torch.randn(5),))
+    x = torch.randn(5)
+    assert torch.equal(tapes.run(net, (x,)), x * 2 + net.kept)
+    assert len(tapes) == 1
+
+
+def test_a_layer_that_is_switched_to_training_trains():
+    net, x = Net(lambda self, x: self.drop(x)), torch.ones(1000)
+    net.drop = nn.Dropout()
+    net.eval()
+    tapes, outputs = run_thrice(net, x)
+    assert torch.equal(outputs[-1], x)
+    net.drop.train()
+    torch.manual_seed(0)
+    assert not torch.equal(tapes.run(net, (x,)), x)
+
+
+def test_after_a_dense_weight_changed_no_replay_brings_it_into_order_again():
+    fast, x = accelerate(vgg(), image(), tune="off", backend="dense"), image()
+    layer = next(layer for layer in fast.fused_layers().values() if isinstance(layer, DenseConv2d))
+    for change in range(2):
+        for _ in range(3):
+            fast(x)
+        if change == 0:
+            layer.weight.mul_(1.5)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        fast(x)
+    names = {event.name for event in seen.events()}
+    assert any("convolution" in name for name in names)
+    assert not any("reorder" in name for name in names)
+
+
+def test_a_move_lets_go_of_the_weights(fast):
+    for _ in range(3):
+        fast(image())
+    packed = weakref.ref(next(m for m in fast.modules() if isinstance(m, GroupedConv2d)).packed)
+    fast.to(torch.bfloat16)
+    gc.collect()
+    assert packed() is None
+
+
+@pytest.mark.parametrize("odd", ["new_tensor", "tolist", "autocast", "dataclass"])
+def test_networks_with_anything_unlisted_run_as_they_are(odd):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = vgg()
+
+        def forward(self, x):
+            if odd == "new_tensor":
+                x = x - x.new_tensor([0.5])
+            if odd == "tolist":
+                x = x + x.abs().amax().reshape(1).tolist()[0]
+            if odd == "autocast":
+                with torch.autocast("cpu", torch.bfloat16):
+                    x = torch.matmul(x, x).float()
+            y = self.body(x)
+            return Scores(y) if odd == "dataclass" else y
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast = accelerate(Odd().eval(), image(size=16), tune="off")
+    for seed in range(4):
+        x = image(seed=seed, size=16)
+        got, expected = fast(x), fast.network(x)
+        if odd == "dataclass":
+            got, expected = got.scores, expected.scores
+        assert torch.equal(got, expected)
+
+
 def test_the_tape_refuses_another_number_of_inputs():
     tape = torch.classes.lhc.Tape()
     tape.start([torch.ones(2)])
@@ -270,6 +411,30 @@ def test_copies_and_files_bring_no_recordings_along(fast, tmp_path):
             assert torch.equal(other(x), fast(x))
         assert len(other.tapes) == 1
     assert lhc.load(tmp_path / "net.safetensors", graphs=False).tapes is None
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_value_that_changes_between_its_native_readers_is_read_as_it_was(layout, recorded):
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 32, 3, padding=1)
+            self.a = nn.Conv2d(32, 32, 3, padding=1)
+            self.b = nn.Conv2d(32, 32, 3, padding=1)
+
+        def forward(self, x):
+            x = self.first(x)
+            y = self.a(x)
+            x.relu_()
+            return y + self.b(x)
+
+    torch.manual_seed(0)
+    model = finish(Changing())
+    fast = accelerate(model, image(size=16), tune="off", backend="native", graphs=recorded)
+    x = image(seed=4, size=16).contiguous(memory_format=layout)
+    for _ in range(3):
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_what_torch_fx_cannot_trace_is_not_recorded():

@@ -14,10 +14,10 @@ namespace lhc {
 // calls that an operator makes by itself come between its beginning and its end, and are not recorded.
 class Recorder {
  public:
-  Recorder(Tape& tape, std::vector<at::Tensor> inputs) : tape_(tape) {
-    tape_.steps_.clear();
-    tape_.input_count_ = inputs.size();
+  Recorder(c10::intrusive_ptr<Tape> tape, const std::vector<at::Tensor>& inputs) : tape_(std::move(tape)) {
     for (const at::Tensor& input : inputs) slot_of(input);
+    TORCH_CHECK(kept_.size() == inputs.size(), "an input is given twice");
+    tape_->input_count_ = inputs.size();
     handle_ = at::addThreadLocalCallback(at::RecordFunctionCallback(&begin, &end)
                                              .needsInputs(true)
                                              .needsOutputs(true)
@@ -27,17 +27,17 @@ class Recorder {
   ~Recorder() { at::removeCallback(handle_); }
 
   std::string finish(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& constants) {
-    tape_.outputs_.clear();
+    tape_->outputs_.clear();
     for (const at::Tensor& output : outputs) {
       const auto slot = slots_.find(output.unsafeGetTensorImpl());
       if (slot != slots_.end()) {
-        tape_.outputs_.emplace_back(static_cast<int64_t>(slot->second));
+        tape_->outputs_.emplace_back(static_cast<int64_t>(slot->second));
       } else {
         note_constant(output, "the network");
-        tape_.outputs_.emplace_back(output);
+        tape_->outputs_.emplace_back(output);
       }
     }
-    tape_.slot_count_ = kept_.size();
+    tape_->slot_count_ = kept_.size();
     free_early();
     for (const at::Tensor& constant : constants) foreign_.erase(constant.unsafeGetTensorImpl());
     if (problem_.empty() && !foreign_.empty())
@@ -48,20 +48,25 @@ class Recorder {
   static thread_local std::unique_ptr<Recorder> current;
 
  private:
+  // Calls without an operator's name are labels that somebody put around operators.
   static std::unique_ptr<at::ObserverContext> begin(const at::RecordFunction& call) {
-    if (current && current->depth_++ == 0)
+    if (current && call.operator_name() && current->depth_++ == 0)
       current->arguments_.assign(call.inputs().begin(), call.inputs().end());
     return nullptr;
   }
 
   static void end(const at::RecordFunction& call, at::ObserverContext*) {
-    if (current && --current->depth_ == 0) current->add(call);
+    if (!current || !call.operator_name() || --current->depth_ > 0) return;
+    try {
+      current->add(call);
+    } catch (const std::exception& error) {  // torch would swallow it, and the call would be missing
+      current->problem_ = error.what();
+    }
   }
 
   void add(const at::RecordFunction& call) {
-    const auto name = call.operator_name();
-    const auto op = name ? c10::Dispatcher::singleton().findSchema(*name) : std::nullopt;
-    if (!op) return;  // a label that somebody put around operators
+    const auto op = c10::Dispatcher::singleton().findSchema(*call.operator_name());
+    TORCH_CHECK(op, "an operator that is not registered");
     const auto& returns = op->schema().returns();
     if (op->schema().arguments().size() != arguments_.size() || returns.size() != call.outputs().size())
       return refuse(*op);
@@ -71,8 +76,10 @@ class Recorder {
       if (value.isTensor()) {
         if (place(step, value.toTensor(), i, -1)) value = c10::IValue();
       } else if (value.isTensorList()) {
-        const auto list = value.toTensorVector();
-        for (size_t e = 0; e < list.size(); ++e) place(step, list[e], i, static_cast<int64_t>(e));
+        auto list = value.toTensorList().copy();
+        for (size_t e = 0; e < list.size(); ++e)
+          if (place(step, list.get(e), i, static_cast<int64_t>(e))) list.set(e, at::Tensor());
+        value = list;
       } else if (value.isList() && has_tensors(value)) {
         return refuse(*op);
       }
@@ -81,7 +88,7 @@ class Recorder {
       if (!value.isTensor()) return refuse(*op);
       step.results.push_back(slot_of(value.toTensor()));
     }
-    tape_.steps_.push_back(std::move(step));
+    tape_->steps_.push_back(std::move(step));
   }
 
   void refuse(const c10::OperatorHandle& op) {
@@ -112,16 +119,16 @@ class Recorder {
 
   size_t slot_of(const at::Tensor& tensor) {
     const auto [slot, is_new] = slots_.emplace(tensor.unsafeGetTensorImpl(), kept_.size());
-    if (is_new) kept_.push_back(tensor);
+    if (is_new) kept_.emplace_back(tensor.getIntrusivePtr());
     return slot->second;
   }
 
   // Tells every step which slots it is the last to read.
   void free_early() {
     std::unordered_set<size_t> needed;
-    for (const c10::IValue& output : tape_.outputs_)
+    for (const c10::IValue& output : tape_->outputs_)
       if (output.isInt()) needed.insert(static_cast<size_t>(output.toInt()));
-    for (auto step = tape_.steps_.rbegin(); step != tape_.steps_.rend(); ++step) {
+    for (auto step = tape_->steps_.rbegin(); step != tape_->steps_.rend(); ++step) {
       const auto release = [&](size_t slot) {
         if (needed.insert(slot).second) step->freed.push_back(slot);
       };
@@ -130,11 +137,13 @@ class Recorder {
     }
   }
 
-  Tape& tape_;
+  c10::intrusive_ptr<Tape> tape_;
   at::CallbackHandle handle_;
   int64_t depth_ = 0;
   std::vector<c10::IValue> arguments_;
-  std::vector<at::Tensor> kept_, strangers_;  // held, so that no address is used twice
+  // Held, so that no address is used twice; weakly, so that tensors give their memory back as soon as ever.
+  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> kept_;
+  std::vector<at::Tensor> strangers_;
   std::unordered_map<const c10::TensorImpl*, size_t> slots_;
   std::unordered_map<const c10::TensorImpl*, std::string> foreign_;  // constants, and which operator uses them
   std::string problem_;
@@ -143,15 +152,16 @@ class Recorder {
 thread_local std::unique_ptr<Recorder> Recorder::current;
 
 void Tape::start(std::vector<at::Tensor> inputs) {
-  Recorder::current.reset();
-  Recorder::current = std::make_unique<Recorder>(*this, std::move(inputs));
+  TORCH_CHECK(!Recorder::current, "this thread records already");
+  TORCH_CHECK(steps_.empty(), "a tape is recorded once");
+  Recorder::current =
+      std::make_unique<Recorder>(c10::intrusive_ptr<Tape>::reclaim_copy(this), inputs);
 }
 
 std::string Tape::stop(std::vector<at::Tensor> outputs, std::vector<at::Tensor> constants) {
   TORCH_CHECK(Recorder::current, "this thread records nothing");
-  const std::string problem = Recorder::current->finish(outputs, constants);
-  abandon();
-  return problem;
+  const auto recorder = std::move(Recorder::current);  // ended, whatever happens now
+  return recorder->finish(outputs, constants);
 }
 
 void Tape::abandon() { Recorder::current.reset(); }

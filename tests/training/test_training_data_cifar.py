@@ -1,9 +1,11 @@
 """CIFAR from its original archives: both versions alike, and pickles that are only ever data."""
 
 import contextlib
+import gzip
 import os
 import pickle
 import pickletools
+import tarfile
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from dataset_files import cifar_arrays, cifar_files, python2_pickle, write_cifar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lhc_triton.training.data import open_data
+from lhc_triton.training.data import cifar, open_data
 from lhc_triton.training.data.cifar import LAYOUTS
 from lhc_triton.training.data.inert import read_inert
 
@@ -90,7 +92,34 @@ def test_any_damage_to_a_pickle_gives_a_value_error_or_data(data):
         read_inert(bytes(content))
 
 
-def test_every_opcode_of_the_test_files_is_one_that_is_read():
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"Ns.", "a key that is no text"),
+        (b"\x80\x02})" + b"\x85" * 200_000 + b"Ns.", "a key that is no text"),
+        (b"\x80\x02}" + 2 * (b")" + b"\x85" * 5000 + b"Ns") + b".", "a key that is no text"),
+        (b"\x80\x02" + b"}" * (2 << 20) + b".", "more than 1048576 opcodes"),
+    ],
+    ids=["doubling key", "deep key", "equal deep keys", "many objects"],
+)
+def test_a_pickle_made_to_take_for_ever_is_refused_at_once(content, said):
+    with pytest.raises(ValueError, match=said):
+        read_inert(content)
+
+
+def test_an_archive_that_unpacks_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar, "_MAX_ARCHIVE_BYTES", 1 << 20)
+    archive = tmp_path / LAYOUTS["cifar10"][0].archive
+    header = tarfile.TarInfo("././@PaxHeader")
+    header.type, header.size = tarfile.XHDTYPE, 64 << 20
+    with gzip.open(archive, "wb") as file:
+        file.write(header.tobuf() + bytes(header.size))
+    with pytest.raises(ValueError, match="unpacks to more than the 1048576 bytes that are supported") as told:
+        open_data("cifar10", tmp_path)
+    assert str(archive) in str(told.value)
+
+
+def test_the_test_files_use_the_opcodes_of_python_2():
     content = cifar_files("cifar10", False, cifar_arrays("cifar10"))["test_batch"]
     assert {"BINSTRING", "GLOBAL", "BUILD"} <= {op.name for op, _, _ in pickletools.genops(content)}
 

@@ -21,6 +21,7 @@ from lhc_triton.training.data.source import Data, ImageFormat
 SIDE = 32
 _PIXELS = 3 * SIDE * SIDE
 _MAX_FILE_BYTES = 1 << 28
+_MAX_ARCHIVE_BYTES = 1 << 29
 _Part = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
 
 
@@ -158,11 +159,34 @@ def _unpacked(folder: Path, layout: Layout) -> dict[str, bytes]:
     return content
 
 
+class _TooLarge(ValueError):
+    """An archive unpacks to more than is supported."""
+
+
+class _Limited:
+    """A stream that ends in an error where it gives more than an archive of CIFAR holds.
+
+    ``tarfile`` reads headers whole, however long they say they are.
+    """
+
+    def __init__(self, stream: gzip.GzipFile) -> None:
+        self._stream = stream
+        self._left = _MAX_ARCHIVE_BYTES
+
+    def read(self, size: int) -> bytes:
+        """Return up to ``size`` bytes more."""
+        data = self._stream.read(min(size, self._left + 1))
+        self._left -= len(data)
+        if self._left < 0:
+            raise _TooLarge(f"unpacks to more than the {_MAX_ARCHIVE_BYTES} bytes that are supported")
+        return data
+
+
 def _packed(archive: Path, layout: Layout) -> dict[str, bytes]:
     """Read the files of an archive into memory; none is written, whatever its name."""
     content = {}
     try:
-        with gzip.open(archive) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
+        with gzip.open(archive) as raw, tarfile.open(fileobj=(unzipped := _Limited(raw)), mode="r|") as tar:
             for member in tar:
                 folder, _, name = member.name.removeprefix("./").partition("/")
                 if folder != layout.folder or name not in layout.files or not member.isreg():
@@ -176,6 +200,8 @@ def _packed(archive: Path, layout: Layout) -> dict[str, bytes]:
             # Its checksum comes last, past what tarfile reads.
             while unzipped.read(1 << 20):
                 pass
+    except _TooLarge as error:
+        raise ValueError(f"{archive}: {error}") from error
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{archive}: not an intact .tar.gz ({error}); fetch it again") from error
     for name in layout.files:

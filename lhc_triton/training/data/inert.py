@@ -10,6 +10,8 @@ from typing import Any
 _NAMES = ("numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype")
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _VALUES = {"BININT", "BININT1", "BININT2", "BINSTRING", "SHORT_BINSTRING"}
+# The largest file of CIFAR has a fifth of them; each may take some hundred bytes here.
+_MAX_OPCODES = 1 << 20
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -45,7 +47,9 @@ def read_inert(data: bytes) -> Any:
     """
     machine = _Machine()
     try:
-        for opcode, argument, _ in pickletools.genops(data):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if count == _MAX_OPCODES:
+                raise ValueError(f"it has more than {_MAX_OPCODES} opcodes")
             if opcode.name == "STOP":
                 return machine.pop()
             machine.step(opcode.name, argument)
@@ -108,6 +112,8 @@ class _Machine:
         if name == "APPENDS" and isinstance(target, list):
             target.extend(items)
         elif name == "SETITEMS" and isinstance(target, dict):
+            if not all(isinstance(key, str) for key in items[::2]):
+                raise ValueError("it has a key that is no text")  # a nested tuple may take for ever to hash
             target.update(zip(items[::2], items[1::2], strict=True))
         else:
             raise ValueError(f"{name} of a {type(target).__name__}")

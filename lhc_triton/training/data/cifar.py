@@ -186,7 +186,7 @@ def _packed(archive: Path, layout: Layout) -> dict[str, bytes]:
     """Read the files of an archive into memory; none is written, whatever its name."""
     content = {}
     try:
-        with gzip.open(archive) as raw, tarfile.open(fileobj=(unzipped := _Limited(raw)), mode="r|") as tar:
+        with gzip.open(archive) as raw, tarfile.open(fileobj=_Limited(raw), mode="r|") as tar:  # type: ignore
             for member in tar:
                 folder, _, name = member.name.removeprefix("./").partition("/")
                 if folder != layout.folder or name not in layout.files or not member.isreg():
@@ -198,7 +198,8 @@ def _packed(archive: Path, layout: Layout) -> dict[str, bytes]:
                 stream = tar.extractfile(member)
                 content[name] = stream.read() if stream is not None else b""
             # Its checksum comes last, past what tarfile reads.
-            while unzipped.read(1 << 20):
+            rest = _Limited(raw)
+            while rest.read(1 << 20):
                 pass
     except _TooLarge as error:
         raise ValueError(f"{archive}: {error}") from error

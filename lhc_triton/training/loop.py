@@ -105,7 +105,7 @@ def train(
             dense_twin(config.dense_twin, config, run)
         checkpoint = find_checkpoint(out / LAST, config, run)
         rows = checkpoint.rows if checkpoint else []
-        precision = checkpoint.precision if checkpoint else choose_precision(config.precision, world.device)
+        precision = _precision(config, checkpoint, out, world)
         world.check_same("run", json.dumps([run, len(rows), precision]))
         if world.is_main:
             _prepare(out, config, rows)
@@ -349,6 +349,18 @@ def _split(config: TrainConfig, data: Data) -> tuple[Source, Source]:
     generator = torch.Generator().manual_seed(config.seed)
     chosen = balanced_indices(data.train.labels, config.train_images, generator)
     return data.train.subset(chosen), data.validation
+
+
+def _precision(config: TrainConfig, checkpoint: Checkpoint | None, out: Path, world: World) -> str:
+    """The arithmetic of the whole run: a run that goes on keeps the one it began in."""
+    if checkpoint is None:
+        return choose_precision(config.precision, world.device)
+    if config.precision not in ("auto", checkpoint.precision):
+        raise ValueError(
+            f"{out / LAST}: was trained in {checkpoint.precision}, now precision is {config.precision}; "
+            "choose another folder, or that precision"
+        )
+    return checkpoint.precision
 
 
 def _check_steps(config: TrainConfig, images: int, world: World) -> None:

@@ -226,7 +226,7 @@ def _check_finite(loss: float, config: TrainConfig, plan: EpochPlan) -> None:
     if not math.isfinite(loss):
         raise ValueError(
             f"the loss became {loss} in {plan.stage} epoch {plan.epoch}; lower lr {config.lr}, "
-            "or use precision fp32"
+            "or use precision fp32, in another folder"
         )
 
 

@@ -109,6 +109,7 @@ def train(
         world.check_same("run", json.dumps([run, len(rows), precision]))
         if world.is_main:
             _prepare(out, config, rows)
+        world.check_shared(out)
         steps = len(training) // config.batch_size
         shown = closing.enter_context(_progress(config, progress and world.is_main, steps, len(rows)))
         if rows:

@@ -18,7 +18,8 @@ OWN_TWIN = ("train", "none")
 """Values of TrainConfig.dense_twin that are no folder."""
 
 # Settings that may differ between the two parts of a run that was resumed.
-_MACHINE = ("data_folder", "device", "precision", "workers", "tensorboard")
+# What on_bad_file changes shows in the images' digests.
+_MACHINE = ("data_folder", "on_bad_file", "device", "precision", "workers", "tensorboard")
 # Settings that the dense network knows nothing of.
 TOPOLOGY_ONLY = (
     "topology",

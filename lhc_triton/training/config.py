@@ -342,6 +342,13 @@ def _check_together(config: TrainConfig) -> None:
             f"warmup_epochs {config.warmup_epochs} leaves none of {config.coarse_epochs} coarse epochs "
             "to choose the best from; make it smaller than coarse_epochs"
         )
+    if config.target is None:
+        for name, usual in (("penalty", "weights"), ("pattern_weight", 0.0)):
+            if (value := getattr(config, name)) != usual:
+                raise ValueError(
+                    f"{name} {value} needs a learned topology with a density target; leave it at {usual}, "
+                    f"or set topology to learned and density to a number"
+                )
     if config.momentum == 0:
         raise ValueError("momentum 0 is outside (0, 0.999]: Nesterov's rule needs some")
     if config.ema in (0, 1):

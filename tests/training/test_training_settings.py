@@ -102,6 +102,14 @@ def test_files_that_are_no_config_are_refused(tmp_path):
         read_config(path)
 
 
+@pytest.mark.parametrize("change", [{"pattern_weight": 1.0}, {"penalty": "macs"}])
+@pytest.mark.parametrize("without", [{"density": None}, {"topology": "cross"}])
+def test_what_shapes_the_penalty_needs_a_target(change, without):
+    TrainConfig(**change)
+    with pytest.raises(ValueError, match=f"{[*change][0]} .* needs a learned topology with a density target"):
+        TrainConfig(**change, **without)
+
+
 def test_settings_given_as_text_change_a_config():
     given = {
         "lr": "1e-3",

@@ -111,7 +111,9 @@ class TrainConfig:
     ] = "free"
     penalty: Annotated[
         Literal["weights", "macs", "latency"],
-        Setting("what density is a share of: weights (the paper), macs, or latency as predicted"),
+        Setting(
+            "what density is a share of: weights (the paper), macs, or latency (predicted for one image)"
+        ),
     ] = "weights"
     pattern_weight: Annotated[
         float, Setting("weight of the aim for fewer patterns in a layer; 0: none", 0, 100)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lhc_triton.training.checkpoints import Checkpoint, load_checkpoint
 from lhc_triton.training.config import TrainConfig
 from lhc_triton.training.data import Source
@@ -35,6 +37,7 @@ TOPOLOGY_ONLY = (
     "coarse_floor",
     "fine_lr",
     "dense_twin",
+    "latency on",
 )
 
 
@@ -50,6 +53,8 @@ def identity(config: TrainConfig, training: Source, validation: Source) -> dict[
             known["pretrained"] = hashlib.file_digest(file, "sha256").hexdigest()
     if config.dense_twin not in OWN_TWIN:
         known["dense_twin"] = "taken over"
+    if config.penalty == "latency":
+        known["latency on"] = torch.device(config.device).type
     return {**known, "training images": training.digest(), "validation images": validation.digest()}
 
 

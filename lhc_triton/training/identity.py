@@ -107,6 +107,8 @@ def dense_twin(folder: str | Path, config: TrainConfig, run: dict[str, Any]) -> 
     folder = Path(folder)
     mine = {name: value for name, value in run.items() if name not in TOPOLOGY_ONLY}
     last = load_checkpoint(folder / LAST, mine, ignore=TOPOLOGY_ONLY)
+    if last.run.get("dense_twin") != "train":
+        raise ValueError(f"{folder}: has no dense network of its own; give the run that trained it")
     if not finished(config, "dense", last.rows):
         raise ValueError(f"{folder}: its dense network is not trained to the end; resume that run first")
     return load_checkpoint(folder / "dense_best.safetensors", mine, ignore=TOPOLOGY_ONLY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -400,7 +401,8 @@ def _named_where_disk_fails(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise OSError(
-            f"{out}: cannot be written ({error.strerror or error}); what lies there is whole: make room, and "
-            "the same command goes on from it"
+            f"{out}: cannot be written ({error.strerror or error}); what lies there is whole: "
+            f"{'make room' if full else 'mend that'}, and the same command goes on from it"
         ) from error

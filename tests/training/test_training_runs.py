@@ -118,6 +118,10 @@ def test_a_dense_network_can_be_taken_from_another_run_or_left_out(whole, tmp_pa
         dataclasses.replace(CONFIG, dense_twin="none"), tmp_path / "alone", progress=False, data=tiny_data()
     )
     assert (alone.dense_accuracy, alone.dense_epoch) == (None, None)
+    for without in ("taken", "alone"):
+        again = dataclasses.replace(CONFIG, dense_twin=str(tmp_path / without))
+        with pytest.raises(ValueError, match="has no dense network of its own"):
+            train(again, tmp_path / "new", progress=False, data=tiny_data())
     assert alone.lhc_accuracy == result.lhc_accuracy
     assert not (tmp_path / "alone" / "dense.safetensors").exists()
 

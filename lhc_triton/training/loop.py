@@ -223,7 +223,7 @@ class _Work:
             epoch=plan.epoch,
             task_loss=losses.task_loss,
             penalty=losses.penalty,
-            ramp=float(coarse.ramp) if coarse is not None else 0.0,
+            ramp=float(coarse.ramp) if coarse is not None and config.target is not None else 0.0,
             density=schedule.density if schedule is not None else 1.0,
             mac_density=schedule.mac_density if schedule is not None else 1.0,
             steered_density=schedule.steered_density if schedule is not None else 1.0,

@@ -230,6 +230,6 @@ def test_without_a_target_there_is_no_penalty(tmp_path):
     rows: list[EpochMetrics] = []
     config = dataclasses.replace(CONFIG, density=None, shapes="rigid", augmentation="none", precision="bf16")
     result = train(config, tmp_path, progress=False, data=tiny_data(), on_epoch=rows.append)
-    assert {row.penalty for row in rows} == {0.0}
+    assert {(row.penalty, row.ramp) for row in rows} == {(0.0, 0.0)}
     assert result.density_reached
     assert result.precision == "bf16"

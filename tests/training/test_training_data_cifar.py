@@ -90,9 +90,50 @@ def test_any_damage_to_a_pickle_gives_a_value_error_or_data(data):
         read_inert(bytes(content))
 
 
-def test_every_opcode_of_the_test_files_is_one_that_is_read():
+def test_the_test_files_hold_strings_and_arrays_as_python_2_wrote_them():
     content = cifar_files("cifar10", False, cifar_arrays("cifar10"))["test_batch"]
-    assert {"BINSTRING", "GLOBAL", "BUILD"} <= {op.name for op, _, _ in pickletools.genops(content)}
+    opcodes = {op.name for op, _, _ in pickletools.genops(content)}
+    assert {"SHORT_BINSTRING", "BINSTRING", "GLOBAL", "REDUCE", "BUILD"} <= opcodes
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.INST + b"os\nmkdir\n",
+        pickle.OBJ,
+        pickle.NEWOBJ,
+        pickle.NEWOBJ_EX,
+        pickle.STACK_GLOBAL,
+        pickle.EXT1 + b"\x01",
+        pickle.EXT2 + b"\x01\x00",
+        pickle.EXT4 + b"\x01\x00\x00\x00",
+        pickle.PERSID + b"0\n",
+        pickle.BINPERSID,
+    ],
+)
+def test_every_other_opcode_that_imports_or_calls_is_refused(content):
+    with pytest.raises(ValueError, match="it has the opcode"):
+        read_inert(pickle.EMPTY_DICT + content + pickle.STOP)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        # Each level hashes the one below twice; with 60 of them Python would never be done.
+        (b"})q\x00" + b"h\x00\x86q\x00" * 20 + b"Ns.", "a key is no string"),
+        (b"})" + b"\x85" * 200_000 + b"Ns.", "a key is no string"),
+        (b"}(" + (b")" + b"\x85" * 5000 + b"N") * 2 + b"u.", "a key is no string"),
+        (b"}" * ((1 << 20) + 1) + b".", "more than 1048576 opcodes"),
+    ],
+)
+def test_a_pickle_that_would_exhaust_time_stack_or_memory_is_refused(content, said):
+    with pytest.raises(ValueError, match=said):
+        read_inert(content)
+
+
+def test_a_pickle_as_long_as_the_longest_of_cifar_is_read():
+    labels = [0] * 200_000
+    assert read_inert(python2_pickle({"fine_labels": labels})) == {"fine_labels": labels}
 
 
 def batch(**changes):

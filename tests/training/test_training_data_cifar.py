@@ -1,9 +1,11 @@
 """CIFAR from its original archives: both versions alike, and pickles that are only ever data."""
 
 import contextlib
+import gzip
 import os
 import pickle
 import pickletools
+import tarfile
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from dataset_files import cifar_arrays, cifar_files, python2_pickle, write_cifar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lhc_triton.training.data import open_data
+from lhc_triton.training.data import cifar, open_data
 from lhc_triton.training.data.cifar import LAYOUTS
 from lhc_triton.training.data.inert import read_inert
 
@@ -205,6 +207,25 @@ def test_a_damaged_archive_is_named(tmp_path):
         archive.write_bytes(content)
         with pytest.raises(ValueError, match=r"cifar-10-binary.tar.gz: not an intact"):
             open_data("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("where", ["header", "member", "end"])
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch, where):
+    limit = 1 << 20
+    monkeypatch.setattr(cifar, "_MAX_BYTES", limit)
+    archive = write_cifar(tmp_path, "cifar10", True, True)
+    open_data("cifar10", tmp_path)
+    content = gzip.decompress(archive.read_bytes())
+    if where == "end":
+        content += bytes(limit)
+    else:
+        info = tarfile.TarInfo("large")
+        info.pax_headers = {"comment": "x" * limit if where == "header" else ""}
+        info.size = limit if where == "member" else 0
+        content = info.tobuf(tarfile.PAX_FORMAT) + bytes(info.size) + content
+    archive.write_bytes(gzip.compress(content, compresslevel=1))
+    with pytest.raises(ValueError, match=r"cifar-10-binary.tar.gz: unpacked more than 1048576 bytes"):
+        open_data("cifar10", tmp_path)
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from lhc_triton.training.data.source import Data, ImageFormat
 
 SIDE = 32
 _PIXELS = 3 * SIDE * SIDE
-_MAX_FILE_BYTES = 1 << 28
+_MAX_BYTES = 1 << 28  # of a file, and of all that an archive holds: the originals hold up to 186 MB
 _Part = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
 
 
@@ -152,32 +153,47 @@ def _unpacked(folder: Path, layout: Layout) -> dict[str, bytes]:
         path = folder / name
         if not path.is_file():
             raise FileNotFoundError(f"no file {name} in {folder}")
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise ValueError(f"{path}: {path.stat().st_size} bytes; up to {_MAX_FILE_BYTES} are supported")
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"{path}: {path.stat().st_size} bytes; up to {_MAX_BYTES} are supported")
         content[name] = path.read_bytes()
     return content
+
+
+class _Bounded(io.RawIOBase):
+    """Reads a stream up to _MAX_BYTES: tarfile takes headers of any size whole."""
+
+    def __init__(self, stream: gzip.GzipFile) -> None:
+        super().__init__()
+        self._stream = stream
+        self._left = _MAX_BYTES
+
+    def read(self, size: int = -1, /) -> bytes:
+        data = self._stream.read(size)
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError(f"unpacked more than {_MAX_BYTES} bytes; up to that are supported")
+        return data
 
 
 def _packed(archive: Path, layout: Layout) -> dict[str, bytes]:
     """Read the files of an archive into memory; none is written, whatever its name."""
     content = {}
     try:
-        with gzip.open(archive) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
-            for member in tar:
-                folder, _, name = member.name.removeprefix("./").partition("/")
-                if folder != layout.folder or name not in layout.files or not member.isreg():
-                    continue
-                if member.size > _MAX_FILE_BYTES:
-                    raise ValueError(
-                        f"{archive}:{name}: {member.size} bytes; up to {_MAX_FILE_BYTES} are supported"
-                    )
-                stream = tar.extractfile(member)
-                content[name] = stream.read() if stream is not None else b""
+        with gzip.open(archive) as unzipped:
+            stream = _Bounded(unzipped)
+            with tarfile.open(fileobj=stream, mode="r|") as tar:
+                for member in tar:
+                    folder, _, name = member.name.removeprefix("./").partition("/")
+                    if folder == layout.folder and name in layout.files and member.isreg():
+                        file = tar.extractfile(member)
+                        content[name] = file.read() if file is not None else b""
             # Its checksum comes last, past what tarfile reads.
-            while unzipped.read(1 << 20):
+            while stream.read(1 << 20):
                 pass
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{archive}: not an intact .tar.gz ({error}); fetch it again") from error
+    except ValueError as error:
+        raise ValueError(f"{archive}: {error}") from error
     for name in layout.files:
         if name not in content:
             raise FileNotFoundError(f"no file {layout.folder}/{name} in {archive}")

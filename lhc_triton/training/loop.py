@@ -215,7 +215,7 @@ class _Work:
         if coarse is not None:
             coarse.end_epoch(task_loss=losses.task_loss)
         layers = layer_metrics(plan.stage, plan.epoch, trainee.model, before, trainee.pixels)
-        size = self.data.format.size
+        size, precision, world = self.data.format.size, self.precision, self.world
         row = EpochMetrics(
             stage=plan.stage,
             epoch=plan.epoch,
@@ -227,7 +227,7 @@ class _Work:
             steered_density=schedule.steered_density if schedule is not None else 1.0,
             patterns=sum(layer.patterns for layer in layers),
             mask_correlation=joint_correlation(before, block_masks(trainee.model)),
-            val_accuracy=accuracy(trainee.judged, self.validation, size, self.precision, self.world),
+            val_accuracy=accuracy(trainee.judged, self.validation, size, precision, world, config.workers),
             warming_up=coarse.warming_up if coarse is not None else False,
             rescued=sum(layer.rescued for layer in lhc_layers(trainee.model).values()),
             lr=losses.lr,
@@ -337,7 +337,7 @@ class _Work:
             "training_images": len(self.training),
         }
         path = self.out / f"{kind}.safetensors"
-        return write_and_test(model, path, architecture, notes, self.data.test, self.world)
+        return write_and_test(model, path, architecture, notes, self.data.test, self.world, config.workers)
 
 
 def _split(config: TrainConfig, data: Data) -> tuple[Source, Source]:

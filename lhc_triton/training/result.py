@@ -114,6 +114,7 @@ def write_and_test(
     notes: Mapping[str, Any],
     test: Source,
     world: World,
+    workers: int,
 ) -> float:
     """Write a network as the main process, and test what was written: after the rounding to half precision.
 
@@ -124,6 +125,7 @@ def write_and_test(
         notes: how it was made; written with the accuracy.
         test: the test images, shared among the processes.
         world: the processes.
+        workers: threads that load the images; 0 for none.
 
     Returns:
         The share of right answers, 0 to 1.
@@ -133,7 +135,7 @@ def write_and_test(
     world.barrier()
     written = load_network(path).model
     written.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    share = accuracy(written, test, architecture.image_size, "fp32", world)
+    share = accuracy(written, test, architecture.image_size, "fp32", world, workers)
     world.barrier()
     if world.is_main:
         save_network(model, path, architecture, {**notes, "test_accuracy": share})

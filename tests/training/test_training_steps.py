@@ -11,7 +11,7 @@ from torch import nn
 from lhc_triton.conversion import convert
 from lhc_triton.models import small_vgg
 from lhc_triton.topology import LHCConfig
-from lhc_triton.training import train
+from lhc_triton.training import ImageSet, train
 from lhc_triton.training.averaging import WeightAverage
 from lhc_triton.training.distributed import World, joined
 from lhc_triton.training.recipe import make_optimiser
@@ -116,6 +116,19 @@ def test_accuracy_is_the_share_of_right_answers_in_any_batches():
         data = tiny_data(1200).train
         found = accuracy(Constant(), data, 28, "fp32", world)
     assert found == float((data.labels == 3).double().mean()) == 0.1
+
+
+def test_every_image_is_loaded_by_the_workers_asked_for(tmp_path, monkeypatch):
+    batches, seen = ImageSet.batches, []
+
+    def counted(self, steps, **options):
+        seen.append((len(self), options.get("workers", 0)))
+        return batches(self, steps, **options)
+
+    monkeypatch.setattr(ImageSet, "batches", counted)
+    train(dataclasses.replace(CONFIG, dense_twin="none", workers=2), tmp_path, False, tiny_data(150))
+    assert set(seen) == {(110, 2), (40, 2)}  # training; validation and test
+    assert len(seen) == 11
 
 
 def test_tensorboard_gets_epochs_and_layers_or_says_what_is_missing(tmp_path, monkeypatch):

@@ -115,7 +115,10 @@ def train(
             shown.say(f"going on after {len(rows)} epochs found in {out}")
         if data.bad_files:
             first = data.bad_files[0]
-            shown.say(f"left out {len(data.bad_files)} files: {first.path} ({first.reason}) and so on")
+            shown.say(
+                f"left out {len(data.bad_files)} files, which result.json will name; the first is "
+                f"{first.path} ({first.reason})"
+            )
         log = RunLog(out, rows, config.tensorboard) if world.is_main else None
         if log is not None:
             closing.callback(log.close)
@@ -298,7 +301,9 @@ class _Work:
         model = self.network("fine")
         self.load_best("fine", model)
         chosen = Chosen(fine, self.tested("lhc", model))
-        result = summed_up(config, self.out, rows, self.precision, world.size, dense, coarse, chosen)
+        result = summed_up(
+            config, self.out, rows, self.precision, world.size, dense, coarse, chosen, self.data.bad_files
+        )
         if not result.density_reached:
             self.progress.say(
                 f"no epoch came within 0.01 of the density {config.target}; took the nearest, "

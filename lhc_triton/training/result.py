@@ -13,7 +13,7 @@ from torch import nn
 from lhc_triton.models.architecture import Architecture
 from lhc_triton.models.pretrained import load_network, save_network
 from lhc_triton.training.config import TrainConfig
-from lhc_triton.training.data import Source
+from lhc_triton.training.data import BadFile, Source
 from lhc_triton.training.distributed import World
 from lhc_triton.training.metrics import EpochMetrics, reached
 from lhc_triton.training.networks import network_name
@@ -65,6 +65,7 @@ class TrainResult:
         precision: "fp32" or "bf16", of training.
         processes: how many trained together in the end.
         seconds: spent on training and validation.
+        bad_files: image files that were left out, and why.
         command: the command line that makes the run.
         files: paths by name: dense, lhc (for load_network), config, metrics, layers, result.
     """
@@ -91,6 +92,7 @@ class TrainResult:
     precision: str
     processes: int
     seconds: float
+    bad_files: tuple[BadFile, ...]
     command: str
     files: dict[str, str]
 
@@ -151,6 +153,7 @@ def summed_up(
     dense: Chosen | None,
     coarse: EpochMetrics,
     fine: Chosen,
+    bad_files: tuple[BadFile, ...],
 ) -> TrainResult:
     """The result of a run whose networks were chosen and tested."""
     files = FILES if dense is None else {"dense": "dense.safetensors", **FILES}
@@ -178,6 +181,7 @@ def summed_up(
         precision=precision,
         processes=processes,
         seconds=sum(r.seconds for r in rows),
+        bad_files=bad_files,
         command=command_of(config),
         files={name: str(out / file) for name, file in files.items()},
     )

@@ -80,9 +80,11 @@ def handcrafted(
 
     Raises:
         ValueError: the name is unknown, parts is below 1, or the convolution does not suit the topology.
-        TypeError: parts is not an int.
+        TypeError: parts is not an int, or blocks no LHCConfig.
     """
     _check(name, parts)
+    if blocks is not None and not isinstance(blocks, LHCConfig):
+        raise TypeError(f"blocks={blocks!r} is not an LHCConfig: give LHCConfig(in_block=..., out_block=...)")
     kh, kw = conv.kernel_size
     with torch.device("cpu"):  # a mask's values are read, which a default device such as "meta" does not have
         return _BUILDERS[name](_Site(conv.out_channels, conv.in_channels, kh, kw, blocks), parts)
@@ -173,6 +175,14 @@ class _Site:
         in_block, out_block = map(math.gcd, published, fill)
         return LHCConfig(density=None, in_block=in_block, out_block=out_block)
 
+    def cycled(self, published: tuple[int, int], parts: int) -> LHCConfig:
+        """Return (in_block, out_block) in which what is kept can move on through all of 1 in ``parts``.
+
+        Blocks that are wished for leave each place as many filters, where ``parts`` divides those.
+        """
+        even = self.blocks is not None and self.out_channels % parts == 0
+        return self.sized(published, fill=(self.channels_of(parts), self.out_channels // parts * even))
+
     def widest(self) -> LHCConfig:
         """Return the blocks of a topology that treats all channels alike."""
         return self.sized((self.in_channels, self.out_channels))
@@ -248,7 +258,7 @@ def _one_in(parts: int, g: Tensor, b: Tensor) -> Tensor:
 
 
 def _hetconv(site: _Site, parts: int) -> Handcrafted:
-    config = site.sized((1, 1), fill=(site.channels_of(parts), 0))
+    config = site.cycled((1, 1), parts)
     return site.topology(config, _one_in(parts, *site.positions(config)) | site.taps(site.centre))
 
 
@@ -263,7 +273,7 @@ def _stripe(site: _Site, parts: int) -> Handcrafted:
 
 
 def _one_by_n(site: _Site, parts: int) -> Handcrafted:
-    config = site.sized((1, 4), fill=(site.channels_of(parts), 0))
+    config = site.cycled((1, 4), parts)
     return site.topology(config, _one_in(parts, *site.positions(config)))
 
 

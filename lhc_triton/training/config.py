@@ -224,6 +224,8 @@ class TrainConfig:
             values = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"no TOML: {error}") from error
+        except RecursionError as error:
+            raise ValueError("its lists or tables are nested too deeply") from error
         return _told(cls, values)
 
     def changed(self, assignments: Mapping[str, str]) -> TrainConfig:
@@ -303,7 +305,7 @@ def _from_text(name: str, text: str) -> Any:
         return text
     try:
         found = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return _number(text) if kind is float or float in get_args(kind) else text
     return found["value"] if len(found) == 1 else text  # a line break would let other keys in
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lhc_triton.training.metrics import EpochMetrics, LayerMetrics
 
 _COLUMNS = [field.name for field in fields(LayerMetrics)]
 _MAX_BYTES = 256 << 20
+_SHAPES_SHOWN = 16
 
 
 class RunLog:
@@ -58,12 +59,25 @@ class RunLog:
             for name in ("density", "mac_share", "patterns", "correlation"):
                 tag = f"{row.stage} layers/{layer.layer}/{name}"
                 self._writer.add_scalar(tag, float(getattr(layer, name)), row.epoch)
+            self._writer.add_text(
+                f"{row.stage} layers/{layer.layer}/shapes", _shape_table(layer.shapes), row.epoch
+            )
         self._writer.flush()
 
     def close(self) -> None:
         """Close TensorBoard's files."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _shape_table(shapes: Mapping[str, int]) -> str:
+    """The most frequent kernel shapes and their numbers of blocks, as Markdown."""
+    counts = list(shapes.items())
+    lines = ["| shape | blocks |", "| --- | --- |"]
+    lines += [f"| {shape} | {count} |" for shape, count in counts[:_SHAPES_SHOWN]]
+    if counts[_SHAPES_SHOWN:]:
+        lines.append(f"| others | {sum(count for _, count in counts[_SHAPES_SHOWN:])} |")
+    return "\n".join(lines)
 
 
 def _read(path: Path, known: set[tuple[str, int]]) -> list[dict[str, Any]]:

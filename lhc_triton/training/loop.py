@@ -117,7 +117,10 @@ def train(
             shown.say(f"going on after {len(rows)} epochs found in {out}")
         if data.bad_files:
             first = data.bad_files[0]
-            shown.say(f"left out {len(data.bad_files)} files: {first.path} ({first.reason}) and so on")
+            shown.say(
+                f"left out {len(data.bad_files)} files, which result.json will name; the first is "
+                f"{first.path} ({first.reason})"
+            )
         log = RunLog(out, rows, config.tensorboard) if world.is_main else None
         if log is not None:
             closing.callback(log.close)
@@ -217,7 +220,7 @@ class _Work:
         if coarse is not None:
             coarse.end_epoch(task_loss=losses.task_loss)
         layers = layer_metrics(plan.stage, plan.epoch, trainee.model, before, trainee.pixels)
-        size = self.data.format.size
+        size, precision, world = self.data.format.size, self.precision, self.world
         row = EpochMetrics(
             stage=plan.stage,
             epoch=plan.epoch,
@@ -229,7 +232,7 @@ class _Work:
             steered_density=schedule.steered_density if schedule is not None else 1.0,
             patterns=sum(layer.patterns for layer in layers),
             mask_correlation=joint_correlation(before, block_masks(trainee.model)),
-            val_accuracy=accuracy(trainee.judged, self.validation, size, self.precision, self.world),
+            val_accuracy=accuracy(trainee.judged, self.validation, size, precision, world, config.workers),
             warming_up=coarse.warming_up if coarse is not None else False,
             rescued=sum(layer.rescued for layer in lhc_layers(trainee.model).values()),
             lr=losses.lr,
@@ -300,7 +303,9 @@ class _Work:
         model = self.network("fine")
         self.load_best("fine", model)
         chosen = Chosen(fine, self.tested("lhc", model))
-        result = summed_up(config, self.out, rows, self.precision, world.size, dense, coarse, chosen)
+        result = summed_up(
+            config, self.out, rows, self.precision, world.size, dense, coarse, chosen, self.data.bad_files
+        )
         if not result.density_reached:
             self.progress.say(
                 f"no epoch came within 0.01 of the density {config.target}; took the nearest, "
@@ -339,7 +344,7 @@ class _Work:
             "training_images": len(self.training),
         }
         path = self.out / f"{kind}.safetensors"
-        return write_and_test(model, path, architecture, notes, self.data.test, self.world)
+        return write_and_test(model, path, architecture, notes, self.data.test, self.world, config.workers)
 
 
 def _split(config: TrainConfig, data: Data) -> tuple[Source, Source]:

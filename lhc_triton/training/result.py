@@ -13,7 +13,7 @@ from torch import nn
 from lhc_triton.models.architecture import Architecture
 from lhc_triton.models.pretrained import load_network, save_network
 from lhc_triton.training.config import TrainConfig
-from lhc_triton.training.data import Source
+from lhc_triton.training.data import BadFile, Source
 from lhc_triton.training.distributed import World
 from lhc_triton.training.metrics import EpochMetrics, reached
 from lhc_triton.training.networks import network_name
@@ -65,6 +65,7 @@ class TrainResult:
         precision: "fp32" or "bf16", of training.
         processes: how many trained together in the end.
         seconds: spent on training and validation.
+        bad_files: image files that were left out, and why.
         command: the command line that makes the run.
         files: paths by name: dense, lhc (for load_network), config, metrics, layers, result.
     """
@@ -91,6 +92,7 @@ class TrainResult:
     precision: str
     processes: int
     seconds: float
+    bad_files: tuple[BadFile, ...]
     command: str
     files: dict[str, str]
 
@@ -114,6 +116,7 @@ def write_and_test(
     notes: Mapping[str, Any],
     test: Source,
     world: World,
+    workers: int,
 ) -> float:
     """Write a network as the main process, and test what was written: after the rounding to half precision.
 
@@ -124,6 +127,7 @@ def write_and_test(
         notes: how it was made; written with the accuracy.
         test: the test images, shared among the processes.
         world: the processes.
+        workers: threads that load the images; 0 for none.
 
     Returns:
         The share of right answers, 0 to 1.
@@ -133,7 +137,7 @@ def write_and_test(
     world.barrier()
     written = load_network(path).model
     written.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    share = accuracy(written, test, architecture.image_size, "fp32", world)
+    share = accuracy(written, test, architecture.image_size, "fp32", world, workers)
     world.barrier()
     if world.is_main:
         save_network(model, path, architecture, {**notes, "test_accuracy": share})
@@ -149,6 +153,7 @@ def summed_up(
     dense: Chosen | None,
     coarse: EpochMetrics,
     fine: Chosen,
+    bad_files: tuple[BadFile, ...],
 ) -> TrainResult:
     """The result of a run whose networks were chosen and tested."""
     files = FILES if dense is None else {"dense": "dense.safetensors", **FILES}
@@ -176,6 +181,7 @@ def summed_up(
         precision=precision,
         processes=processes,
         seconds=sum(r.seconds for r in rows),
+        bad_files=bad_files,
         command=command_of(config),
         files={name: str(out / file) for name, file in files.items()},
     )

@@ -239,7 +239,9 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Source, size: int, precision: str, world: World) -> float:
+def accuracy(
+    model: nn.Module, images: Source, size: int, precision: str, world: World, workers: int = 0
+) -> float:
     """Share of images that the model classifies rightly, equal on all processes.
 
     Args:
@@ -248,13 +250,14 @@ def accuracy(model: nn.Module, images: Source, size: int, precision: str, world:
         size: their side in pixels.
         precision: "fp32" or "bf16".
         world: the processes.
+        workers: threads that load images; 0 for none.
     """
     model.eval()
     batch = max(1, min(_EVAL_IMAGES, _EVAL_PIXELS // size**2))
     share = world.share(torch.arange(len(images)))
     right = torch.zeros((), dtype=torch.int64, device=world.device)
     steps = share.split(batch) if len(share) else ()
-    for pixels, labels in images.batches(steps, epoch_seed=0, device=world.device):
+    for pixels, labels in images.batches(steps, epoch_seed=0, device=world.device, workers=workers):
         with autocast(precision, world.device):
             scores = model(pixels)
         right += (scores.float().argmax(1) == labels).sum()

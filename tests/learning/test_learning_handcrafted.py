@@ -329,3 +329,19 @@ def test_impose_refuses_a_network_that_nothing_of_suits_and_changes_nothing():
 def test_impose_refuses(model, name, message):
     with pytest.raises(ValueError, match=message):
         impose(model, name)
+
+
+def test_blocks_that_are_no_config_are_refused_and_change_nothing():
+    model = network()
+    for blocks in ((32, 16), lambda name, conv: (32, 16)):
+        with pytest.raises(TypeError, match=r"blocks=\(32, 16\) is not an LHCConfig"):
+            impose(model, "cross", blocks)
+    assert not lhc_layers(model)
+
+
+@pytest.mark.parametrize("name", ["hetconv", "1xn"])
+def test_filters_in_wide_blocks_still_share_all_input_channels(name):
+    conv = convolution(filters=64, channels=32)
+    full = mask_of(name, conv, LHCConfig(in_block=4, out_block=64)).flatten(2).all(2)
+    assert torch.equal(full.sum(0), torch.full((32,), 16))  # each channel by as many filters
+    assert torch.equal(full.sum(1), torch.full((64,), 8))

@@ -71,12 +71,15 @@ def test_what_is_transparent_shows_white(tmp_path, mode):
 
 
 @pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_turned_upright(tmp_path, orientation, exact):
+def test_images_are_turned_upright(tmp_path, orientation, suffix, exact):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = save(tmp_path / "a.jpg", smooth(120, 200), exif=exif, quality=95)
+    options = {"lossless": True} if suffix == "webp" else {"quality": 95} if suffix == "jpg" else {}
+    path = save(tmp_path / f"a.{suffix}", smooth(120, 200), exif=exif, **options)
     upright = ImageOps.exif_transpose(Image.open(path))
+    assert upright.size == ((120, 200) if orientation > 4 else (200, 120))
     expected = np.asarray(upright.resize((20, 20), Image.Resampling.BILINEAR, box=(20, 10, 100, 90)))
     sizes = []
 

@@ -1,6 +1,7 @@
 """CIFAR-10 and an ImageNet tree, from small files in their formats on disk to the tested networks."""
 
 import dataclasses
+import json
 
 import pytest
 from dataset_files import write_cifar, write_tree
@@ -73,6 +74,9 @@ def test_resnet50_trains_on_an_imagenet_tree_and_goes_on_with_other_workers(tmp_
     said = capsys.readouterr().err
     assert "left out 1 file" in said
     assert "n01440764_3.JPEG" in said
+    (bad,) = json.loads((tmp_path / "whole" / "result.json").read_text())["bad_files"]
+    assert bad["path"].endswith("n01440764_3.JPEG")
+    assert "not an image" in bad["reason"]
     assert result.network == "ResNet50 x 0.0625"
 
     def stop(row: EpochMetrics) -> None:

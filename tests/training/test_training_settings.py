@@ -229,6 +229,14 @@ def test_a_wrong_setting_is_named_with_its_value(changes, error, said):
         TrainConfig(**changes)
 
 
+def test_lists_nested_too_deeply_are_a_wrong_text():
+    nested = "[" * 5000 + "]" * 5000
+    with pytest.raises(ValueError, match="nested too deeply"):
+        TrainConfig.from_toml(f"widths = {nested}")
+    with pytest.raises(ValueError, match=r"widths .* is not a list"):
+        TrainConfig().changed({"widths": nested})
+
+
 def test_an_unknown_setting_is_refused():
     with pytest.raises(ValueError, match="'epochs'"):
         TrainConfig.from_dict({"epochs": 3})

@@ -1,6 +1,8 @@
 """The steps of an epoch: parts of a step, smoothed labels, dropout, averaged weights, TensorBoard."""
 
+import csv
 import dataclasses
+import json
 import sys
 
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 from lhc_triton.conversion import convert
 from lhc_triton.models import small_vgg
 from lhc_triton.topology import LHCConfig
-from lhc_triton.training import train
+from lhc_triton.training import ImageSet, train
 from lhc_triton.training.averaging import WeightAverage
 from lhc_triton.training.distributed import World, joined
 from lhc_triton.training.recipe import make_optimiser
@@ -118,8 +120,21 @@ def test_accuracy_is_the_share_of_right_answers_in_any_batches():
     assert found == float((data.labels == 3).double().mean()) == 0.1
 
 
+def test_every_image_is_loaded_by_the_workers_asked_for(tmp_path, monkeypatch):
+    batches, seen = ImageSet.batches, []
+
+    def counted(self, steps, **options):
+        seen.append((len(self), options.get("workers", 0)))
+        return batches(self, steps, **options)
+
+    monkeypatch.setattr(ImageSet, "batches", counted)
+    train(dataclasses.replace(CONFIG, dense_twin="none", workers=2), tmp_path, False, tiny_data(150))
+    assert set(seen) == {(110, 2), (40, 2)}  # training; validation and test
+    assert len(seen) == 11
+
+
 def test_tensorboard_gets_epochs_and_layers_or_says_what_is_missing(tmp_path, monkeypatch):
-    config = dataclasses.replace(CONFIG, tensorboard=True, dense_twin="none")
+    config = dataclasses.replace(CONFIG, tensorboard=True, dense_twin="none", in_block=1, out_block=1)
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "torch.utils.tensorboard", None)
         with pytest.raises(ValueError, match="needs the package tensorboard"):
@@ -133,6 +148,17 @@ def test_tensorboard_gets_epochs_and_layers_or_says_what_is_missing(tmp_path, mo
     tags = events.Tags()["scalars"]
     assert {"coarse/density", "fine/val_accuracy", "coarse layers/features.3/correlation"} <= set(tags)
     assert [event.step for event in events.Scalars("coarse/penalty")] == [0, 1, 2]
+    with (tmp_path / "layers.csv").open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["stage"] == "coarse"]
+    wanted = [json.loads(line["shapes"]) for line in lines if line["layer"] == "features.3"]
+    tables = events.Tensors("coarse layers/features.3/shapes/text_summary")
+    for shapes, event in zip(wanted, tables, strict=True):
+        _, _, *rows = event.tensor_proto.string_val[0].decode().splitlines()
+        table = {shape: int(count) for shape, count in (row.strip("| ").split(" | ") for row in rows)}
+        others = table.pop("others")
+        assert len(table) == 16
+        assert table.items() <= shapes.items()
+        assert sum(table.values()) + others == sum(shapes.values()) == 8 * 16
 
 
 def test_a_damaged_log_of_layers_is_named(tmp_path):

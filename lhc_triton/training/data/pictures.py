@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
+_DRAFTED = ("JPEG", "MPO")  # decoded at a smaller size, for which the box must be known before
 
 _LYING = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
@@ -95,6 +96,8 @@ def read_picture(
     """
     try:
         with Image.open(path, formats=_FORMATS) as image:
+            if image.format not in _DRAFTED:  # whose sizes may, or may not, be the upright ones already
+                ImageOps.exif_transpose(image, in_place=True)
             width, height = image.size
             if image.getexif().get(ExifTags.Base.Orientation) in _LYING:
                 width, height = height, width

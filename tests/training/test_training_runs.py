@@ -3,16 +3,17 @@
 import csv
 import dataclasses
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import CONFIG, one_thread, tiny_data
+from tiny_runs import CONFIG, lines_of, one_thread, tiny_data
 
 from lhc_triton.conversion import lhc_layers
 from lhc_triton.models import load_network, small_vgg
-from lhc_triton.training import EpochMetrics, TrainConfig, train
+from lhc_triton.training import EpochMetrics, ImageSet, TrainConfig, loop, train
 from lhc_triton.training.distributed import joined
 from lhc_triton.training.recipe import make_optimiser
 from lhc_triton.training.stage import EpochPlan, Trainee, train_epoch
@@ -179,6 +180,31 @@ def test_costs_steer_their_own_share_to_the_target(tmp_path):
     assert all(row.steered_density == pytest.approx(row.mac_density) for row in rows)
     assert any(row.steered_density != pytest.approx(row.density, rel=1e-3) for row in rows)
     assert result.steered_density == pytest.approx(result.mac_density)
+
+
+def test_the_test_images_decide_nothing_and_are_what_is_reported(whole, tmp_path):
+    folder, _, _ = whole
+    data = tiny_data()
+    turned = ImageSet(data.test.images, data.test.labels.roll(7), data.format)
+    result = train(CONFIG, tmp_path, progress=False, data=replace(data, test=turned))
+    assert lines_of(tmp_path) == lines_of(folder)
+    for name, found in (("dense", result.dense_accuracy), ("lhc", result.lhc_accuracy)):
+        model = load_network(tmp_path / f"{name}.safetensors").model.eval()
+        with torch.no_grad():
+            guesses = model(data.format.normalise(turned.images)).argmax(1)
+        assert found == float((guesses == turned.labels).double().mean())
+
+
+def test_the_fine_stage_starts_from_the_best_coarse_epoch_not_from_the_last(tmp_path, monkeypatch):
+    told = iter([0.5] * 5 + [0.1, 0.9, 0.2] + [0.3, 0.4])
+    monkeypatch.setattr(loop, "accuracy", lambda *_: next(told))
+    config = replace(CONFIG, density=None, fine_lr=0.0)
+    result = train(config, tmp_path, progress=False, data=tiny_data())
+    assert (result.coarse_epoch, result.fine_epoch) == (1, 1)
+    coarse, fine = (load_file(tmp_path / f"{stage}_best.safetensors") for stage in ("coarse", "fine"))
+    names = [name for name in fine if name.startswith("model/") and name.endswith("weight")]
+    assert len(names) > 3
+    assert all(torch.equal(fine[name], coarse[name]) for name in names)
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):

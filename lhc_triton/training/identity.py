@@ -22,6 +22,7 @@ _MACHINE = ("data_folder", "device", "precision", "workers", "tensorboard")
 # Settings that the dense network knows nothing of.
 TOPOLOGY_ONLY = (
     "topology",
+    "parts",
     "pointwise_layers",
     "density",
     "in_block",

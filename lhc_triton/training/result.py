@@ -22,6 +22,7 @@ from lhc_triton.training.stage import accuracy
 
 TOPOLOGY_SETTINGS = (
     "topology",
+    "parts",
     "density",
     "in_block",
     "out_block",

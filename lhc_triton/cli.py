@@ -127,8 +127,8 @@ def train(
                 "not trained" if dense is None else f"{100 * dense:.2f} %",
                 f"{100 * result.lhc_accuracy:.2f} %",
             ),
-            ("weights", "", f"{times(result.weight_reduction)} fewer"),
-            ("MACs", "", f"{times(result.mac_reduction)} fewer"),
+            ("weights of the converted convolutions", "", f"{times(result.weight_reduction)} fewer"),
+            ("MACs of the converted convolutions", "", f"{times(result.mac_reduction)} fewer"),
         ],
     )
     typer.echo(f"Written: {out}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from . import picture
 from .files import made_folder, write_beside
 from .report_html import Picture, Section, page
 from .report_pictures import SPEEDS, accuracy_figure, layers_figure, shapes_figure, training_figure
-from .report_rows import Experiment, describe, experiments
+from .report_rows import Experiment, describe, experiments, measure_run
 from .rows import environment
 from .runs import read_run
 from .topology_picture import draw_topology
 
 Progress = Callable[[str], None]
 PAGE_OF_LAYERS = 16
+MAX_COUNT = 4096  # images of a call, and rounds of a timing
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def make_report(
         OSError: a file of a run is missing; the folder cannot be written.
     """
     for name, value in (("batch", batch), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+        if not 1 <= value <= MAX_COUNT:
+            raise ValueError(f"{name} is {value}; it must be from 1 to {MAX_COUNT}")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device {device!r} is not one of cpu, cuda")
     if measure and device == "cuda" and not torch.cuda.is_available():
@@ -90,14 +91,16 @@ def make_report(
     if not folders:
         raise ValueError("no run to report on; give folders that `train` wrote")
     runs = [read_run(folder) for folder in folders]
-    rows = []
-    for run in runs:
-        progress(f"{'measure' if measure else 'count'} {run.name}")
-        rows.append(describe(run, batch, device if measure else None, rounds))
+    progress("load and count the networks")
+    rows = [describe(run, batch) for run in runs]
+    experiments(rows)  # complains of runs that are given twice, before anything is timed
+    out = made_folder(out_dir)
+    for index, row in enumerate(rows if measure else ()):
+        progress(f"measure {row.run.name}")
+        rows[index] = replace(row, measured=measure_run(row.run, batch, device, rounds))
     report = Report(
         experiments(rows), environment(device if measure else "cpu"), batch, rounds if measure else 0
     )
-    out = made_folder(out_dir)
     progress("draw the pictures")
     sections = [_overview(report, out)]
     sections += [_section(number, found, out) for number, found in enumerate(report.experiments, start=1)]
@@ -132,7 +135,7 @@ def _section(number: int, experiment: Experiment, out: Path) -> Section:
     total = len(first.topologies)
     for start in range(0, total, PAGE_OF_LAYERS):
         layers = first.topologies[start : start + PAGE_OF_LAYERS]
-        title = f"Topology, seed {first.run.config.seed}"
+        title = f"{experiment.label}: topology, seed {first.run.config.seed}"
         name = "topology"
         if total > PAGE_OF_LAYERS:
             title += f", layers {start + 1} to {start + len(layers)} of {total}"

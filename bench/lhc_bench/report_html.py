@@ -163,6 +163,7 @@ def _told(experiment: Experiment) -> str:
             timed = row.measured
             text = f"{run.name}: {timed.lhc_us / 1000:.2f} ms against {timed.dense_us / 1000:.2f} ms"
             notes.append(escape(f"{text} ({timed.source})"))
+            notes += [escape(f"{run.name}: {reason}") for reason in timed.missing]
         notes += [escape(f"{run.name}: {note}") for note in run.notes]
     return '<p class="note">' + "<br>\n".join(notes) + "</p>"
 

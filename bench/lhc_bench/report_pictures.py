@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lhc_triton.topology import shape_counts
+from lhc_triton.training.identity import TOPOLOGY_ONLY
 from lhc_triton.training.networks import network_name
 
 from . import picture
@@ -113,13 +114,20 @@ def _scatter(axis: Axes, found: Sequence[Experiment], name: str) -> None:
 
 
 def _dense_points(found: Sequence[Experiment]) -> dict[str, float]:
-    """Mean accuracy in percent of the dense twins, by network."""
-    accuracies: dict[str, list[float]] = {}
+    """Mean accuracy in percent of the dense twins, by network; those of other settings are others."""
+    accuracies: dict[tuple[str, str], list[float]] = {}
     for experiment in found:
-        accuracies.setdefault(network_name(experiment.first.run.config), []).extend(
-            experiment.values("dense_accuracy")
-        )
-    return {name: 100 * statistics.fmean(values) for name, values in accuracies.items() if values}
+        run = experiment.first.run
+        recipe = {name: value for name, value in run.setting.items() if name not in TOPOLOGY_ONLY}
+        key = (network_name(run.config), repr(recipe))
+        accuracies.setdefault(key, []).extend(experiment.values("dense_accuracy"))
+    named: dict[str, float] = {}
+    for (name, _), values in accuracies.items():
+        if values:
+            named[name if name not in named else f"{name} ({len(named) + 1})"] = 100 * statistics.fmean(
+                values
+            )
+    return named
 
 
 def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -137,7 +145,7 @@ def layers_figure(experiment: Experiment) -> Figure:
 
     topologies = experiment.first.topologies
     height = LINE * len(topologies)
-    figure = picture.frame(10.5, height + 1.3, "Layer by layer", [_seeds(experiment)])
+    figure = picture.frame(10.5, height + 1.3, f"{experiment.label}: layer by layer", [_seeds(experiment)])
     names = [topology.name for topology in topologies]
     columns = {
         "live share of the weights": [_densities(row) for row in experiment.rows],
@@ -182,7 +190,10 @@ def shapes_figure(experiment: Experiment) -> Figure:
     from matplotlib.colors import ListedColormap
 
     counts = [_shape_counts(experiment.rows, place) for place in range(len(experiment.first.topologies))]
-    total: Counter[str] = sum(counts, Counter())
+    # By their shares, not their counts: a wide layer has hundreds of times as many kernels as a narrow one.
+    total: Counter[str] = Counter()
+    for layer in counts:
+        total.update({key: count / layer.total() for key, count in layer.items()})
     columns = [key for key, _ in sorted(total.items(), key=lambda item: (-item[1], item[0]))]
     columns = columns[:SHAPES_SHOWN]
     shares = np.array([[100 * layer[key] / layer.total() for key in columns] for layer in counts])
@@ -192,14 +203,15 @@ def shapes_figure(experiment: Experiment) -> Figure:
     height, unit = LINE * len(counts), 0.55
     caption = "Shapes: live taps of a kernel, per pair of filter group and input block. " + _seeds(experiment)
     width = max(2.0 + unit * shares.shape[1], 7.5)
-    title = "Kernel shapes, % of each layer"
+    title = f"{experiment.label}: kernel shapes, % of each layer"
     figure = picture.frame(width, height + 1.4, title, [caption])
     axis = picture.panel(figure, 1.75, 0.35, unit * shares.shape[1], height)
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=max(60.0, shares.max()), aspect="auto")
+    darkest = max(60.0, shares.max())
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=darkest, aspect="auto")
     for (line, column), share in np.ndenumerate(shares):
         if share >= SHOWN_SHARE:
             axis.text(column, line, f"{share:.0f}", ha="center", va="center", fontsize=7,
-                      color="white" if share > 45 else "black")  # fmt: skip
+                      color="white" if share > 0.6 * darkest else "black")  # fmt: skip
     names = [topology.name for topology in experiment.first.topologies]
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set_xticks([])
@@ -234,7 +246,10 @@ def training_figure(experiment: Experiment) -> Figure:
     runs = [row.run for row in experiment.rows]
     learned = runs[0].config.topology == "learned"
     panels = 3 if learned and all(run.layers for run in runs) else 2
-    figure = picture.frame(0.2 + 3.85 * panels, 3.75, "Training", [_seeds(experiment)])
+    said = _seeds(experiment)
+    if all(row.dense_accuracy is not None and not _epochs(row.epochs, "dense") for row in runs):
+        said += " The dense twin was trained by another run."
+    figure = picture.frame(0.2 + 3.85 * panels, 3.75, f"{experiment.label}: training", [said])
     axes = [picture.panel(figure, 0.6 + 3.85 * index, 0.75, 3.2, 2.3) for index in range(panels)]
     for number, run in enumerate(runs):
         legend = number == 0
@@ -250,9 +265,10 @@ def training_figure(experiment: Experiment) -> Figure:
         label = f"target for {config.penalty}"
         axes[1].axhline(config.target, color=IDEAL, linewidth=1, linestyle="--", label=label)
     titles = ("validation accuracy, %", "live share", "correlation of the masks, epoch to epoch")
-    coarse, fine = (max(_epochs(run.epochs, stage) for run in runs) for stage in ("coarse", "fine"))
+    stages = ("dense", "coarse", "fine")
+    dense, coarse, fine = (max(_epochs(run.epochs, stage) for run in runs) for stage in stages)
     for axis, title in zip(axes, titles, strict=False):
-        axis.set_xlim(-0.5, coarse + fine - 0.5)
+        axis.set_xlim(-0.5, max(coarse + fine, dense) - 0.5)
         axis.axvline(coarse - 0.5, color=picture.GREY, linewidth=0.8, linestyle=":")
         axis.set_title(title, fontsize=9, loc="left", pad=4)
         axis.set_xlabel("epoch; dotted: the fine stage begins", fontsize=8)

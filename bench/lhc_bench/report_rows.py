@@ -10,9 +10,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lhc_triton as lhc
+from lhc_triton.conversion import lhc_layers
 from lhc_triton.models.pretrained import load_network
 from lhc_triton.planning import plan_topologies
 from lhc_triton.planning.cost import CostModel
@@ -22,7 +23,7 @@ from lhc_triton.runtime.timing import time_paired
 from lhc_triton.topology import shape_counts
 from lhc_triton.training.networks import network_name
 
-from .peers import network_peers
+from .peers import network_peers, reset_compiler
 from .runs import Run
 from .topology_picture import SHAPES_SHOWN
 
@@ -40,6 +41,7 @@ class Timed:
         batch: images of a call.
         dense_us, lhc_us: microseconds of a call.
         source: the cost model's, or the dense peer that was the fastest.
+        missing: dense peers that did not run, with the reason.
     """
 
     device: str
@@ -48,6 +50,7 @@ class Timed:
     dense_us: float
     lhc_us: float
     source: str
+    missing: tuple[str, ...] = ()
 
     @property
     def speedup(self) -> float:
@@ -205,13 +208,14 @@ def experiments(rows: Sequence[RunRow]) -> tuple[Experiment, ...]:
 def labels(runs: Sequence[Run]) -> list[str]:
     """Name runs by the settings in which they differ; equal names mean equal settings.
 
-    A setting's most common value is left out, unless the runs have three or more values of it or that would
-    leave nothing to say.
+    A setting's usual value is left out: that of more than half the runs, or the more common one of two;
+    unless that would leave nothing to say.
     """
     settings = [run.setting for run in runs]
     counts = {name: Counter(_shown(setting[name]) for setting in settings) for name in settings[0]}
     changed = [name for name, found in counts.items() if len(found) > 1]
-    usual = {name: counts[name].most_common(1)[0][0] for name in changed if len(counts[name]) == 2}
+    most = {name: counts[name].most_common(1)[0] for name in changed}
+    usual = {n: value for n, (value, count) in most.items() if len(counts[n]) == 2 or 2 * count > len(runs)}
     named = []
     for run, setting in zip(runs, settings, strict=True):
         shown = [name for name in changed if _shown(setting[name]) != usual.get(name)]
@@ -226,14 +230,12 @@ def _shown(value: object) -> str:
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-def describe(run: Run, batch: int, measure_on: str | None, rounds: int) -> RunRow:
-    """Load a run's network, count it, price it and, where asked for, time it.
+def describe(run: Run, batch: int) -> RunRow:
+    """Load a run's network, count it and price it.
 
     Args:
         run: what was read.
-        batch: images of a call that is predicted or timed.
-        measure_on: "cpu" or "cuda", or None to measure nothing.
-        rounds: interleaved rounds of a timing.
+        batch: images of a call that is predicted.
 
     Raises:
         ValueError: the weights do not fit, or no layer of the network is converted.
@@ -243,18 +245,18 @@ def describe(run: Run, batch: int, measure_on: str | None, rounds: int) -> RunRo
     size = (sizes.in_channels, sizes.image_size, sizes.image_size)
     counts = lhc.summary(model, size)
     images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
-    reading = read_model(model, images)
+    converted = counts.converted
+    if not converted.macs:
+        raise ValueError(f"{run.lhc_file}: no layer is converted; is it the dense network?")
+    # Plain convolutions that happen to hold zeros are none of the topology's.
+    own = lhc_layers(model)
+    topologies = tuple(layer for layer in read_model(model, images).topologies if layer.name in own)
     predicted = {}
     for device, dtype in DTYPES.items():
         cost = CostModel.for_device(device)
-        totals = plan_topologies(reading.topologies, cost, dtype=dtype).totals
+        totals = plan_topologies(topologies, cost, dtype=dtype).totals
         assert totals.planned_us is not None
         predicted[device] = Timed(device, dtype, batch, totals.dense_us, totals.planned_us, cost.source)
-    measured = None
-    if measure_on is not None:
-        dense = load_network(run.dense_file).model if run.dense_file else None
-        measured = measure(model, dense, images, measure_on, rounds)
-    converted = counts.converted
     return RunRow(
         run,
         weights=counts.total.weights,
@@ -264,33 +266,39 @@ def describe(run: Run, batch: int, measure_on: str | None, rounds: int) -> RunRo
         density=converted.density,
         mac_density=converted.live_macs / converted.macs,
         patterns=converted.patterns,
-        groups=sum(topology.groups for topology in reading.topologies),
+        groups=sum(topology.groups for topology in topologies),
         predicted=predicted,
-        measured=measured,
-        topologies=reading.topologies,
+        measured=None,
+        topologies=topologies,
     )
 
 
-def measure(model: nn.Module, dense: nn.Module | None, images: Tensor, device: str, rounds: int) -> Timed:
-    """Time a network against the fastest form of its dense twin, round by round in turn.
+def measure_run(run: Run, batch: int, device: str, rounds: int) -> Timed:
+    """Time a run's network against the fastest form of its dense twin, round by round in turn.
+
+    Without a twin the same network with all its weights, folded, takes its place.
 
     Args:
-        model: of learned topology.
-        dense: its twin; None takes the same network with all its weights, folded.
-        images: [N, C, H, W], of the CPU.
+        run: what was read.
+        batch: images of a call.
         device: "cpu" or "cuda".
         rounds: of the timing.
     """
-    dtype = getattr(torch, DTYPES[device])
-    x, model = images.to(device, dtype), model.to(device, dtype)
+    saved, dtype = load_network(run.lhc_file), getattr(torch, DTYPES[device])
+    sizes = saved.architecture
+    size = (batch, sizes.in_channels, sizes.image_size, sizes.image_size)
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    model = saved.model.to(device, dtype)
     fast = lhc.accelerate(model, x, tune="cached")
-    if dense is None:
-        peers: dict[str, nn.Module] = {
-            "same network, dense": lhc.accelerate(model, x, backend="dense", tune="off")
-        }
+    skipped: dict[str, str] = {}
+    if run.dense_file is None:
+        folded = lhc.accelerate(model, x, backend="dense", tune="off")
+        peers: dict[str, nn.Module] = {"same network, dense": folded}
     else:
-        peers = network_peers(dense.to(device, dtype), x)[0]
+        reset_compiler()  # it gives up after so many networks
+        peers, skipped = network_peers(load_network(run.dense_file).model.to(device, dtype), x)
     calls = {name: lambda network=network: network(x) for name, network in {**peers, "lhc": fast}.items()}
     times = {name: t.median_us for name, t in time_paired(calls, rounds=rounds, device=device).items()}
     best = min(peers, key=lambda name: times[name])
-    return Timed(device, DTYPES[device], len(x), times[best], times["lhc"], best)
+    missing = tuple(f"{name} did not run: {reason}" for name, reason in skipped.items())
+    return Timed(device, DTYPES[device], batch, times[best], times["lhc"], best, missing)

@@ -13,7 +13,7 @@ from typing import Any
 from lhc_triton.training import TrainConfig, read_config
 
 MAX_TEXT_BYTES = 256 << 20
-NOT_A_SETTING = ("seed", "device", "data_folder", "workers", "dense_twin", "tensorboard", "on_bad_file")
+NOT_A_SETTING = ("seed", "device", "workers", "dense_twin", "tensorboard", "on_bad_file")
 """Fields of a TrainConfig that do not make two runs different experiments."""
 
 METRICS = {
@@ -133,7 +133,10 @@ def _result(path: Path) -> dict[str, Any]:
 
 
 def _number(path: Path, name: str, value: object, most: float = math.inf) -> float:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        fits = False
     if not fits or not 0 <= value <= most:  # type: ignore[operator]
         bounds = "a finite number >= 0" if math.isinf(most) else f"a number from 0 to {most:g}"
         raise ValueError(f"{path}: {name} is {value!r}, expected {bounds}")
@@ -142,7 +145,15 @@ def _number(path: Path, name: str, value: object, most: float = math.inf) -> flo
 
 def _table(path: Path, columns: Mapping[str, type]) -> tuple[Mapping[str, Any], ...]:
     """The rows of a CSV file, its columns of these names converted; others are left out."""
-    reader = csv.DictReader(_text(path).splitlines())
+    try:
+        return _rows(path, csv.DictReader(_text(path).splitlines()), columns)
+    except csv.Error as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _rows(
+    path: Path, reader: csv.DictReader[str], columns: Mapping[str, type]
+) -> tuple[Mapping[str, Any], ...]:
     missing = [name for name in columns if name not in (reader.fieldnames or ())]
     if missing:
         raise ValueError(f"{path}: has no column {missing[0]!r}")

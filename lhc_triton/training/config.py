@@ -101,7 +101,7 @@ class TrainConfig:
     ] = 4
     pointwise_layers: Annotated[bool, Setting("whether 1x1 convolutions learn a topology too")] = True
     density: Annotated[
-        float | None, Setting("share of the weights to keep; none: accuracy alone decides")
+        float | None, Setting("share of the weights to keep; none: accuracy alone decides", 0, 1)
     ] = 0.1
     in_block: Annotated[int, Setting("adjacent input channels that share a mask bit")] = 32
     out_block: Annotated[int, Setting("adjacent filters that share a pattern")] = 16
@@ -114,7 +114,9 @@ class TrainConfig:
     ] = "free"
     penalty: Annotated[
         Literal["weights", "macs", "latency"],
-        Setting("what density is a share of: weights (the paper), macs, or latency as predicted"),
+        Setting(
+            "what density is a share of: weights (the paper), macs, or latency (predicted for one image)"
+        ),
     ] = "weights"
     pattern_weight: Annotated[
         float, Setting("weight of the aim for fewer patterns in a layer; 0: none", 0, 100)
@@ -154,7 +156,7 @@ class TrainConfig:
         Setting("none; paper: shift by up to 12.5 %, flip; standard: the usual one for the image size"),
     ] = "paper"
 
-    seed: Annotated[int, Setting("of everything random", 0)] = 0
+    seed: Annotated[int, Setting("of everything random", 0, 2**63 - 1)] = 0
     precision: Annotated[Precision, Setting("fp32, bf16, or auto: bf16 on CUDA and on CPUs with AMX")] = (
         "auto"
     )
@@ -307,15 +309,25 @@ def _from_text(name: str, text: str) -> Any:
     try:
         found = tomllib.loads(f"value = {text}")
     except (tomllib.TOMLDecodeError, RecursionError):
-        return text
+        return _number(text) if kind is float or float in get_args(kind) else text
     return found["value"] if len(found) == 1 else text  # a line break would let other keys in
+
+
+def _number(text: str) -> float | str:
+    """A number that is written as TOML does not have it, like .1; or the text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _checked(name: str, value: Any, kind: Any, setting: Setting) -> Any:
     """A field's value in its type and range."""
+    instead = ""
     if NoneType in get_args(kind):
         if value is None:
             return None
+        instead = f" or {NOTHING}"
         kind = next(choice for choice in get_args(kind) if choice is not NoneType)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
@@ -327,7 +339,9 @@ def _checked(name: str, value: Any, kind: Any, setting: Setting) -> Any:
         return tuple(value)
     fits = isinstance(value, int | float if kind is float else kind)
     if not fits or (kind is not bool and isinstance(value, bool)):
-        raise TypeError(f"{name} {value!r} is not {_KINDS[kind]}")
+        raise TypeError(f"{name} {value!r} is not {_KINDS[kind]}{instead}")
+    if value == "":
+        raise ValueError(f"{name} is empty; give {_KINDS[kind]}{instead}")
     if kind in (int, float) and not setting.low <= value <= setting.high:
         raise ValueError(f"{name} {value} is outside [{setting.low}, {setting.high}]")
     return float(value) if kind is float else value
@@ -347,6 +361,13 @@ def _check_together(config: TrainConfig) -> None:
             f"warmup_epochs {config.warmup_epochs} leaves none of {config.coarse_epochs} coarse epochs "
             "to choose the best from; make it smaller than coarse_epochs"
         )
+    if config.target is None:
+        for name, usual in (("penalty", "weights"), ("pattern_weight", 0.0)):
+            if (value := getattr(config, name)) != usual:
+                raise ValueError(
+                    f"{name} {value} needs a learned topology with a density target; leave it at {usual}, "
+                    f"or set topology to learned and density to a number"
+                )
     if config.momentum == 0:
         raise ValueError("momentum 0 is outside (0, 0.999]: Nesterov's rule needs some")
     if config.ema in (0, 1):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +74,25 @@ class World:
             raise ValueError(
                 f"rank {others[0]} has another {what} than rank 0: give every process the same settings, "
                 "data and run folder (a folder that all machines see)"
+            )
+
+    def check_shared(self, folder: Path) -> None:
+        """Raise ValueError on every process unless all see in ``folder`` what the first one writes there."""
+        if self.size == 1:
+            return
+        moment = time.time_ns() if self.is_main else 0
+        token = folder / f".{self.sum(torch.tensor(moment)).item()}.tmp"  # no earlier run has left this name
+        if self.is_main:
+            token.touch()
+        self.barrier()
+        blind = torch.zeros(self.size, dtype=torch.int64)
+        blind[self.rank] = not token.exists()
+        others = self.sum(blind).nonzero().flatten().tolist()
+        if self.is_main:
+            token.unlink()
+        if others:
+            raise ValueError(
+                f"rank {others[0]} does not see {folder} of rank 0: give a run folder that all machines see"
             )
 
     def parallel(self, model: nn.Module) -> nn.Module:

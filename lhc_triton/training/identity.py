@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lhc_triton.training.checkpoints import Checkpoint, load_checkpoint
 from lhc_triton.training.config import TrainConfig
 from lhc_triton.training.data import Source
@@ -18,7 +20,8 @@ OWN_TWIN = ("train", "none")
 """Values of TrainConfig.dense_twin that are no folder."""
 
 # Settings that may differ between the two parts of a run that was resumed.
-_MACHINE = ("data_folder", "device", "precision", "workers", "tensorboard")
+# What on_bad_file changes shows in the images' digests.
+_MACHINE = ("data_folder", "on_bad_file", "device", "precision", "workers", "tensorboard")
 # Settings that the dense network knows nothing of.
 TOPOLOGY_ONLY = (
     "topology",
@@ -35,6 +38,7 @@ TOPOLOGY_ONLY = (
     "coarse_floor",
     "fine_lr",
     "dense_twin",
+    "latency on",
 )
 
 
@@ -50,6 +54,8 @@ def identity(config: TrainConfig, training: Source, validation: Source) -> dict[
             known["pretrained"] = hashlib.file_digest(file, "sha256").hexdigest()
     if config.dense_twin not in OWN_TWIN:
         known["dense_twin"] = "taken over"
+    if config.penalty == "latency":
+        known["latency on"] = torch.device(config.device).type
     return {**known, "training images": training.digest(), "validation images": validation.digest()}
 
 
@@ -102,6 +108,8 @@ def dense_twin(folder: str | Path, config: TrainConfig, run: dict[str, Any]) -> 
     folder = Path(folder)
     mine = {name: value for name, value in run.items() if name not in TOPOLOGY_ONLY}
     last = load_checkpoint(folder / LAST, mine, ignore=TOPOLOGY_ONLY)
+    if last.run.get("dense_twin") != "train":
+        raise ValueError(f"{folder}: has no dense network of its own; give the run that trained it")
     if not finished(config, "dense", last.rows):
         raise ValueError(f"{folder}: its dense network is not trained to the end; resume that run first")
     return load_checkpoint(folder / "dense_best.safetensors", mine, ignore=TOPOLOGY_ONLY)

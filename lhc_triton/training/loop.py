@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -105,10 +106,11 @@ def train(
             dense_twin(config.dense_twin, config, run)
         checkpoint = find_checkpoint(out / LAST, config, run)
         rows = checkpoint.rows if checkpoint else []
-        precision = checkpoint.precision if checkpoint else choose_precision(config.precision, world.device)
+        precision = _precision(config, checkpoint, out, world)
         world.check_same("run", json.dumps([run, len(rows), precision]))
         if world.is_main:
             _prepare(out, config, rows)
+        world.check_shared(out)
         steps = len(training) // config.batch_size
         shown = closing.enter_context(_progress(config, progress and world.is_main, steps, len(rows)))
         if rows:
@@ -224,7 +226,7 @@ class _Work:
             epoch=plan.epoch,
             task_loss=losses.task_loss,
             penalty=losses.penalty,
-            ramp=float(coarse.ramp) if coarse is not None else 0.0,
+            ramp=float(coarse.ramp) if coarse is not None and config.target is not None else 0.0,
             density=schedule.density if schedule is not None else 1.0,
             mac_density=schedule.mac_density if schedule is not None else 1.0,
             steered_density=schedule.steered_density if schedule is not None else 1.0,
@@ -356,6 +358,18 @@ def _split(config: TrainConfig, data: Data) -> tuple[Source, Source]:
     return data.train.subset(chosen), data.validation
 
 
+def _precision(config: TrainConfig, checkpoint: Checkpoint | None, out: Path, world: World) -> str:
+    """The arithmetic of the whole run: a run that goes on keeps the one it began in."""
+    if checkpoint is None:
+        return choose_precision(config.precision, world.device)
+    if config.precision not in ("auto", checkpoint.precision):
+        raise ValueError(
+            f"{out / LAST}: was trained in {checkpoint.precision}, now precision is {config.precision}; "
+            "choose another folder, or that precision"
+        )
+    return checkpoint.precision
+
+
 def _check_steps(config: TrainConfig, images: int, world: World) -> None:
     if images < config.batch_size:
         raise ValueError(f"{images} training images fill no batch of {config.batch_size}")
@@ -392,7 +406,8 @@ def _named_where_disk_fails(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise OSError(
-            f"{out}: cannot be written ({error.strerror or error}); what lies there is whole: make room, and "
-            "the same command goes on from it"
+            f"{out}: cannot be written ({error.strerror or error}); what lies there is whole: "
+            f"{'make room' if full else 'mend that'}, and the same command goes on from it"
         ) from error

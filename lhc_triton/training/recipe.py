@@ -66,14 +66,14 @@ class Plateau:
     """How a stage's accuracy goes, after some of its epochs.
 
     It follows from the epochs alone, so that a resumed run, and every process of a distributed one, agree on
-    it. An epoch gains where it may be chosen (as in metrics.best_epoch) and its validation accuracy is higher
-    than of all before. Waiting begins with the first such epoch: as long as the density is on its way to the
-    target, neither does the rate fall nor the stage end.
+    it. Warm-up epochs do not count. An epoch gains where its validation accuracy is higher than of all before.
+    The rate asks for no density, as in the paper. A stage ends only for want of a better epoch among those
+    that may be chosen (as in metrics.best_epoch): not while the density is on its way to the target.
 
     Attributes:
         drops: how often the plateau rule lowered the rate.
         waiting: epochs since the last gain or drop.
-        stalled: epochs since the last gain.
+        stalled: epochs since the last gain among those that may be chosen; 0 before the first of them.
     """
 
     drops: int = 0
@@ -83,16 +83,18 @@ class Plateau:
 
 def plateau(config: TrainConfig, stage: StageName, rows: Sequence[EpochMetrics]) -> Plateau:
     """Where the stage stands after its epochs among ``rows``."""
-    best: float | None = None
+    highest, best = -1.0, -1.0  # of all epochs, and of those that may be chosen
     drops = waiting = stalled = 0
     for row in rows:
-        if row.stage != stage:
+        if row.stage != stage or row.warming_up:
             continue
+        waiting = 0 if row.val_accuracy > highest else waiting + 1
+        highest = max(highest, row.val_accuracy)
         aimed = stage != "coarse" or reached(row.steered_density, config.target)
-        if aimed and not row.warming_up and (best is None or row.val_accuracy > best):
-            best, waiting, stalled = row.val_accuracy, 0, 0
-        elif best is not None:
-            waiting, stalled = waiting + 1, stalled + 1
+        if aimed and row.val_accuracy > best:
+            best, stalled = row.val_accuracy, 0
+        elif best >= 0:
+            stalled += 1
         if config.lr_schedule == "plateau" and waiting >= config.plateau_patience:
             drops, waiting = drops + 1, 0
     return Plateau(drops, waiting, stalled)

@@ -168,7 +168,7 @@ def train_epoch(
     trainee.model.train()
     # Wrapped anew in each epoch: the order of its sums changes after a first step, in a resumed run as well.
     parallel = world.parallel(trainee.model)
-    with _seeded(seed + world.rank, world.device):
+    with _seeded(seed + 7_919_117 * world.rank, world.device):
         for step in range(steps):
             rate = learning_rate(config, plan.stage, plan.epoch, step, steps, plan.drops)
             for group in trainee.optimiser.param_groups:
@@ -226,7 +226,7 @@ def _check_finite(loss: float, config: TrainConfig, plan: EpochPlan) -> None:
     if not math.isfinite(loss):
         raise ValueError(
             f"the loss became {loss} in {plan.stage} epoch {plan.epoch}; lower lr {config.lr}, "
-            "or use precision fp32"
+            "or use precision fp32, in another folder"
         )
 
 

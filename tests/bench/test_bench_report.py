@@ -5,6 +5,7 @@ import random
 import re
 import statistics
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fabricated_runs import fabricated_run
 from lhc_bench import peers
 from lhc_bench.report import make_report
 from lhc_bench.report_pictures import pareto
-from lhc_bench.report_rows import describe, experiments
+from lhc_bench.report_rows import describe, experiments, measure_run
 from lhc_bench.runs import read_run
 from lhc_triton.cli import main
 from lhc_triton.models import load_network
@@ -90,11 +91,11 @@ def test_a_damaged_file_is_named_with_what_is_wrong(run_folder, name, found, put
 def test_weights_that_are_no_network_are_named(run_folder):
     (run_folder / "lhc.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"lhc\.safetensors"):
-        describe(read_run(run_folder), 1, None, 1)
+        describe(read_run(run_folder), 1)
 
 
 def test_counts_are_those_of_the_weights_that_are_left(folders):
-    row = describe(read_run(folders[0]), 2, None, 1)
+    row = describe(read_run(folders[0]), 2)
     model = load_network(folders[0] / "lhc.safetensors").model
     sides = {"features.0": 28, "features.3": 28, "features.7": 14, "classifier": 1}
     weights = {name: model.get_submodule(name).weight for name in sides}
@@ -125,7 +126,7 @@ def test_seeds_are_averaged_and_settings_kept_apart(reported):
 
 
 def test_the_same_run_twice_is_refused(folders):
-    rows = [describe(read_run(folder), 1, None, 1) for folder in (folders[0], folders[0])]
+    rows = [describe(read_run(folder), 1) for folder in (folders[0], folders[0])]
     with pytest.raises(ValueError, match="same settings and seed"):
         experiments(rows)
 
@@ -179,7 +180,9 @@ def test_without_a_twin_there_is_no_dense_accuracy(tmp_path):
 def test_measured_is_the_whole_network_against_its_fastest_dense_form(tmp_path, monkeypatch, with_twin):
     monkeypatch.setattr(peers, "compiled_or_reason", lambda model, example: (None, "not in this test"))
     folder = fabricated_run(tmp_path / "run", with_twin=with_twin)
-    row = describe(read_run(folder), 2, "cpu", 3)
+    run = read_run(folder)
+    row = replace(describe(run, 2), measured=measure_run(run, 2, "cpu", 3))
+    assert row.measured.missing == (("dense, compiled did not run: not in this test",) if with_twin else ())
     assert row.measured.source == ("dense, eager" if with_twin else "same network, dense")
     assert (row.measured.device, row.measured.dtype, row.measured.batch) == ("cpu", "float32", 2)
     assert row.values["measured"] == row.measured.dense_us / row.measured.lhc_us > 0

@@ -17,6 +17,7 @@ from lhc_triton.training.distributed import fresh_store
 
 HEAD = """
 import dataclasses, os, signal, sys
+from pathlib import Path
 import torch
 from torch import nn
 torch.set_num_threads(1)
@@ -81,6 +82,11 @@ with joined("cpu") as world:
     assert world.mean(torch.tensor(float(world.rank))) == 0.5
     world.check_same("greeting", "hello")
     refused("rank 1 has another name than rank 0", world.check_same, "name", str(world.rank))
+    world.check_shared(Path(out))
+    elsewhere = Path(out, f"machine {world.rank}")
+    elsewhere.mkdir()
+    refused("rank 1 does not see", world.check_shared, elsewhere)
+    assert not list(elsewhere.iterdir())
     other = network()
     with torch.no_grad():
         other[1].running_mean += world.rank

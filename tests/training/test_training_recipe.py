@@ -98,12 +98,13 @@ def test_the_rate_drops_after_epochs_without_gain_and_the_stage_ends_after_more(
     assert plateau(config, "fine", rows) == Plateau()
 
 
-def test_waiting_begins_once_an_epoch_may_be_chosen():
+def test_the_rate_falls_at_any_density_but_a_stage_ends_only_once_an_epoch_may_be_chosen():
     config = TrainConfig(lr_schedule="plateau", plateau_patience=1, early_stop=2)
     rows = [row(0, 0.9, warming_up=True), row(1, 0.9, 0.5), row(2, 0.8, 0.3), row(3, 0.7, 0.2)]
-    assert plateau(config, "coarse", rows) == Plateau()
+    assert plateau(config, "coarse", rows[:2]) == Plateau()
+    assert plateau(config, "coarse", rows) == Plateau(drops=2, waiting=0, stalled=0)
     rows += [row(4, 0.6, 0.1), row(5, 0.9, 0.2), row(6, 0.5, 0.1)]
-    assert plateau(config, "coarse", rows) == Plateau(drops=2, waiting=0, stalled=2)
+    assert plateau(config, "coarse", rows) == Plateau(drops=5, waiting=0, stalled=2)
     assert plateau(dataclasses.replace(config, topology="cross"), "coarse", rows[:4]).stalled == 2
     macs = [row(epoch, 0.9, 0.5, steered_density=0.1) for epoch in range(3)]
     assert plateau(config, "coarse", macs).stalled == 2

@@ -211,6 +211,17 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(copy, changes):
     assert (copy / "last.safetensors").read_bytes() == before
 
 
+def test_a_run_goes_on_in_the_precision_it_began_in(copy):
+    with pytest.raises(ValueError, match="was trained in fp32, now precision is bf16; choose another folder"):
+        train(dataclasses.replace(CONFIG, precision="bf16"), copy, progress=False, data=tiny_data())
+    automatic = dataclasses.replace(CONFIG, precision="auto")
+    assert train(automatic, copy, progress=False, data=tiny_data()).precision == "fp32"
+
+
+def test_a_run_that_a_bad_file_stopped_goes_on_without_it(copy):
+    train(dataclasses.replace(CONFIG, on_bad_file="skip"), copy, progress=False, data=tiny_data())
+
+
 def test_a_checkpoint_of_other_images_is_refused(copy):
     data = tiny_data()
     other = ImageSet(data.train.images.flip(3), data.train.labels, data.format)

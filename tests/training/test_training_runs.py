@@ -118,6 +118,10 @@ def test_a_dense_network_can_be_taken_from_another_run_or_left_out(whole, tmp_pa
         dataclasses.replace(CONFIG, dense_twin="none"), tmp_path / "alone", progress=False, data=tiny_data()
     )
     assert (alone.dense_accuracy, alone.dense_epoch) == (None, None)
+    for without in ("taken", "alone"):
+        again = dataclasses.replace(CONFIG, dense_twin=str(tmp_path / without))
+        with pytest.raises(ValueError, match="has no dense network of its own"):
+            train(again, tmp_path / "new", progress=False, data=tiny_data())
     assert alone.lhc_accuracy == result.lhc_accuracy
     assert not (tmp_path / "alone" / "dense.safetensors").exists()
 
@@ -226,6 +230,6 @@ def test_without_a_target_there_is_no_penalty(tmp_path):
     rows: list[EpochMetrics] = []
     config = dataclasses.replace(CONFIG, density=None, shapes="rigid", augmentation="none", precision="bf16")
     result = train(config, tmp_path, progress=False, data=tiny_data(), on_epoch=rows.append)
-    assert {row.penalty for row in rows} == {0.0}
+    assert {(row.penalty, row.ramp) for row in rows} == {(0.0, 0.0)}
     assert result.density_reached
     assert result.precision == "bf16"

@@ -78,7 +78,11 @@ def test_none_is_nothing_only_where_a_setting_may_be_nothing():
         ("network = [1]", "network \\[1\\] is not one of small-vgg, vgg16"),
         ('widths = "8, 8"', "widths '8, 8' is not a list"),
         ("device = 1", "device 1 is not text"),
-        ("density = 2", "density=2.0"),
+        ("density = 2", "density 2 is outside \\[0, 1\\]"),
+        ("density = nan", "density nan is outside"),
+        ('density = "None"', "density 'None' is not a number or none"),
+        (f"seed = {2**63}", "seed 9223372036854775808 is outside"),
+        ('dense_twin = ""', "dense_twin is empty; give text"),
         ("tensorboard = 1", "tensorboard 1 is not true or false"),
     ],
 )
@@ -100,6 +104,18 @@ def test_files_that_are_no_config_are_refused(tmp_path):
     path.write_bytes(b"#" * ((1 << 20) + 1))
     with pytest.raises(ValueError, match=r"run\.toml: 1048577 bytes"):
         read_config(path)
+
+
+def test_numbers_may_begin_with_their_point():
+    assert TrainConfig().changed({"lr": ".1", "density": ".25"}) == TrainConfig(lr=0.1, density=0.25)
+
+
+@pytest.mark.parametrize("change", [{"pattern_weight": 1.0}, {"penalty": "macs"}])
+@pytest.mark.parametrize("without", [{"density": None}, {"topology": "cross"}])
+def test_what_shapes_the_penalty_needs_a_target(change, without):
+    TrainConfig(**change)
+    with pytest.raises(ValueError, match=f"{[*change][0]} .* needs a learned topology with a density target"):
+        TrainConfig(**change, **without)
 
 
 def test_settings_given_as_text_change_a_config():

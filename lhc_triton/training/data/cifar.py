@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -21,7 +20,8 @@ from lhc_triton.training.data.source import Data, ImageFormat
 
 SIDE = 32
 _PIXELS = 3 * SIDE * SIDE
-_MAX_BYTES = 1 << 28  # of a file, and of all that an archive holds: the originals hold up to 186 MB
+_MAX_FILE_BYTES = 1 << 28
+_MAX_ARCHIVE_BYTES = 1 << 29
 _Part = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
 
 
@@ -153,25 +153,32 @@ def _unpacked(folder: Path, layout: Layout) -> dict[str, bytes]:
         path = folder / name
         if not path.is_file():
             raise FileNotFoundError(f"no file {name} in {folder}")
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"{path}: {path.stat().st_size} bytes; up to {_MAX_BYTES} are supported")
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise ValueError(f"{path}: {path.stat().st_size} bytes; up to {_MAX_FILE_BYTES} are supported")
         content[name] = path.read_bytes()
     return content
 
 
-class _Bounded(io.RawIOBase):
-    """Reads a stream up to _MAX_BYTES: tarfile takes headers of any size whole."""
+class _TooLarge(ValueError):
+    """An archive unpacks to more than is supported."""
+
+
+class _Limited:
+    """A stream that ends in an error where it gives more than an archive of CIFAR holds.
+
+    ``tarfile`` reads headers whole, however long they say they are.
+    """
 
     def __init__(self, stream: gzip.GzipFile) -> None:
-        super().__init__()
         self._stream = stream
-        self._left = _MAX_BYTES
+        self._left = _MAX_ARCHIVE_BYTES
 
-    def read(self, size: int = -1, /) -> bytes:
-        data = self._stream.read(size)
+    def read(self, size: int) -> bytes:
+        """Return up to ``size`` bytes more."""
+        data = self._stream.read(min(size, self._left + 1))
         self._left -= len(data)
         if self._left < 0:
-            raise ValueError(f"unpacked more than {_MAX_BYTES} bytes; up to that are supported")
+            raise _TooLarge(f"unpacks to more than the {_MAX_ARCHIVE_BYTES} bytes that are supported")
         return data
 
 
@@ -179,21 +186,25 @@ def _packed(archive: Path, layout: Layout) -> dict[str, bytes]:
     """Read the files of an archive into memory; none is written, whatever its name."""
     content = {}
     try:
-        with gzip.open(archive) as unzipped:
-            stream = _Bounded(unzipped)
-            with tarfile.open(fileobj=stream, mode="r|") as tar:
-                for member in tar:
-                    folder, _, name = member.name.removeprefix("./").partition("/")
-                    if folder == layout.folder and name in layout.files and member.isreg():
-                        file = tar.extractfile(member)
-                        content[name] = file.read() if file is not None else b""
+        with gzip.open(archive) as raw, tarfile.open(fileobj=_Limited(raw), mode="r|") as tar:  # type: ignore
+            for member in tar:
+                folder, _, name = member.name.removeprefix("./").partition("/")
+                if folder != layout.folder or name not in layout.files or not member.isreg():
+                    continue
+                if member.size > _MAX_FILE_BYTES:
+                    raise ValueError(
+                        f"{archive}:{name}: {member.size} bytes; up to {_MAX_FILE_BYTES} are supported"
+                    )
+                stream = tar.extractfile(member)
+                content[name] = stream.read() if stream is not None else b""
             # Its checksum comes last, past what tarfile reads.
-            while stream.read(1 << 20):
+            rest = _Limited(raw)
+            while rest.read(1 << 20):
                 pass
+    except _TooLarge as error:
+        raise ValueError(f"{archive}: {error}") from error
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{archive}: not an intact .tar.gz ({error}); fetch it again") from error
-    except ValueError as error:
-        raise ValueError(f"{archive}: {error}") from error
     for name in layout.files:
         if name not in content:
             raise FileNotFoundError(f"no file {layout.folder}/{name} in {archive}")

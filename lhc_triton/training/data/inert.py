@@ -10,9 +10,9 @@ from typing import Any
 _NAMES = ("numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype")
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _VALUES = {"BININT", "BININT1", "BININT2", "BINSTRING", "SHORT_BINSTRING"}
-_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-# Each may make an object. The largest file, CIFAR-100's training images, has some 200,000.
+# The largest file of CIFAR has a fifth of them; each may take some hundred bytes here.
 _MAX_OPCODES = 1 << 20
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 @dataclass(eq=False)
@@ -31,7 +31,7 @@ class Inert:
 
 
 def read_inert(data: bytes) -> Any:
-    """Read a pickle of dicts with string keys, lists, tuples, numbers, byte strings and numpy arrays.
+    """Read a pickle of dicts, lists, tuples, numbers, byte strings and numpy arrays.
 
     The opcodes are taken apart by ``pickletools`` and interpreted here. Every call that the pickle asks
     for becomes an Inert.
@@ -43,15 +43,15 @@ def read_inert(data: bytes) -> Any:
         What it holds; byte strings as str in Latin-1, one character for each byte.
 
     Raises:
-        ValueError: it is cut short, damaged or too long, or uses anything else.
+        ValueError: it is cut short or damaged, or uses anything else.
     """
     machine = _Machine()
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if opcode.name == "STOP":
-                return machine.pop()
             if count == _MAX_OPCODES:
                 raise ValueError(f"it has more than {_MAX_OPCODES} opcodes")
+            if opcode.name == "STOP":
+                return machine.pop()
             machine.step(opcode.name, argument)
     # Where the parser finds nothing wrong, a damaged pickle still takes what is not there off stack or memo.
     except (IndexError, KeyError, TypeError, ValueError) as error:
@@ -112,11 +112,9 @@ class _Machine:
         if name == "APPENDS" and isinstance(target, list):
             target.extend(items)
         elif name == "SETITEMS" and isinstance(target, dict):
-            keys = items[::2]
-            # To hash or compare tuples in tuples can take for ever, or more of the stack than there is.
-            if not all(isinstance(key, str) for key in keys):
-                raise ValueError("a key is no string")
-            target.update(zip(keys, items[1::2], strict=True))
+            if not all(isinstance(key, str) for key in items[::2]):
+                raise ValueError("it has a key that is no text")  # a nested tuple may take for ever to hash
+            target.update(zip(items[::2], items[1::2], strict=True))
         else:
             raise ValueError(f"{name} of a {type(target).__name__}")
 

@@ -44,7 +44,9 @@ def open_data(
     if name == "fashion-mnist":
         return open_fashion(folder, image_size)
     if folder is None:
-        raise ValueError(f"{name} needs a folder: only fashion-mnist comes with the package")
+        raise ValueError(
+            f"{name} needs a folder: only fashion-mnist comes with the package; give --data FOLDER"
+        )
     match name:
         case "imagenet" | "folder":
             return open_folder(name, folder, image_size, on_bad_file)

@@ -99,7 +99,7 @@ class TrainResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
-        return asdict(self)
+        return {**asdict(self), "bad_files": [asdict(file) for file in self.bad_files]}
 
 
 @dataclass(frozen=True)

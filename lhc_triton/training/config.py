@@ -96,6 +96,9 @@ class TrainConfig:
             "hetconv, stripe, 1xn, asymmetric, cross, dilated_cross"
         ),
     ] = "learned"
+    parts: Annotated[
+        int, Setting("of a topology made by hand: how many groups, or 1 in how many it keeps", 1)
+    ] = 4
     pointwise_layers: Annotated[bool, Setting("whether 1x1 convolutions learn a topology too")] = True
     density: Annotated[
         float | None, Setting("share of the weights to keep; none: accuracy alone decides", 0, 1)

@@ -25,6 +25,7 @@ _MACHINE = ("data_folder", "on_bad_file", "device", "precision", "workers", "ten
 # Settings that the dense network knows nothing of.
 TOPOLOGY_ONLY = (
     "topology",
+    "parts",
     "pointwise_layers",
     "density",
     "in_block",

@@ -95,6 +95,6 @@ def apply_topology(model: ModelT, config: TrainConfig) -> ModelT:
         return config.pointwise_layers or conv.kernel_size != (1, 1)
 
     if config.topology != "learned":
-        return impose(model, config.topology, filter_fn=takes_part)
+        return impose(model, config.topology, parts=config.parts, filter_fn=takes_part)
     blocks = blocks_by_width(config.lhc) if config.block_rule == "width" else config.lhc
     return convert(model, blocks, takes_part)

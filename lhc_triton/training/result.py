@@ -22,6 +22,7 @@ from lhc_triton.training.stage import accuracy
 
 TOPOLOGY_SETTINGS = (
     "topology",
+    "parts",
     "density",
     "in_block",
     "out_block",
@@ -98,7 +99,7 @@ class TrainResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
-        return asdict(self)
+        return {**asdict(self), "bad_files": [asdict(file) for file in self.bad_files]}
 
 
 @dataclass(frozen=True)

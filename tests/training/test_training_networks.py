@@ -129,6 +129,13 @@ def test_a_handcrafted_topology_is_the_published_one_and_frozen(topology):
         assert torch.equal(layer.masked_weight(), expected[name].masked_weight())
 
 
+@pytest.mark.parametrize("parts", [2, 8])
+def test_parts_say_how_much_a_handcrafted_topology_keeps(parts):
+    config = TrainConfig(widths=(16, 16, 16), topology="groupwise", parts=parts)
+    found = lhc_layers(apply_topology(build_network(config, images()), config))
+    assert {layer.density for layer in found.values()} == {1 / parts}
+
+
 def test_the_same_seed_gives_the_twins_the_same_weights():
     config = TrainConfig(widths=(8, 16))
     torch.manual_seed(3)

@@ -108,7 +108,7 @@ def test_training_learns_to_tell_the_classes_apart(tmp_path):
 
 def test_a_dense_network_can_be_taken_from_another_run_or_left_out(whole, tmp_path):
     folder, result, _ = whole
-    taken = dataclasses.replace(CONFIG, density=0.5, dense_twin=str(folder))
+    taken = dataclasses.replace(CONFIG, density=0.5, parts=8, dense_twin=str(folder))
     other = train(taken, tmp_path / "taken", progress=False, data=tiny_data())
     assert other.dense_accuracy == result.dense_accuracy
     assert (other.dense_epoch, other.epochs["dense"]) == (result.dense_epoch, 0)

@@ -213,6 +213,7 @@ def test_the_command_of_a_run_names_no_place():
         ({"shapes": "round"}, ValueError, "shapes"),
         ({"precision": "fp16"}, ValueError, "precision 'fp16'"),
         ({"network": "vgg11"}, ValueError, "network 'vgg11'"),
+        ({"parts": 0}, ValueError, "parts 0"),
         ({"topology": "butterfly"}, ValueError, "topology 'butterfly'"),
         ({"network": "vgg16", "widths": (8, 8)}, ValueError, "vgg16 has its own"),
         ({"width": 0}, ValueError, "width 0"),

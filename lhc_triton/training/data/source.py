@@ -101,7 +101,8 @@ class Source(Protocol):
         Args:
             steps: for each batch its images: indices, int64 [n].
             augmentation: "none"; "paper", a shift by up to 12.5 % and a flip; "standard", what the data set
-                is commonly trained with.
+                is commonly trained with. Under each the mean is subtracted from the pixels, as in the paper,
+                and they are divided by the standard deviation, which is ours.
             epoch_seed: from 0 to 2**64 - 1; another one for each epoch.
             device: where the batches go.
             workers: threads that prepare batches ahead, where preparing them takes time; 0 for none.

@@ -66,9 +66,9 @@ class Plateau:
     """How a stage's accuracy goes, after some of its epochs.
 
     It follows from the epochs alone, so that a resumed run, and every process of a distributed one, agree on
-    it. Warm-up epochs do not count. An epoch gains where its validation accuracy is higher than of all before.
-    The rate asks for no density, as in the paper. A stage ends only for want of a better epoch among those
-    that may be chosen (as in metrics.best_epoch): not while the density is on its way to the target.
+    it. Warm-up epochs do not count. An epoch gains where its validation accuracy is higher than of all
+    before. The rate asks for no density, as in the paper. A stage ends only for want of a better epoch among
+    those that may be chosen (as in metrics.best_epoch): not while the density is on its way to the target.
 
     Attributes:
         drops: how often the plateau rule lowered the rate.

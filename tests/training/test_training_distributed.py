@@ -97,6 +97,7 @@ def run(name, **changes):
     train(dataclasses.replace(CONFIG, **changes), out + "/" + name, progress=False, data=tiny_data())
 
 run("whole")
+run("rich", accumulate=2, ema=0.9, dense_twin="none")
 run("unsynchronised", sync_batchnorm=False)
 refused("rank 1 has another run than rank 0", run, "seeds", seed=world.rank)
 refused("no image for some of 2 processes", run, "parts", accumulate=20)
@@ -155,6 +156,13 @@ def test_two_processes_train_as_one_does_at_the_same_global_batch(alone, togethe
     # Density, MACs, patterns, correlation: the topology is the same.
     assert (alone / "layers.csv").read_text() == (together / "whole" / "layers.csv").read_text()
     assert not list((together / "seeds").glob("*.safetensors"))
+
+
+def test_parts_and_averages_are_those_of_one_process_too(together, tmp_path):
+    config = dataclasses.replace(CONFIG, accumulate=2, ema=0.9, dense_twin="none")
+    train(config, tmp_path, progress=False, data=tiny_data())
+    assert largest_difference(tmp_path, together / "rich") < 1e-3
+    assert (tmp_path / "layers.csv").read_text() == (together / "rich" / "layers.csv").read_text()
 
 
 def test_without_synchronised_statistics_two_processes_train_differently(alone, together):

@@ -20,6 +20,7 @@ def test_the_learning_rate_falls_by_half_a_cosine_and_starts_at_half():
     assert learning_rate(config, "coarse", 0, 0, 10) == pytest.approx(0.1)
     assert learning_rate(config, "coarse", 2, 0, 10) == pytest.approx(0.2 * 0.55)
     assert learning_rate(config, "coarse", 4, 0, 10) == pytest.approx(0.02)
+    assert learning_rate(config, "dense", 0, 0, 10) == pytest.approx(0.1)
     assert learning_rate(config, "dense", 3, 0, 10) == pytest.approx(0.1)
     assert learning_rate(config, "dense", 6, 0, 10) == pytest.approx(0)
     assert learning_rate(config, "fine", 0, 0, 10) == pytest.approx(0.05)

@@ -211,15 +211,20 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(copy, changes):
     assert (copy / "last.safetensors").read_bytes() == before
 
 
-def test_a_run_goes_on_in_the_precision_it_began_in(copy):
+def test_a_run_goes_on_in_the_precision_it_began_in(whole, copy):
     with pytest.raises(ValueError, match="was trained in fp32, now precision is bf16; choose another folder"):
         train(dataclasses.replace(CONFIG, precision="bf16"), copy, progress=False, data=tiny_data())
     automatic = dataclasses.replace(CONFIG, precision="auto")
-    assert train(automatic, copy, progress=False, data=tiny_data()).precision == "fp32"
+    assert train(automatic, whole[0], progress=False, data=tiny_data()).precision == "fp32"
 
 
-def test_a_run_that_a_bad_file_stopped_goes_on_without_it(copy):
-    train(dataclasses.replace(CONFIG, on_bad_file="skip"), copy, progress=False, data=tiny_data())
+def test_a_run_that_a_bad_file_stopped_goes_on_without_it(tmp_path):
+    with pytest.raises(StopError):
+        train(CONFIG, tmp_path, progress=False, data=tiny_data(), on_epoch=stop_after(9))
+    rows: list[EpochMetrics] = []
+    skipping = dataclasses.replace(CONFIG, on_bad_file="skip")
+    train(skipping, tmp_path, progress=False, data=tiny_data(), on_epoch=rows.append)
+    assert len(rows) == 1
 
 
 def test_a_checkpoint_of_other_images_is_refused(copy):

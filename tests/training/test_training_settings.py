@@ -114,7 +114,8 @@ def test_numbers_may_begin_with_their_point():
 @pytest.mark.parametrize("without", [{"density": None}, {"topology": "cross"}])
 def test_what_shapes_the_penalty_needs_a_target(change, without):
     TrainConfig(**change)
-    with pytest.raises(ValueError, match=f"{[*change][0]} .* needs a learned topology with a density target"):
+    name = next(iter(change))
+    with pytest.raises(ValueError, match=f"{name} .* needs a learned topology with a density target"):
         TrainConfig(**change, **without)
 
 

@@ -74,6 +74,7 @@ def test_names_of_folders_are_plain_and_distinct(spec):
     ("text", "message"),
     [
         ("[base", "spec.toml"),
+        (f"a = {'[' * 5000}", "nested too deeply"),
         ("[bases]\nlr = 1", "'bases' is not one of seeds, base, grid"),
         ("base = 3", "base is no table"),
         ("[grid]\nlr = [0.1]", "grid is no list of tables"),

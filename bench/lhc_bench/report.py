@@ -14,13 +14,14 @@ from . import picture
 from .files import made_folder, write_beside
 from .report_html import Picture, Section, page
 from .report_pictures import SPEEDS, accuracy_figure, layers_figure, shapes_figure, training_figure
-from .report_rows import Experiment, describe, experiments
+from .report_rows import Experiment, describe, experiments, with_measured
 from .rows import environment
 from .runs import read_run
 from .topology_picture import draw_topology
 
 Progress = Callable[[str], None]
 PAGE_OF_LAYERS = 16
+MAX_BATCH = 4096  # counting runs each network once on so many images
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,14 @@ def make_report(
         progress: called with the name of each step as it begins.
 
     Raises:
-        ValueError: no run, or the same one twice; a damaged file in a run; a batch or a number of rounds
-            below 1; a device that is not there.
+        ValueError: no run, or the same one twice; a damaged file in a run; a batch outside [1, 4096];
+            a number of rounds below 1; a device that is not there.
         OSError: a file of a run is missing; the folder cannot be written.
     """
-    for name, value in (("batch", batch), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if not 1 <= batch <= MAX_BATCH:
+        raise ValueError(f"batch is {batch}; it must be from 1 to {MAX_BATCH}")
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}; it must be at least 1")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device {device!r} is not one of cpu, cuda")
     if measure and device == "cuda" and not torch.cuda.is_available():
@@ -92,12 +94,16 @@ def make_report(
     runs = [read_run(folder) for folder in folders]
     rows = []
     for run in runs:
-        progress(f"{'measure' if measure else 'count'} {run.name}")
-        rows.append(describe(run, batch, device if measure else None, rounds))
-    report = Report(
-        experiments(rows), environment(device if measure else "cpu"), batch, rounds if measure else 0
-    )
+        progress(f"count {run.name}")
+        rows.append(describe(run, batch))
+    found = experiments(rows)
     out = made_folder(out_dir)
+    if measure:
+        for number, row in enumerate(rows):
+            progress(f"measure {row.run.name}")
+            rows[number] = with_measured(row, batch, device, rounds)
+        found = experiments(rows)
+    report = Report(found, environment(device if measure else "cpu"), batch, rounds if measure else 0)
     progress("draw the pictures")
     sections = [_overview(report, out)]
     sections += [_section(number, found, out) for number, found in enumerate(report.experiments, start=1)]

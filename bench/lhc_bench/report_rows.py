@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import lhc_triton as lhc
+from lhc_triton.conversion import lhc_layers
+from lhc_triton.models.architecture import Architecture
 from lhc_triton.models.pretrained import load_network
 from lhc_triton.planning import plan_topologies
 from lhc_triton.planning.cost import CostModel
@@ -22,7 +24,7 @@ from lhc_triton.runtime.timing import time_paired
 from lhc_triton.topology import shape_counts
 from lhc_triton.training.networks import network_name
 
-from .peers import network_peers
+from .peers import network_peers, reset_compiler
 from .runs import Run
 from .topology_picture import SHAPES_SHOWN
 
@@ -40,6 +42,7 @@ class Timed:
         batch: images of a call.
         dense_us, lhc_us: microseconds of a call.
         source: the cost model's, or the dense peer that was the fastest.
+        skipped: the reason for each dense peer that did not run.
     """
 
     device: str
@@ -48,6 +51,7 @@ class Timed:
     dense_us: float
     lhc_us: float
     source: str
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def speedup(self) -> float:
@@ -64,6 +68,7 @@ class RunRow:
         weights, live_weights, macs, live_macs: of the whole network for one image, dense layers included.
         density, mac_density: live share of the converted convolutions' weights and MACs.
         patterns, groups: distinct patterns, summed over the converted layers, and their filter groups.
+        training_images: how many, where the weights' notes say it.
         predicted: the cost model's time of the converted convolutions, by device kind.
         measured: time of the whole network against its best dense peer; None if not measured.
         topologies: of the converted layers.
@@ -78,6 +83,7 @@ class RunRow:
     mac_density: float
     patterns: int
     groups: int
+    training_images: int | None
     predicted: Mapping[str, Timed]
     measured: Timed | None
     topologies: tuple[LayerTopology, ...]
@@ -113,6 +119,7 @@ class RunRow:
             "macs": self.macs,
             "live_macs": self.live_macs,
             "groups": self.groups,
+            "training_images": self.training_images,
             "predicted": {device: asdict(timed) for device, timed in self.predicted.items()},
             "measured_us": None if self.measured is None else asdict(self.measured),
             "notes": list(self.run.notes),
@@ -226,49 +233,67 @@ def _shown(value: object) -> str:
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-def describe(run: Run, batch: int, measure_on: str | None, rounds: int) -> RunRow:
-    """Load a run's network, count it, price it and, where asked for, time it.
+def describe(run: Run, batch: int) -> RunRow:
+    """Load a run's networks, count the one of learned topology and price it; nothing is timed.
 
     Args:
         run: what was read.
-        batch: images of a call that is predicted or timed.
-        measure_on: "cpu" or "cuda", or None to measure nothing.
-        rounds: interleaved rounds of a timing.
+        batch: images of a call that is predicted, and of one that may be timed.
 
     Raises:
-        ValueError: the weights do not fit, or no layer of the network is converted.
+        ValueError: weights do not fit, no layer of the network is converted, or its dense twin is another
+            network.
     """
     saved = load_network(run.lhc_file)
     model, sizes = saved.model, saved.architecture
-    size = (sizes.in_channels, sizes.image_size, sizes.image_size)
-    counts = lhc.summary(model, size)
-    images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
-    reading = read_model(model, images)
+    converted = lhc_layers(model)
+    if not converted:
+        raise ValueError(f"{run.lhc_file}: no layer of the network is converted; these are dense weights")
+    if run.dense_file is not None and load_network(run.dense_file).architecture != sizes:
+        raise ValueError(f"{run.dense_file}: holds another network than {run.lhc_file.name} beside it")
+    counts = lhc.summary(model, (sizes.in_channels, sizes.image_size, sizes.image_size))
+    reading = read_model(model, _images(sizes, batch))
+    # Structured zeros of a dense layer make it no learned one.
+    topologies = tuple(topology for topology in reading.topologies if topology.name in converted)
     predicted = {}
     for device, dtype in DTYPES.items():
         cost = CostModel.for_device(device)
-        totals = plan_topologies(reading.topologies, cost, dtype=dtype).totals
+        totals = plan_topologies(topologies, cost, dtype=dtype).totals
         assert totals.planned_us is not None
         predicted[device] = Timed(device, dtype, batch, totals.dense_us, totals.planned_us, cost.source)
-    measured = None
-    if measure_on is not None:
-        dense = load_network(run.dense_file).model if run.dense_file else None
-        measured = measure(model, dense, images, measure_on, rounds)
-    converted = counts.converted
     return RunRow(
         run,
         weights=counts.total.weights,
         live_weights=counts.total.live_weights,
         macs=counts.total.macs,
         live_macs=counts.total.live_macs,
-        density=converted.density,
-        mac_density=converted.live_macs / converted.macs,
-        patterns=converted.patterns,
-        groups=sum(topology.groups for topology in reading.topologies),
+        density=counts.converted.density,
+        mac_density=counts.converted.live_macs / counts.converted.macs,
+        patterns=counts.converted.patterns,
+        groups=sum(topology.groups for topology in topologies),
+        training_images=_count(saved.training.get("training_images")),
         predicted=predicted,
-        measured=measured,
-        topologies=reading.topologies,
+        measured=None,
+        topologies=topologies,
     )
+
+
+def with_measured(row: RunRow, batch: int, device: str, rounds: int) -> RunRow:
+    """The row with the time of its network against its dense twin, see `measure`."""
+    saved = load_network(row.run.lhc_file)
+    dense = load_network(row.run.dense_file).model if row.run.dense_file else None
+    timed = measure(saved.model, dense, _images(saved.architecture, batch), device, rounds)
+    return replace(row, measured=timed)
+
+
+def _count(noted: object) -> int | None:
+    """A note on how many there were, where it is a number."""
+    return noted if isinstance(noted, int) and not isinstance(noted, bool) else None
+
+
+def _images(sizes: Architecture, batch: int) -> Tensor:
+    shape = (batch, sizes.in_channels, sizes.image_size, sizes.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def measure(model: nn.Module, dense: nn.Module | None, images: Tensor, device: str, rounds: int) -> Timed:
@@ -284,13 +309,16 @@ def measure(model: nn.Module, dense: nn.Module | None, images: Tensor, device: s
     dtype = getattr(torch, DTYPES[device])
     x, model = images.to(device, dtype), model.to(device, dtype)
     fast = lhc.accelerate(model, x, tune="cached")
+    skipped: dict[str, str] = {}
     if dense is None:
         peers: dict[str, nn.Module] = {
             "same network, dense": lhc.accelerate(model, x, backend="dense", tune="off")
         }
     else:
-        peers = network_peers(dense.to(device, dtype), x)[0]
+        # Else dynamo refuses to compile the same class again after a few runs.
+        reset_compiler()
+        peers, skipped = network_peers(dense.to(device, dtype), x)
     calls = {name: lambda network=network: network(x) for name, network in {**peers, "lhc": fast}.items()}
     times = {name: t.median_us for name, t in time_paired(calls, rounds=rounds, device=device).items()}
     best = min(peers, key=lambda name: times[name])
-    return Timed(device, DTYPES[device], len(x), times[best], times["lhc"], best)
+    return Timed(device, DTYPES[device], len(x), times[best], times["lhc"], best, skipped)

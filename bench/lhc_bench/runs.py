@@ -13,7 +13,8 @@ from typing import Any
 from lhc_triton.training import TrainConfig, read_config
 
 MAX_TEXT_BYTES = 256 << 20
-NOT_A_SETTING = ("seed", "device", "data_folder", "workers", "dense_twin", "tensorboard", "on_bad_file")
+MAX_NUMBER = 1e15
+NOT_A_SETTING = ("seed", "device", "workers", "dense_twin", "tensorboard", "on_bad_file")
 """Fields of a TrainConfig that do not make two runs different experiments."""
 
 METRICS = {
@@ -132,22 +133,25 @@ def _result(path: Path) -> dict[str, Any]:
     }
 
 
-def _number(path: Path, name: str, value: object, most: float = math.inf) -> float:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or not 0 <= value <= most:  # type: ignore[operator]
-        bounds = "a finite number >= 0" if math.isinf(most) else f"a number from 0 to {most:g}"
-        raise ValueError(f"{path}: {name} is {value!r}, expected {bounds}")
-    return float(value)  # type: ignore[arg-type]
+def _number(path: Path, name: str, value: object, most: float = MAX_NUMBER) -> float:
+    # Compared before it is converted: JSON's whole numbers may be larger than any float.
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ValueError(f"{path}: {name} is {repr(value)[:40]}, expected a number from 0 to {most:g}")
+    return float(value)
 
 
 def _table(path: Path, columns: Mapping[str, type]) -> tuple[Mapping[str, Any], ...]:
     """The rows of a CSV file, its columns of these names converted; others are left out."""
     reader = csv.DictReader(_text(path).splitlines())
-    missing = [name for name in columns if name not in (reader.fieldnames or ())]
+    try:
+        names, lines = reader.fieldnames or (), list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{path}: not CSV ({error})") from error
+    missing = [name for name in columns if name not in names]
     if missing:
         raise ValueError(f"{path}: has no column {missing[0]!r}")
     rows = []
-    for number, line in enumerate(reader, start=2):
+    for number, line in enumerate(lines, start=2):
         try:
             rows.append({name: _cell(name, line[name], kind) for name, kind in columns.items()})
         except ValueError as error:
@@ -160,7 +164,10 @@ def _table(path: Path, columns: Mapping[str, type]) -> tuple[Mapping[str, Any], 
 def _cell(name: str, text: str | None, kind: type) -> Any:
     try:
         value = kind(text)
-        fits = kind is not float or (math.isfinite(value) and (name not in SHARES or 0 <= value <= 1))
+        if kind is int:
+            fits = 0 <= value <= MAX_NUMBER
+        else:
+            fits = kind is str or (math.isfinite(value) and (name not in SHARES or 0 <= value <= 1))
     except (TypeError, ValueError):
         fits = False
     if not fits:

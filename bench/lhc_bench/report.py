@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from .topology_picture import draw_topology
 
 Progress = Callable[[str], None]
 PAGE_OF_LAYERS = 16
+OWN_PICTURE = re.compile(
+    r"\d\d+_(training|layers|shapes|topology(_\d+)?)\.png|accuracy_(density|speedup).*\.png"
+)
 MAX_BATCH = 4096  # counting runs each network once on so many images
 
 
@@ -107,9 +112,17 @@ def make_report(
     progress("draw the pictures")
     sections = [_overview(report, out)]
     sections += [_section(number, found, out) for number, found in enumerate(report.experiments, start=1)]
+    _remove_stale(out, {picture.path for section in sections for picture in section.pictures})
     write_beside(out / "report.json", json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
     write_beside(out / "report.html", page(report.experiments, report.env, batch, report.rounds, sections))
     return report
+
+
+def _remove_stale(out: Path, written: AbstractSet[Path]) -> None:
+    """Remove the pictures of an earlier report on more experiments, or on larger ones."""
+    for path in out.glob("*.png"):
+        if path not in written and OWN_PICTURE.fullmatch(path.name):
+            path.unlink()
 
 
 def _overview(report: Report, out: Path) -> Section:
@@ -138,7 +151,7 @@ def _section(number: int, experiment: Experiment, out: Path) -> Section:
     total = len(first.topologies)
     for start in range(0, total, PAGE_OF_LAYERS):
         layers = first.topologies[start : start + PAGE_OF_LAYERS]
-        title = f"Topology, seed {first.run.config.seed}"
+        title = f"Topology: {experiment.label}, seed {first.run.config.seed}"
         name = "topology"
         if total > PAGE_OF_LAYERS:
             title += f", layers {start + 1} to {start + len(layers)} of {total}"

@@ -22,6 +22,7 @@ from lhc_triton.planning.extract import read_model
 from lhc_triton.planning.schema import LayerTopology
 from lhc_triton.runtime.timing import time_paired
 from lhc_triton.topology import shape_counts
+from lhc_triton.training.identity import TOPOLOGY_ONLY
 from lhc_triton.training.networks import network_name
 
 from .peers import network_peers, reset_compiler
@@ -212,19 +213,51 @@ def experiments(rows: Sequence[RunRow]) -> tuple[Experiment, ...]:
 def labels(runs: Sequence[Run]) -> list[str]:
     """Name runs by the settings in which they differ; equal names mean equal settings.
 
-    A setting's most common value is left out, unless the runs have three or more values of it or that would
-    leave nothing to say.
+    A value that more than half of the runs have is left out, unless nothing would be left to say.
     """
     settings = [run.setting for run in runs]
+    return [text or network_name(run.config) for text, run in zip(_differences(settings), runs, strict=True)]
+
+
+def _differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name settings as `labels` does; empty names where all are equal."""
     counts = {name: Counter(_shown(setting[name]) for setting in settings) for name in settings[0]}
     changed = [name for name, found in counts.items() if len(found) > 1]
-    usual = {name: counts[name].most_common(1)[0][0] for name in changed if len(counts[name]) == 2}
+    usual = {}
+    for name in changed:
+        value, times = counts[name].most_common(1)[0]
+        if 2 * times > len(settings):
+            usual[name] = value
     named = []
-    for run, setting in zip(runs, settings, strict=True):
+    for setting in settings:
         shown = [name for name in changed if _shown(setting[name]) != usual.get(name)]
-        text = ", ".join(f"{name} {_shown(setting[name])}" for name in shown or changed)
-        named.append(text or network_name(run.config))
+        named.append(", ".join(f"{name} {_shown(setting[name])}" for name in shown or changed))
     return named
+
+
+def dense_twins(found: Sequence[Experiment]) -> dict[str, float]:
+    """Mean test accuracies of the dense twins, by the settings in which these differ.
+
+    Args:
+        found: experiments; those that differ in their topologies alone share a twin per seed.
+
+    Returns:
+        Shares by name: "dense twin" where there is one setting of them.
+    """
+    twins = [experiment for experiment in found if experiment.values("dense_accuracy")]
+    if not twins:
+        return {}
+    settings = [
+        {name: value for name, value in experiment.first.run.setting.items() if name not in TOPOLOGY_ONLY}
+        for experiment in twins
+    ]
+    accuracies: dict[str, dict[int, float]] = {}
+    for name, experiment in zip(_differences(settings), twins, strict=True):
+        seeds = accuracies.setdefault(f"dense twin, {name}" if name else "dense twin", {})
+        for row in experiment.rows:
+            if row.run.dense_accuracy is not None:
+                seeds[row.run.config.seed] = row.run.dense_accuracy
+    return {name: statistics.fmean(seeds.values()) for name, seeds in accuracies.items()}
 
 
 def _shown(value: object) -> str:

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from lhc_triton.training import TrainConfig, read_config
+from lhc_triton.training.identity import TOPOLOGY_ONLY
 
 MAX_TEXT_BYTES = 256 << 20
 MAX_NUMBER = 1e15
 NOT_A_SETTING = ("seed", "device", "workers", "dense_twin", "tensorboard", "on_bad_file")
 """Fields of a TrainConfig that do not make two runs different experiments."""
+
+MAY_DIFFER = {*NOT_A_SETTING, *TOPOLOGY_ONLY, "data_folder", "precision"} - {"seed"}
+"""Fields in which a run may differ from the one that its dense twin was taken over from."""
 
 METRICS = {
     "stage": str,
@@ -41,7 +45,8 @@ class Run:
         density_reached: whether the density is within 0.01 of the target.
         seconds: spent on training.
         command: the command line that makes the run, where one does.
-        epochs: rows of metrics.csv, columns as in METRICS.
+        epochs: rows of metrics.csv, columns as in METRICS; the dense ones may be those of a run beside it
+            whose twin it took over.
         layers: rows of layers.csv, columns as in LAYERS; empty where the run has no such file.
         notes: what the folder lacks, for people.
     """
@@ -103,11 +108,27 @@ def read_run(folder: str | Path) -> Run:
         layers = _table(folder / "layers.csv", LAYERS)
     else:
         notes.append("no layers.csv: its mask correlations are not shown")
+    if result["dense_accuracy"] is not None and not any(row["stage"] == "dense" for row in epochs):
+        twin = _twin_epochs(folder, config)
+        epochs = (*twin, *epochs)
+        if not twin:
+            notes.append(f"no curve of its dense twin: that of {config.dense_twin} is not beside")
     run = Run(folder, config, **result, epochs=epochs, layers=layers, notes=tuple(notes))
     for weights in filter(None, (run.lhc_file, run.dense_file)):
         if not weights.is_file():
             raise FileNotFoundError(f"no file {weights}: the run in {folder} is not complete")
     return run
+
+
+def _twin_epochs(folder: Path, config: TrainConfig) -> tuple[Mapping[str, Any], ...]:
+    """The dense epochs of the run that a dense twin was taken over from, if its folder lies beside."""
+    twin = folder.resolve().parent / Path(config.dense_twin).name
+    if not (twin / "metrics.csv").is_file() or not (twin / "config.toml").is_file():
+        return ()
+    theirs, mine = read_config(twin / "config.toml").to_dict(), config.to_dict()
+    if any(theirs[name] != mine[name] for name in mine if name not in MAY_DIFFER):
+        return ()
+    return tuple(row for row in _table(twin / "metrics.csv", METRICS) if row["stage"] == "dense")
 
 
 def _result(path: Path) -> dict[str, Any]:

@@ -40,7 +40,11 @@ def fabricated_run(folder: Path, *, with_layers: bool = True, with_twin: bool = 
         "command": "lhc-triton train --preset <quick> --out DIR",
     }
     (folder / "result.json").write_text(json.dumps(result))
-    stages = {"dense": COARSE + FINE if with_twin else 0, "coarse": COARSE, "fine": FINE}
+    stages = {
+        "dense": COARSE + FINE if with_twin and config.dense_twin == "train" else 0,
+        "coarse": COARSE,
+        "fine": FINE,
+    }
     epochs = [
         {
             "stage": stage,

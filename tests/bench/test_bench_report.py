@@ -20,7 +20,8 @@ from lhc_triton.cli import main
 from lhc_triton.models import load_network, save_network
 from lhc_triton.models.architecture import Architecture
 
-SETTINGS = ({"seed": 0}, {"seed": 1}, {"out_block": 16}, {"density": 0.5})
+SETTINGS = ({"seed": 0}, {"seed": 1}, {"out_block": 16}, {"density": 0.5, "dense_twin": "gone/<i>"})
+NAMES = ("run0", "run1", "<b>", "run3")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def folders(tmp_path_factory):
     """Two seeds of one setting, and two other settings; one of them from before layers.csv."""
     here = tmp_path_factory.mktemp("runs")
     return [
-        fabricated_run(here / f"run{number}", with_layers=number != 2, **settings)
+        fabricated_run(here / NAMES[number], with_layers=number != 2, **settings)
         for number, settings in enumerate(SETTINGS)
     ]
 
@@ -183,8 +184,9 @@ def test_the_page_stands_alone_and_its_text_is_escaped(reported):
     assert text.count('src="data:image/png;base64,') == text.count("src=") == len(pictures)
     assert not re.search(r"https?://|<script|<link|@import|url\(", text)
     assert "&lt;quick&gt;" in text
-    assert "<quick>" not in text
-    assert "no layers.csv" in text
+    assert "&lt;b&gt;: no layers.csv" in text
+    assert "no curve of its dense twin: that of gone/&lt;i&gt; is not beside" in text
+    assert not re.search(r"<(quick|b|i)>", text)
     assert "run0: trained on 1,234 images" in text
     assert "run3: the share of weights is not within 0.01 of the target 0.5" in text
     assert text.count("<td>–</td>") == len(report.experiments)  # the column of measured times
@@ -195,7 +197,7 @@ def test_the_json_holds_every_run(reported, folders):
     found = json.loads((out / "report.json").read_text())
     assert found["rounds"] == 0
     runs = [run for experiment in found["experiments"] for run in experiment["runs"]]
-    assert sorted(run["run"] for run in runs) == [folder.name for folder in folders]
+    assert sorted(run["run"] for run in runs) == sorted(folder.name for folder in folders)
     assert all(run["measured"] is None and run["predicted"]["cpu"]["lhc_us"] > 0 for run in runs)
     layer = runs[0]["layers"][1]
     assert sum(layer["shapes"].values()) <= layer["kernels"] == 4  # 2 groups x 2 input blocks

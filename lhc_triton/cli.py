@@ -172,7 +172,10 @@ def ablate(
         names = list(runs)
         print_json({"runs": names}) if as_json else typer.echo("\n".join(names))
         return
-    folders = run_ablation(runs, out, lambda text: typer.echo(text, err=True))
+    first = os.environ.get("RANK", "0") == "0"  # under torchrun the first process speaks and reports
+    folders = run_ablation(runs, out, lambda text: typer.echo(text, err=True) if first else None)
+    if not first:
+        return
     with stages() as progress:
         _report(folders, out / "report", measure, device, batch, as_json, progress)
 

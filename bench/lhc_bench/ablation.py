@@ -53,6 +53,8 @@ def read_ablation(path: str | Path) -> dict[str, TrainConfig]:
         raise ValueError(f"{path}: more than {MAX_BYTES} bytes")
     try:
         return _runs(tomllib.loads(path.read_text(encoding="utf-8")))
+    except RecursionError as error:
+        raise ValueError(f"{path}: is nested too deeply") from error
     except (TypeError, ValueError) as error:  # broken TOML and broken UTF-8 are ValueErrors as well
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 

@@ -111,11 +111,26 @@ def frame(width: float, height: float, title: str, caption: Sequence[str]) -> Fi
 
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    figure.text(MARGIN / width, 1 - 0.24 / height, title, fontsize=12, fontweight="bold", va="center")
+    write_title(figure, title, MARGIN / width, 1 - 0.24 / height, 12)
     for index, line in enumerate(reversed(caption)):
         at = MARGIN + CAPTION_LINE * index
         figure.text(MARGIN / width, at / height, line, fontsize=7.5, color=GREY, va="center")
     return figure
+
+
+def write_title(figure: Figure, title: str, left: float, middle: float, size: float) -> None:
+    """Write a title in ``size`` points, or smaller where it would run over the right edge.
+
+    Args:
+        figure: where to write.
+        title: one line.
+        left: where it begins, as a share of the figure's width.
+        middle: of its height, as a share of the figure's height.
+        size: in points.
+    """
+    text = figure.text(left, middle, title, fontsize=size, fontweight="bold", va="center")
+    room = (1 - left) * figure.bbox.width - MARGIN * figure.dpi
+    text.set_fontsize(size * min(1.0, room / text.get_window_extent().width))
 
 
 def panel(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:

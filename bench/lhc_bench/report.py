@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,17 @@ from . import picture
 from .files import made_folder, write_beside
 from .report_html import Picture, Section, page
 from .report_pictures import SPEEDS, accuracy_figure, layers_figure, shapes_figure, training_figure
-from .report_rows import Experiment, describe, experiments, measure_run
+from .report_rows import Experiment, describe, experiments, with_measured
 from .rows import environment
 from .runs import read_run
 from .topology_picture import draw_topology
 
 Progress = Callable[[str], None]
 PAGE_OF_LAYERS = 16
-MAX_COUNT = 4096  # images of a call, and rounds of a timing
+OWN_PICTURE = re.compile(
+    r"\d\d+_(training|layers|shapes|topology(_\d+)?)\.png|accuracy_(density|speedup).*\.png"
+)
+MAX_BATCH = 4096  # counting runs each network once on so many images
 
 
 @dataclass(frozen=True)
@@ -77,13 +82,14 @@ def make_report(
         progress: called with the name of each step as it begins.
 
     Raises:
-        ValueError: no run, or the same one twice; a damaged file in a run; a batch or a number of rounds
-            below 1; a device that is not there.
+        ValueError: no run, or the same one twice; a damaged file in a run; a batch outside [1, 4096];
+            a number of rounds below 1; a device that is not there.
         OSError: a file of a run is missing; the folder cannot be written.
     """
-    for name, value in (("batch", batch), ("rounds", rounds)):
-        if not 1 <= value <= MAX_COUNT:
-            raise ValueError(f"{name} is {value}; it must be from 1 to {MAX_COUNT}")
+    if not 1 <= batch <= MAX_BATCH:
+        raise ValueError(f"batch is {batch}; it must be from 1 to {MAX_BATCH}")
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}; it must be at least 1")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device {device!r} is not one of cpu, cuda")
     if measure and device == "cuda" and not torch.cuda.is_available():
@@ -91,22 +97,32 @@ def make_report(
     if not folders:
         raise ValueError("no run to report on; give folders that `train` wrote")
     runs = [read_run(folder) for folder in folders]
-    progress("load and count the networks")
-    rows = [describe(run, batch) for run in runs]
-    experiments(rows)  # complains of runs that are given twice, before anything is timed
+    rows = []
+    for run in runs:
+        progress(f"count {run.name}")
+        rows.append(describe(run, batch))
+    found = experiments(rows)
     out = made_folder(out_dir)
-    for index, row in enumerate(rows if measure else ()):
-        progress(f"measure {row.run.name}")
-        rows[index] = replace(row, measured=measure_run(row.run, batch, device, rounds))
-    report = Report(
-        experiments(rows), environment(device if measure else "cpu"), batch, rounds if measure else 0
-    )
+    if measure:
+        for number, row in enumerate(rows):
+            progress(f"measure {row.run.name}")
+            rows[number] = with_measured(row, batch, device, rounds)
+        found = experiments(rows)
+    report = Report(found, environment(device if measure else "cpu"), batch, rounds if measure else 0)
     progress("draw the pictures")
     sections = [_overview(report, out)]
     sections += [_section(number, found, out) for number, found in enumerate(report.experiments, start=1)]
+    _remove_stale(out, {picture.path for section in sections for picture in section.pictures})
     write_beside(out / "report.json", json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
     write_beside(out / "report.html", page(report.experiments, report.env, batch, report.rounds, sections))
     return report
+
+
+def _remove_stale(out: Path, written: AbstractSet[Path]) -> None:
+    """Remove the pictures of an earlier report on more experiments, or on larger ones."""
+    for path in out.glob("*.png"):
+        if path not in written and OWN_PICTURE.fullmatch(path.name):
+            path.unlink()
 
 
 def _overview(report: Report, out: Path) -> Section:
@@ -135,7 +151,7 @@ def _section(number: int, experiment: Experiment, out: Path) -> Section:
     total = len(first.topologies)
     for start in range(0, total, PAGE_OF_LAYERS):
         layers = first.topologies[start : start + PAGE_OF_LAYERS]
-        title = f"{experiment.label}: topology, seed {first.run.config.seed}"
+        title = f"Topology: {experiment.label}, seed {first.run.config.seed}"
         name = "topology"
         if total > PAGE_OF_LAYERS:
             title += f", layers {start + 1} to {start + len(layers)} of {total}"

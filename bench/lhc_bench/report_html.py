@@ -156,6 +156,8 @@ def _told(experiment: Experiment) -> str:
         run = row.run
         if run.command is not None:
             notes.append(f"{escape(run.name)}: <code>{escape(run.command)}</code>")
+        if row.training_images is not None:
+            notes.append(f"{escape(run.name)}: trained on {row.training_images:,} images")
         if not run.density_reached:
             aim = f"the share of {run.config.penalty} is not within 0.01 of the target {run.config.target}"
             notes.append(escape(f"{run.name}: {aim}"))
@@ -163,7 +165,7 @@ def _told(experiment: Experiment) -> str:
             timed = row.measured
             text = f"{run.name}: {timed.lhc_us / 1000:.2f} ms against {timed.dense_us / 1000:.2f} ms"
             notes.append(escape(f"{text} ({timed.source})"))
-            notes += [escape(f"{run.name}: {reason}") for reason in timed.missing]
+            notes += [escape(f"{run.name}: no {peer}: {reason}") for peer, reason in timed.skipped.items()]
         notes += [escape(f"{run.name}: {note}") for note in run.notes]
     return '<p class="note">' + "<br>\n".join(notes) + "</p>"
 

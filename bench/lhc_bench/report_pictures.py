@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from lhc_triton.topology import shape_counts
-from lhc_triton.training.identity import TOPOLOGY_ONLY
-from lhc_triton.training.networks import network_name
+from lhc_triton.training.recipe import STAGES
 
 from . import picture
 from .demo_picture import DENSE, IDEAL, SPARSE
-from .report_rows import Experiment, RunRow
+from .report_rows import Experiment, RunRow, dense_twins
 from .topology_picture import DEAD, LIVE
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def accuracy_figure(found: Sequence[Experiment], against: Sequence[str]) -> Figu
     density = list(against) == ["density"]
     wide, tall, gap = (6.4 if density else 4.3), 3.6, 0.3
     width = 0.85 + (wide + gap) * len(against)
-    legend_lines = len(found) + 1
+    legend_lines = len(found) + len(dense_twins(found))
     bottom = 0.7 + picture.LEGEND_LINE * legend_lines
     title = "Accuracy against density" if density else "Accuracy against speed-up"
     caption = ["Large: mean over the seeds, bars one standard deviation; small: each run."]
@@ -73,10 +72,9 @@ def accuracy_figure(found: Sequence[Experiment], against: Sequence[str]) -> Figu
 
 def _scatter(axis: Axes, found: Sequence[Experiment], name: str) -> None:
     density = name == "density"
-    dense = _dense_points(found)
+    dense = {label: 100 * accuracy for label, accuracy in dense_twins(found).items()}
     xs, means = [1.0], [(1.0, accuracy) for accuracy in dense.values()]
-    for number, (network, accuracy) in enumerate(dense.items()):
-        label = "dense twin" if len(dense) == 1 else f"dense {network}"
+    for number, (label, accuracy) in enumerate(dense.items()):
         axis.plot([1.0], [accuracy], color=DENSE, marker=DENSE_MARKERS[number % 4], markersize=10,
                   linestyle="none", label=label, zorder=3)  # fmt: skip
         axis.axhline(accuracy, color=DENSE, linewidth=1, linestyle=":", zorder=0)
@@ -113,23 +111,6 @@ def _scatter(axis: Axes, found: Sequence[Experiment], name: str) -> None:
     picture.clean(axis)
 
 
-def _dense_points(found: Sequence[Experiment]) -> dict[str, float]:
-    """Mean accuracy in percent of the dense twins, by network; those of other settings are others."""
-    accuracies: dict[tuple[str, str], list[float]] = {}
-    for experiment in found:
-        run = experiment.first.run
-        recipe = {name: value for name, value in run.setting.items() if name not in TOPOLOGY_ONLY}
-        key = (network_name(run.config), repr(recipe))
-        accuracies.setdefault(key, []).extend(experiment.values("dense_accuracy"))
-    named: dict[str, float] = {}
-    for (name, _), values in accuracies.items():
-        if values:
-            named[name if name not in named else f"{name} ({len(named) + 1})"] = 100 * statistics.fmean(
-                values
-            )
-    return named
-
-
 def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """The points that no other one beats in both coordinates, by the first one; larger is better."""
     front: list[tuple[float, float]] = []
@@ -145,7 +126,7 @@ def layers_figure(experiment: Experiment) -> Figure:
 
     topologies = experiment.first.topologies
     height = LINE * len(topologies)
-    figure = picture.frame(10.5, height + 1.3, f"{experiment.label}: layer by layer", [_seeds(experiment)])
+    figure = picture.frame(10.5, height + 1.3, f"Layer by layer: {experiment.label}", [_seeds(experiment)])
     names = [topology.name for topology in topologies]
     columns = {
         "live share of the weights": [_densities(row) for row in experiment.rows],
@@ -190,12 +171,11 @@ def shapes_figure(experiment: Experiment) -> Figure:
     from matplotlib.colors import ListedColormap
 
     counts = [_shape_counts(experiment.rows, place) for place in range(len(experiment.first.topologies))]
-    # By their shares, not their counts: a wide layer has hundreds of times as many kernels as a narrow one.
-    total: Counter[str] = Counter()
+    # By shares, so that wide layers with their many kernels do not decide alone which shapes are shown.
+    weight: Counter[str] = Counter()
     for layer in counts:
-        total.update({key: count / layer.total() for key, count in layer.items()})
-    columns = [key for key, _ in sorted(total.items(), key=lambda item: (-item[1], item[0]))]
-    columns = columns[:SHAPES_SHOWN]
+        weight.update({key: count / layer.total() for key, count in layer.items()})
+    columns = sorted(weight, key=lambda key: (-weight[key], key))[:SHAPES_SHOWN]
     shares = np.array([[100 * layer[key] / layer.total() for key in columns] for layer in counts])
     others = np.maximum(100 - shares.sum(axis=1, keepdims=True), 0)
     if others.max() >= SHOWN_SHARE:
@@ -203,7 +183,7 @@ def shapes_figure(experiment: Experiment) -> Figure:
     height, unit = LINE * len(counts), 0.55
     caption = "Shapes: live taps of a kernel, per pair of filter group and input block. " + _seeds(experiment)
     width = max(2.0 + unit * shares.shape[1], 7.5)
-    title = f"{experiment.label}: kernel shapes, % of each layer"
+    title = f"Kernel shapes, % of each layer: {experiment.label}"
     figure = picture.frame(width, height + 1.4, title, [caption])
     axis = picture.panel(figure, 1.75, 0.35, unit * shares.shape[1], height)
     darkest = max(60.0, shares.max())
@@ -246,10 +226,11 @@ def training_figure(experiment: Experiment) -> Figure:
     runs = [row.run for row in experiment.rows]
     learned = runs[0].config.topology == "learned"
     panels = 3 if learned and all(run.layers for run in runs) else 2
-    said = _seeds(experiment)
-    if all(row.dense_accuracy is not None and not _epochs(row.epochs, "dense") for row in runs):
-        said += " The dense twin was trained by another run."
-    figure = picture.frame(0.2 + 3.85 * panels, 3.75, f"{experiment.label}: training", [said])
+    caption = _seeds(experiment)
+    if any(run.dense_accuracy is not None and not _epochs(run.epochs, "dense") for run in runs):
+        caption += " A dense twin was taken over from a run that is not beside: no curve."
+    title = f"Training: {experiment.label}"
+    figure = picture.frame(0.2 + 3.85 * panels, 3.75, title, [caption])
     axes = [picture.panel(figure, 0.6 + 3.85 * index, 0.75, 3.2, 2.3) for index in range(panels)]
     for number, run in enumerate(runs):
         legend = number == 0
@@ -265,8 +246,7 @@ def training_figure(experiment: Experiment) -> Figure:
         label = f"target for {config.penalty}"
         axes[1].axhline(config.target, color=IDEAL, linewidth=1, linestyle="--", label=label)
     titles = ("validation accuracy, %", "live share", "correlation of the masks, epoch to epoch")
-    stages = ("dense", "coarse", "fine")
-    dense, coarse, fine = (max(_epochs(run.epochs, stage) for run in runs) for stage in stages)
+    dense, coarse, fine = (max(_epochs(run.epochs, stage) for run in runs) for stage in STAGES)
     for axis, title in zip(axes, titles, strict=False):
         axis.set_xlim(-0.5, max(coarse + fine, dense) - 0.5)
         axis.axvline(coarse - 0.5, color=picture.GREY, linewidth=0.8, linestyle=":")

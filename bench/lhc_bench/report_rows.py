@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 
 import lhc_triton as lhc
 from lhc_triton.conversion import lhc_layers
+from lhc_triton.models.architecture import Architecture
 from lhc_triton.models.pretrained import load_network
 from lhc_triton.planning import plan_topologies
 from lhc_triton.planning.cost import CostModel
@@ -21,6 +22,7 @@ from lhc_triton.planning.extract import read_model
 from lhc_triton.planning.schema import LayerTopology
 from lhc_triton.runtime.timing import time_paired
 from lhc_triton.topology import shape_counts
+from lhc_triton.training.identity import TOPOLOGY_ONLY
 from lhc_triton.training.networks import network_name
 
 from .peers import network_peers, reset_compiler
@@ -41,7 +43,7 @@ class Timed:
         batch: images of a call.
         dense_us, lhc_us: microseconds of a call.
         source: the cost model's, or the dense peer that was the fastest.
-        missing: dense peers that did not run, with the reason.
+        skipped: the reason for each dense peer that did not run.
     """
 
     device: str
@@ -50,7 +52,7 @@ class Timed:
     dense_us: float
     lhc_us: float
     source: str
-    missing: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def speedup(self) -> float:
@@ -67,6 +69,7 @@ class RunRow:
         weights, live_weights, macs, live_macs: of the whole network for one image, dense layers included.
         density, mac_density: live share of the converted convolutions' weights and MACs.
         patterns, groups: distinct patterns, summed over the converted layers, and their filter groups.
+        training_images: how many, where the weights' notes say it.
         predicted: the cost model's time of the converted convolutions, by device kind.
         measured: time of the whole network against its best dense peer; None if not measured.
         topologies: of the converted layers.
@@ -81,6 +84,7 @@ class RunRow:
     mac_density: float
     patterns: int
     groups: int
+    training_images: int | None
     predicted: Mapping[str, Timed]
     measured: Timed | None
     topologies: tuple[LayerTopology, ...]
@@ -116,6 +120,7 @@ class RunRow:
             "macs": self.macs,
             "live_macs": self.live_macs,
             "groups": self.groups,
+            "training_images": self.training_images,
             "predicted": {device: asdict(timed) for device, timed in self.predicted.items()},
             "measured_us": None if self.measured is None else asdict(self.measured),
             "notes": list(self.run.notes),
@@ -208,20 +213,51 @@ def experiments(rows: Sequence[RunRow]) -> tuple[Experiment, ...]:
 def labels(runs: Sequence[Run]) -> list[str]:
     """Name runs by the settings in which they differ; equal names mean equal settings.
 
-    A setting's usual value is left out: that of more than half the runs, or the more common one of two;
-    unless that would leave nothing to say.
+    A value that more than half of the runs have is left out, unless nothing would be left to say.
     """
     settings = [run.setting for run in runs]
+    return [text or network_name(run.config) for text, run in zip(_differences(settings), runs, strict=True)]
+
+
+def _differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name settings as `labels` does; empty names where all are equal."""
     counts = {name: Counter(_shown(setting[name]) for setting in settings) for name in settings[0]}
     changed = [name for name, found in counts.items() if len(found) > 1]
-    most = {name: counts[name].most_common(1)[0] for name in changed}
-    usual = {n: value for n, (value, count) in most.items() if len(counts[n]) == 2 or 2 * count > len(runs)}
+    usual = {}
+    for name in changed:
+        value, times = counts[name].most_common(1)[0]
+        if 2 * times > len(settings):
+            usual[name] = value
     named = []
-    for run, setting in zip(runs, settings, strict=True):
+    for setting in settings:
         shown = [name for name in changed if _shown(setting[name]) != usual.get(name)]
-        text = ", ".join(f"{name} {_shown(setting[name])}" for name in shown or changed)
-        named.append(text or network_name(run.config))
+        named.append(", ".join(f"{name} {_shown(setting[name])}" for name in shown or changed))
     return named
+
+
+def dense_twins(found: Sequence[Experiment]) -> dict[str, float]:
+    """Mean test accuracies of the dense twins, by the settings in which these differ.
+
+    Args:
+        found: experiments; those that differ in their topologies alone share a twin per seed.
+
+    Returns:
+        Shares by name: "dense twin" where there is one setting of them.
+    """
+    twins = [experiment for experiment in found if experiment.values("dense_accuracy")]
+    if not twins:
+        return {}
+    settings = [
+        {name: value for name, value in experiment.first.run.setting.items() if name not in TOPOLOGY_ONLY}
+        for experiment in twins
+    ]
+    accuracies: dict[str, dict[int, float]] = {}
+    for name, experiment in zip(_differences(settings), twins, strict=True):
+        seeds = accuracies.setdefault(f"dense twin, {name}" if name else "dense twin", {})
+        for row in experiment.rows:
+            if row.run.dense_accuracy is not None:
+                seeds[row.run.config.seed] = row.run.dense_accuracy
+    return {name: statistics.fmean(seeds.values()) for name, seeds in accuracies.items()}
 
 
 def _shown(value: object) -> str:
@@ -231,26 +267,27 @@ def _shown(value: object) -> str:
 
 
 def describe(run: Run, batch: int) -> RunRow:
-    """Load a run's network, count it and price it.
+    """Load a run's networks, count the one of learned topology and price it; nothing is timed.
 
     Args:
         run: what was read.
-        batch: images of a call that is predicted.
+        batch: images of a call that is predicted, and of one that may be timed.
 
     Raises:
-        ValueError: the weights do not fit, or no layer of the network is converted.
+        ValueError: weights do not fit, no layer of the network is converted, or its dense twin is another
+            network.
     """
     saved = load_network(run.lhc_file)
     model, sizes = saved.model, saved.architecture
-    size = (sizes.in_channels, sizes.image_size, sizes.image_size)
-    counts = lhc.summary(model, size)
-    images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
-    converted = counts.converted
-    if not converted.macs:
-        raise ValueError(f"{run.lhc_file}: no layer is converted; is it the dense network?")
-    # Plain convolutions that happen to hold zeros are none of the topology's.
-    own = lhc_layers(model)
-    topologies = tuple(layer for layer in read_model(model, images).topologies if layer.name in own)
+    converted = lhc_layers(model)
+    if not converted:
+        raise ValueError(f"{run.lhc_file}: no layer of the network is converted; these are dense weights")
+    if run.dense_file is not None and load_network(run.dense_file).architecture != sizes:
+        raise ValueError(f"{run.dense_file}: holds another network than {run.lhc_file.name} beside it")
+    counts = lhc.summary(model, (sizes.in_channels, sizes.image_size, sizes.image_size))
+    reading = read_model(model, _images(sizes, batch))
+    # Structured zeros of a dense layer make it no learned one.
+    topologies = tuple(topology for topology in reading.topologies if topology.name in converted)
     predicted = {}
     for device, dtype in DTYPES.items():
         cost = CostModel.for_device(device)
@@ -263,20 +300,37 @@ def describe(run: Run, batch: int) -> RunRow:
         live_weights=counts.total.live_weights,
         macs=counts.total.macs,
         live_macs=counts.total.live_macs,
-        density=converted.density,
-        mac_density=converted.live_macs / converted.macs,
-        patterns=converted.patterns,
+        density=counts.converted.density,
+        mac_density=counts.converted.live_macs / counts.converted.macs,
+        patterns=counts.converted.patterns,
         groups=sum(topology.groups for topology in topologies),
+        training_images=_count(saved.training.get("training_images")),
         predicted=predicted,
         measured=None,
         topologies=topologies,
     )
 
 
-def measure_run(run: Run, batch: int, device: str, rounds: int) -> Timed:
-    """Time a run's network against the fastest form of its dense twin, round by round in turn.
+def with_measured(row: RunRow, batch: int, device: str, rounds: int) -> RunRow:
+    """The row with the time of its network against its dense twin, see `measure`."""
+    saved = load_network(row.run.lhc_file)
+    dense = load_network(row.run.dense_file).model if row.run.dense_file else None
+    timed = measure(saved.model, dense, _images(saved.architecture, batch), device, rounds)
+    return replace(row, measured=timed)
 
-    Without a twin the same network with all its weights, folded, takes its place.
+
+def _count(noted: object) -> int | None:
+    """A note on how many there were, where it is a number."""
+    return noted if isinstance(noted, int) and not isinstance(noted, bool) else None
+
+
+def _images(sizes: Architecture, batch: int) -> Tensor:
+    shape = (batch, sizes.in_channels, sizes.image_size, sizes.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def measure(model: nn.Module, dense: nn.Module | None, images: Tensor, device: str, rounds: int) -> Timed:
+    """Time a network against the fastest form of its dense twin, round by round in turn.
 
     Args:
         run: what was read.
@@ -291,14 +345,15 @@ def measure_run(run: Run, batch: int, device: str, rounds: int) -> Timed:
     model = saved.model.to(device, dtype)
     fast = lhc.accelerate(model, x, tune="cached")
     skipped: dict[str, str] = {}
-    if run.dense_file is None:
-        folded = lhc.accelerate(model, x, backend="dense", tune="off")
-        peers: dict[str, nn.Module] = {"same network, dense": folded}
+    if dense is None:
+        peers: dict[str, nn.Module] = {
+            "same network, dense": lhc.accelerate(model, x, backend="dense", tune="off")
+        }
     else:
-        reset_compiler()  # it gives up after so many networks
-        peers, skipped = network_peers(load_network(run.dense_file).model.to(device, dtype), x)
+        # Else dynamo refuses to compile the same class again after a few runs.
+        reset_compiler()
+        peers, skipped = network_peers(dense.to(device, dtype), x)
     calls = {name: lambda network=network: network(x) for name, network in {**peers, "lhc": fast}.items()}
     times = {name: t.median_us for name, t in time_paired(calls, rounds=rounds, device=device).items()}
     best = min(peers, key=lambda name: times[name])
-    missing = tuple(f"{name} did not run: {reason}" for name, reason in skipped.items())
-    return Timed(device, DTYPES[device], batch, times[best], times["lhc"], best, missing)
+    return Timed(device, DTYPES[device], len(x), times[best], times["lhc"], best, skipped)

@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from lhc_triton.training import TrainConfig, read_config
+from lhc_triton.training.identity import TOPOLOGY_ONLY
 
 MAX_TEXT_BYTES = 256 << 20
+MAX_NUMBER = 1e15
 NOT_A_SETTING = ("seed", "device", "workers", "dense_twin", "tensorboard", "on_bad_file")
 """Fields of a TrainConfig that do not make two runs different experiments."""
+
+MAY_DIFFER = {*NOT_A_SETTING, *TOPOLOGY_ONLY, "data_folder", "precision"} - {"seed"}
+"""Fields in which a run may differ from the one that its dense twin was taken over from."""
 
 METRICS = {
     "stage": str,
@@ -40,7 +45,8 @@ class Run:
         density_reached: whether the density is within 0.01 of the target.
         seconds: spent on training.
         command: the command line that makes the run, where one does.
-        epochs: rows of metrics.csv, columns as in METRICS.
+        epochs: rows of metrics.csv, columns as in METRICS; the dense ones may be those of a run beside it
+            whose twin it took over.
         layers: rows of layers.csv, columns as in LAYERS; empty where the run has no such file.
         notes: what the folder lacks, for people.
     """
@@ -102,11 +108,27 @@ def read_run(folder: str | Path) -> Run:
         layers = _table(folder / "layers.csv", LAYERS)
     else:
         notes.append("no layers.csv: its mask correlations are not shown")
+    if result["dense_accuracy"] is not None and not any(row["stage"] == "dense" for row in epochs):
+        twin = _twin_epochs(folder, config)
+        epochs = (*twin, *epochs)
+        if not twin:
+            notes.append(f"no curve of its dense twin: that of {config.dense_twin} is not beside")
     run = Run(folder, config, **result, epochs=epochs, layers=layers, notes=tuple(notes))
     for weights in filter(None, (run.lhc_file, run.dense_file)):
         if not weights.is_file():
             raise FileNotFoundError(f"no file {weights}: the run in {folder} is not complete")
     return run
+
+
+def _twin_epochs(folder: Path, config: TrainConfig) -> tuple[Mapping[str, Any], ...]:
+    """The dense epochs of the run that a dense twin was taken over from, if its folder lies beside."""
+    twin = folder.resolve().parent / Path(config.dense_twin).name
+    if not (twin / "metrics.csv").is_file() or not (twin / "config.toml").is_file():
+        return ()
+    theirs, mine = read_config(twin / "config.toml").to_dict(), config.to_dict()
+    if any(theirs[name] != mine[name] for name in mine if name not in MAY_DIFFER):
+        return ()
+    return tuple(row for row in _table(twin / "metrics.csv", METRICS) if row["stage"] == "dense")
 
 
 def _result(path: Path) -> dict[str, Any]:
@@ -132,33 +154,25 @@ def _result(path: Path) -> dict[str, Any]:
     }
 
 
-def _number(path: Path, name: str, value: object, most: float = math.inf) -> float:
-    try:
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        fits = False
-    if not fits or not 0 <= value <= most:  # type: ignore[operator]
-        bounds = "a finite number >= 0" if math.isinf(most) else f"a number from 0 to {most:g}"
-        raise ValueError(f"{path}: {name} is {value!r}, expected {bounds}")
-    return float(value)  # type: ignore[arg-type]
+def _number(path: Path, name: str, value: object, most: float = MAX_NUMBER) -> float:
+    # Compared before it is converted: JSON's whole numbers may be larger than any float.
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ValueError(f"{path}: {name} is {repr(value)[:40]}, expected a number from 0 to {most:g}")
+    return float(value)
 
 
 def _table(path: Path, columns: Mapping[str, type]) -> tuple[Mapping[str, Any], ...]:
     """The rows of a CSV file, its columns of these names converted; others are left out."""
+    reader = csv.DictReader(_text(path).splitlines())
     try:
-        return _rows(path, csv.DictReader(_text(path).splitlines()), columns)
+        names, lines = reader.fieldnames or (), list(reader)
     except csv.Error as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _rows(
-    path: Path, reader: csv.DictReader[str], columns: Mapping[str, type]
-) -> tuple[Mapping[str, Any], ...]:
-    missing = [name for name in columns if name not in (reader.fieldnames or ())]
+        raise ValueError(f"{path}: not CSV ({error})") from error
+    missing = [name for name in columns if name not in names]
     if missing:
         raise ValueError(f"{path}: has no column {missing[0]!r}")
     rows = []
-    for number, line in enumerate(reader, start=2):
+    for number, line in enumerate(lines, start=2):
         try:
             rows.append({name: _cell(name, line[name], kind) for name, kind in columns.items()})
         except ValueError as error:
@@ -171,7 +185,10 @@ def _rows(
 def _cell(name: str, text: str | None, kind: type) -> Any:
     try:
         value = kind(text)
-        fits = kind is not float or (math.isfinite(value) and (name not in SHARES or 0 <= value <= 1))
+        if kind is int:
+            fits = 0 <= value <= MAX_NUMBER
+        else:
+            fits = kind is str or (math.isfinite(value) and (name not in SHARES or 0 <= value <= 1))
     except (TypeError, ValueError):
         fits = False
     if not fits:

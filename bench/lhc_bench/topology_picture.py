@@ -12,6 +12,7 @@ import numpy as np
 from lhc_triton.planning.schema import LayerTopology
 
 from .files import replace_whole
+from .picture import write_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,7 +129,7 @@ def draw_topology(
                     fontsize=10,
                     fontweight="bold",
                 )
-    figure.text(0.015, 1 - 0.36 / height, title, fontsize=13, fontweight="bold", va="center")
+    write_title(figure, title, 0.015, 1 - 0.36 / height, 13)
     return replace_whole(path, lambda beside: figure.savefig(beside, dpi=DPI, format="png"))
 
 

@@ -30,7 +30,7 @@ def fabricated_run(folder: Path, *, with_layers: bool = True, with_twin: bool = 
         save_network(model, folder / "dense.safetensors", architecture)
     convert(model, config.lhc)
     freeze(model)
-    save_network(model, folder / "lhc.safetensors", architecture)
+    save_network(model, folder / "lhc.safetensors", architecture, {"training_images": 1234})
     (folder / "config.toml").write_text(config.to_toml())
     result = {
         "dense_accuracy": chance.uniform(0.9, 0.91) if with_twin else None,
@@ -40,7 +40,11 @@ def fabricated_run(folder: Path, *, with_layers: bool = True, with_twin: bool = 
         "command": "lhc-triton train --preset <quick> --out DIR",
     }
     (folder / "result.json").write_text(json.dumps(result))
-    stages = {"dense": COARSE + FINE if with_twin else 0, "coarse": COARSE, "fine": FINE}
+    stages = {
+        "dense": COARSE + FINE if with_twin and config.dense_twin == "train" else 0,
+        "coarse": COARSE,
+        "fine": FINE,
+    }
     epochs = [
         {
             "stage": stage,

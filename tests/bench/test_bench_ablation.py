@@ -74,6 +74,7 @@ def test_names_of_folders_are_plain_and_distinct(spec):
     ("text", "message"),
     [
         ("[base", "spec.toml"),
+        (f"a = {'[' * 5000}", "nested too deeply"),
         ("[bases]\nlr = 1", "'bases' is not one of seeds, base, grid"),
         ("base = 3", "base is no table"),
         ("[grid]\nlr = [0.1]", "grid is no list of tables"),
@@ -140,6 +141,20 @@ def test_the_command_line_names_the_runs_without_training(spec, monkeypatch, cap
     with pytest.raises(SystemExit):
         main()
     assert json.loads(capsys.readouterr().out)["runs"] == list(read_ablation(spec(SPEC)))
+
+
+def test_under_torchrun_the_first_process_alone_reports(spec, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablation, "train", lambda config, folder: None)
+    monkeypatch.setattr(sys, "argv", ["lhc-triton", "ablate", str(spec(SPEC)), "--out", str(tmp_path)])
+    stopped = {}
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        stopped[rank] = stop.value.code or 0, capsys.readouterr()
+    assert stopped["1"] == (0, ("", ""))
+    assert stopped["0"][0] == 2  # there is nothing to report on: nothing was trained
+    assert "run 1 of 10" in stopped["0"][1].err
 
 
 TINY = """

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import statistics
 import sys
 from dataclasses import replace
@@ -11,15 +12,17 @@ import pytest
 import torch
 from fabricated_runs import fabricated_run
 
-from lhc_bench import peers
+from lhc_bench import peers, report_rows
 from lhc_bench.report import make_report
 from lhc_bench.report_pictures import pareto
-from lhc_bench.report_rows import describe, experiments, measure_run
+from lhc_bench.report_rows import describe, experiments, labels, with_measured
 from lhc_bench.runs import read_run
 from lhc_triton.cli import main
-from lhc_triton.models import load_network
+from lhc_triton.models import load_network, save_network
+from lhc_triton.models.architecture import Architecture
 
-SETTINGS = ({"seed": 0}, {"seed": 1}, {"out_block": 16}, {"density": 0.5})
+SETTINGS = ({"seed": 0}, {"seed": 1}, {"out_block": 16}, {"density": 0.5, "dense_twin": "gone/<i>"})
+NAMES = ("run0", "run1", "<b>", "run3")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def folders(tmp_path_factory):
     """Two seeds of one setting, and two other settings; one of them from before layers.csv."""
     here = tmp_path_factory.mktemp("runs")
     return [
-        fabricated_run(here / f"run{number}", with_layers=number != 2, **settings)
+        fabricated_run(here / NAMES[number], with_layers=number != 2, **settings)
         for number, settings in enumerate(SETTINGS)
     ]
 
@@ -70,12 +73,15 @@ def test_a_missing_file_is_named(run_folder, name):
         ("result.json", "}", "", "not JSON"),
         ("result.json", '"seconds": 12.5', '"seconds": -1', "seconds"),
         ("result.json", '"seconds": 12.5', '"seconds": NaN', "seconds"),
+        ("result.json", '"seconds": 12.5', '"seconds": 1' + "0" * 400, "seconds"),
         ("result.json", '"lhc_accuracy": 0', '"lhc_accuracy": 9', "lhc_accuracy"),
         ("result.json", '"density_reached": false', '"density_reached": 0', "density_reached"),
         ("metrics.csv", "val_accuracy", "accuracy", "val_accuracy"),
         ("metrics.csv", "\ndense,1,", "\ndense,one,", "line 3: epoch"),
         ("metrics.csv", ",1.0,1.0,0.", ",nan,1.0,0.", "line 2: density"),
         ("metrics.csv", ",1.0,1.0,0.", ",1.5,1.0,0.", "line 2: density"),
+        ("metrics.csv", "\ndense,1,", "\ndense,1" + "0" * 400 + ",", "line 3: epoch"),
+        ("metrics.csv", "\ndense,1,", "\n" + "d" * 200_000 + ",1,", "not CSV (field larger"),
         ("layers.csv", "correlation", "relation", "correlation"),
     ],
 )
@@ -92,6 +98,35 @@ def test_weights_that_are_no_network_are_named(run_folder):
     (run_folder / "lhc.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"lhc\.safetensors"):
         describe(read_run(run_folder), 1)
+
+
+def test_weights_of_a_dense_network_are_named(run_folder):
+    shutil.copy(run_folder / "dense.safetensors", run_folder / "lhc.safetensors")
+    with pytest.raises(ValueError, match=r"lhc\.safetensors: no layer of the network is converted"):
+        describe(read_run(run_folder), 1)
+
+
+def test_a_twin_of_another_shape_is_refused_before_anything_is_timed(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(report_rows, "measure", lambda *_: pytest.fail("timed"))
+    other = fabricated_run(tmp_path / "run", seed=5)
+    architecture = Architecture("small-vgg", (8, 16), "cifar", 1, 10, 28)
+    save_network(architecture.build(), other / "dense.safetensors", architecture)
+    with pytest.raises(ValueError, match=r"dense\.safetensors: holds another network"):
+        make_report([folders[0], other], tmp_path / "out", measure=True, batch=1)
+    with pytest.raises(ValueError, match="same settings and seed"):
+        make_report([folders[0], folders[0]], tmp_path / "out", measure=True, batch=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dead_filters_of_the_dense_first_layer_are_not_counted(folders, run_folder):
+    path = run_folder / "lhc.safetensors"
+    saved = load_network(path)
+    with torch.no_grad():
+        saved.model.get_submodule("features.0").weight[4:] = 0
+    save_network(saved.model, path, saved.architecture, saved.training)
+    row = describe(read_run(run_folder), 1)
+    assert [topology.name for topology in row.topologies] == ["features.3", "features.7"]
+    assert row.groups == describe(read_run(folders[0]), 1).groups
 
 
 def test_counts_are_those_of_the_weights_that_are_left(folders):
@@ -150,8 +185,10 @@ def test_the_page_stands_alone_and_its_text_is_escaped(reported):
     assert text.count('src="data:image/png;base64,') == text.count("src=") == len(pictures)
     assert not re.search(r"https?://|<script|<link|@import|url\(", text)
     assert "&lt;quick&gt;" in text
-    assert "<quick>" not in text
-    assert "no layers.csv" in text
+    assert "&lt;b&gt;: no layers.csv" in text
+    assert "no curve of its dense twin: that of gone/&lt;i&gt; is not beside" in text
+    assert not re.search(r"<(quick|b|i)>", text)
+    assert "run0: trained on 1,234 images" in text
     assert "run3: the share of weights is not within 0.01 of the target 0.5" in text
     assert text.count("<td>–</td>") == len(report.experiments)  # the column of measured times
 
@@ -161,7 +198,7 @@ def test_the_json_holds_every_run(reported, folders):
     found = json.loads((out / "report.json").read_text())
     assert found["rounds"] == 0
     runs = [run for experiment in found["experiments"] for run in experiment["runs"]]
-    assert sorted(run["run"] for run in runs) == [folder.name for folder in folders]
+    assert sorted(run["run"] for run in runs) == sorted(folder.name for folder in folders)
     assert all(run["measured"] is None and run["predicted"]["cpu"]["lhc_us"] > 0 for run in runs)
     layer = runs[0]["layers"][1]
     assert sum(layer["shapes"].values()) <= layer["kernels"] == 4  # 2 groups x 2 input blocks
@@ -180,18 +217,37 @@ def test_without_a_twin_there_is_no_dense_accuracy(tmp_path):
 def test_measured_is_the_whole_network_against_its_fastest_dense_form(tmp_path, monkeypatch, with_twin):
     monkeypatch.setattr(peers, "compiled_or_reason", lambda model, example: (None, "not in this test"))
     folder = fabricated_run(tmp_path / "run", with_twin=with_twin)
-    run = read_run(folder)
-    row = replace(describe(run, 2), measured=measure_run(run, 2, "cpu", 3))
-    assert row.measured.missing == (("dense, compiled did not run: not in this test",) if with_twin else ())
+    row = with_measured(describe(read_run(folder), 2), 2, "cpu", 3)
     assert row.measured.source == ("dense, eager" if with_twin else "same network, dense")
     assert (row.measured.device, row.measured.dtype, row.measured.batch) == ("cpu", "float32", 2)
     assert row.values["measured"] == row.measured.dense_us / row.measured.lhc_us > 0
+
+
+def test_a_dense_form_that_does_not_run_is_told_with_its_reason(folders, tmp_path, monkeypatch):
+    resets = []
+    monkeypatch.setattr(report_rows, "reset_compiler", lambda: resets.append(True))
+    monkeypatch.setattr(peers, "compiled_or_reason", lambda model, example: (None, "of <this> test"))
+    report = make_report(folders[:2], tmp_path, measure=True, batch=1, rounds=1)
+    assert len(resets) == 2
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("no dense, compiled: of &lt;this&gt; test") == 2
+    run = report.to_dict()["experiments"][0]["runs"][0]
+    assert run["measured_us"]["skipped"] == {"dense, compiled": "of <this> test"}
+
+
+def test_other_images_are_another_experiment(tmp_path):
+    runs = [
+        read_run(fabricated_run(tmp_path / name, data="folder", data_folder=name, seed=seed))
+        for seed, name in enumerate(("cats", "dogs"))
+    ]
+    assert labels(runs) == ["data_folder cats", "data_folder dogs"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"batch": 0}, "batch is 0"),
+        ({"batch": 1_000_000_000}, "batch is 1000000000"),
         ({"rounds": 0}, "rounds is 0"),
         ({"device": "tpu"}, "device 'tpu'"),
         ({"folders": []}, "no run"),

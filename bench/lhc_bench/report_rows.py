@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lhc_triton as lhc
 from lhc_triton.conversion import lhc_layers
@@ -333,16 +333,14 @@ def measure(model: nn.Module, dense: nn.Module | None, images: Tensor, device: s
     """Time a network against the fastest form of its dense twin, round by round in turn.
 
     Args:
-        run: what was read.
-        batch: images of a call.
+        model: of learned topology.
+        dense: its twin; None takes the same network with all its weights, folded.
+        images: [N, C, H, W], of the CPU.
         device: "cpu" or "cuda".
         rounds: of the timing.
     """
-    saved, dtype = load_network(run.lhc_file), getattr(torch, DTYPES[device])
-    sizes = saved.architecture
-    size = (batch, sizes.in_channels, sizes.image_size, sizes.image_size)
-    x = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    model = saved.model.to(device, dtype)
+    dtype = getattr(torch, DTYPES[device])
+    x, model = images.to(device, dtype), model.to(device, dtype)
     fast = lhc.accelerate(model, x, tune="cached")
     skipped: dict[str, str] = {}
     if dense is None:

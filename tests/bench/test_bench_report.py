@@ -6,7 +6,6 @@ import re
 import shutil
 import statistics
 import sys
-from dataclasses import replace
 
 import pytest
 import torch

@@ -127,12 +127,16 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def is_artifact(path: str | os.PathLike[str]) -> bool:
-    """Return whether a file is one that ``save`` wrote, by its header alone; False if it cannot be read."""
+    """Return whether a file is one that ``save`` wrote, by its header alone; False if it cannot be read.
+
+    Weights of training are safetensors files of this package, too.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            return _KEY in (file.metadata() or {})
-    except (OSError, SafetensorError):
+            document = json.loads((file.metadata() or {}).get(_KEY, "null"))
+    except (OSError, SafetensorError, ValueError, RecursionError):
         return False
+    return isinstance(document, dict) and "format_version" in document
 
 
 def load(

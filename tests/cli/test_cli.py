@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 
+from lhc_triton import LHCConfig, convert, freeze
 from lhc_triton.cli import app, main
+from lhc_triton.models.architecture import Architecture
+from lhc_triton.models.pretrained import save_network
 
 COMMANDS = ("demo", "train", "report", "ablate", "plan", "tune", "bench", "plot", "inspect", "doctor")
 
@@ -97,6 +100,16 @@ def test_inspect_writes_a_picture_and_numbers(run, tmp_path):
     for layer in found["layers"]:
         assert 0 < layer["density"] <= 1
         assert layer["live_weights"] <= layer["weights"]
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_trained_weights_are_told_from_artefacts(run, tmp_path, command):
+    architecture = Architecture("small-vgg", (8, 16, 16), "cifar", 1, 10, 28)
+    model = freeze(convert(architecture.build(), LHCConfig(density=0.3, in_block=4, out_block=4)))
+    save_network(model, tmp_path / "lhc.safetensors", architecture)
+    done = run(command, "lhc.safetensors", "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["layers"]) == 2
 
 
 @pytest.mark.parametrize(

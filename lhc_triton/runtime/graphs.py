@@ -97,7 +97,9 @@ class Graphs:
                 return self._replay(signature, inputs)
         output = network(*inputs)
         with self._lock:
-            _add(self._seen, signature, None, MAX_SEEN)  # only now: an input it refuses is no signature
+            keep_latest(
+                self._seen, signature, None, MAX_SEEN
+            )  # only now: an input it refuses is no signature
         return output
 
     def capture(self, network: nn.Module, inputs: tuple[Any, ...]) -> bool:
@@ -154,7 +156,7 @@ class Graphs:
             return False
         if len(self._graphs) == self._limit:
             self._device.wait()  # a replay on another stream may still need the memory that is freed
-        _add(self._graphs, _signature(inputs), _Graph(static, outputs, replay), self._limit)
+        keep_latest(self._graphs, _signature(inputs), _Graph(static, outputs, replay), self._limit)
         return True
 
     def _replay(self, signature: Signature, inputs: tuple[Tensor, ...]) -> Any:
@@ -171,7 +173,7 @@ def _signature(inputs: tuple[Tensor, ...]) -> Signature:
     return tuple((x.shape, x.dtype, x.device) for x in inputs)
 
 
-def _add(cache: OrderedDict[Signature, Any], signature: Signature, value: Any, limit: int) -> None:
+def keep_latest(cache: OrderedDict[Signature, Any], signature: Signature, value: Any, limit: int) -> None:
     """Put a value at the end of a cache, and drop what was used the longest time ago."""
     cache[signature] = value
     cache.move_to_end(signature)

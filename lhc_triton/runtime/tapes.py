@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from lhc_triton.runtime.graphs import Signature, keep_latest
 from lhc_triton.runtime.modules import DenseConv2d
 from lhc_triton.runtime.opset import GraphError
 from lhc_triton.runtime.stored import store_graph
@@ -29,7 +30,6 @@ from lhc_triton.runtime.watch import Watch
 MAX_TAPES = 8
 MAX_SEEN = 64
 
-Signature = tuple[Any, ...]
 _TENSOR = object()
 
 
@@ -124,12 +124,12 @@ class Tapes:
         if not record:
             output = network(*inputs)
             with self._lock:
-                _add(self._seen, signature, None, MAX_SEEN)
+                keep_latest(self._seen, signature, None, MAX_SEEN)
             return output
         output, made = self._record(network, inputs)
         with self._lock:
             if made is not None and self._watch is watch:
-                _add(self._recordings, signature, made, self._limit)
+                keep_latest(self._recordings, signature, made, self._limit)
         return output
 
     def refuse(self, problem: str) -> None:
@@ -174,11 +174,3 @@ def _constants(network: nn.Module) -> list[Tensor]:
     prepacked = [m.prepacked_weight for m in network.modules() if isinstance(m, DenseConv2d)]
     kept = [weight for weight in prepacked if weight is not None]
     return [*network.parameters(), *network.buffers(), *kept]
-
-
-def _add(cache: OrderedDict[Signature, Any], signature: Signature, value: Any, limit: int) -> None:
-    """Put a value at the end of a cache, and drop what was used the longest time ago."""
-    cache[signature] = value
-    cache.move_to_end(signature)
-    while len(cache) > limit:
-        cache.popitem(last=False)

@@ -113,11 +113,6 @@ SUITES = {
 }
 
 
-def suite_names() -> tuple[str, ...]:
-    """Names of the suites."""
-    return tuple(SUITES)
-
-
 def run_suite(
     name: str,
     out_dir: str | Path,
@@ -132,7 +127,7 @@ def run_suite(
     """Run a suite and write results.json and results.csv.
 
     Args:
-        name: one of `suite_names`.
+        name: one of `SUITES`.
         out_dir: folder for the results; made where it does not exist.
         progress: called with (measurements done, all of them, the one that begins).
         seed: of masks, weights and inputs.

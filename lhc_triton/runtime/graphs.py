@@ -85,9 +85,7 @@ class Graphs:
         return len(self._graphs)
 
     def run(self, network: nn.Module, inputs: tuple[Any, ...]) -> Any:
-        """Return the network's output, through a graph where there is one or where it is time for one."""
-        if not self.applies(inputs):
-            return network(*inputs)
+        """Return the network's output for inputs that it applies to, through a graph once it is time."""
         signature = _signature(inputs)
         with self._lock:
             usable = self._keep_watch(network)
@@ -97,9 +95,8 @@ class Graphs:
                 return self._replay(signature, inputs)
         output = network(*inputs)
         with self._lock:
-            keep_latest(
-                self._seen, signature, None, MAX_SEEN
-            )  # only now: an input it refuses is no signature
+            # Only now: an input that the network refuses is no signature.
+            keep_latest(self._seen, signature, None, MAX_SEEN)
         return output
 
     def capture(self, network: nn.Module, inputs: tuple[Any, ...]) -> bool:

@@ -27,11 +27,20 @@ LAYERS = {
     "direct, wider than a vector": ConvGeometry(1, 64, 48, 21, 35),
     "direct, border on one side": ConvGeometry(1, 32, 32, 9, 13, (3, 3), (1, 1), (2, 1, 2, 0)),
     "direct, large kernel": ConvGeometry(1, 32, 16, 12, 12, (7, 5), (1, 1), (3, 3, 2, 2)),
+    # Planes a multiple of 1 KiB apart: vectors of eight floats read them from a copy.
+    "spread": ConvGeometry(1, 64, 48, 32, 32),
+    "spread, many images": ConvGeometry(5, 40, 32, 16, 16),
+    "spread, bands of rows": ConvGeometry(1, 96, 32, 112, 112),
+    "spread, more rows out than in": ConvGeometry(2, 40, 32, 8, 32, (3, 5), (1, 1), (3, 2, 2, 2)),
+    "spread, fewer rows out than in": ConvGeometry(1, 40, 32, 32, 16, (5, 3), (1, 1), (0, 0, 1, 1)),
+    "spread, dilated": ConvGeometry(1, 40, 32, 32, 32, (3, 3), (1, 1), (2, 2, 2, 2), (2, 2)),
     "pointwise": ConvGeometry(2, 70, 50, 8, 8, (1, 1), (1, 1), (0, 0, 0, 0)),
     "pointwise, stride 2": ConvGeometry(2, 64, 50, 14, 14, (1, 1), (2, 2), (0, 0, 0, 0)),
     "copied, no border": ConvGeometry(2, 40, 32, 9, 18, (3, 3), (1, 1), (0, 0, 0, 0)),
     "copied, images side by side": ConvGeometry(8, 64, 64, 2, 2),
     "copied, odd images side by side": ConvGeometry(5, 64, 64, 7, 7),
+    "copied, rows narrower than a vector, images apart": ConvGeometry(2, 40, 32, 16, 5),
+    "copied, narrow rows and stride 2": ConvGeometry(3, 40, 32, 31, 12, (3, 3), (2, 2)),
     "copied, images apart": ConvGeometry(4, 64, 64, 16, 16, (3, 3), (2, 2)),
     "copied, stride 3": ConvGeometry(2, 40, 32, 19, 23, (5, 3), (3, 3), (2, 2, 1, 1)),
     "copied, dilated, stride 2": ConvGeometry(2, 40, 32, 21, 22, (3, 3), (2, 2), (2, 2, 2, 2), (2, 2)),
@@ -72,6 +81,7 @@ POOLED = {
     "no border": ConvGeometry(1, 32, 32, 130, 96, (3, 1), (1, 1), (0, 0, 0, 0)),
     "pointwise": ConvGeometry(1, 64, 32, 104, 96, (1, 1), (1, 1), (0, 0, 0, 0)),
     "pointwise, border above": ConvGeometry(1, 64, 32, 104, 96, (1, 1), (1, 1), (4, 0, 0, 0)),
+    "crowded planes": ConvGeometry(1, 32, 48, 112, 112),
     "stride 2": ConvGeometry(1, 16, 48, 151, 160, (3, 3), (2, 2)),
 }
 

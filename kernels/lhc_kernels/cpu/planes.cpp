@@ -38,21 +38,21 @@ int64_t plane_pitch(int64_t pixels) {
 
 // A rectangle of a copy: up to kLanes columns, from `begin` on, of rows whose input rows exist.
 struct Rectangle {
-  int64_t rows, images;
-  int64_t row_step, image_step;    // of the input, in floats
-  int64_t row_pitch, image_pitch;  // of the copy
-  int64_t first, count, stride;    // input columns first, first + stride, ...
-  Mask lanes, near, far;           // columns to write; floats to read, of the first kLanes and of the next
+  int64_t outer, inner;                // rows of all images, in the order in which they lie in the copy
+  int64_t outer_step, inner_step;      // of the input, in floats
+  int64_t outer_pitch, inner_pitch;    // of the copy
+  int64_t first, count, stride;        // input columns first, first + stride, ...
+  Mask lanes, near, far;               // columns to write; floats to read, of the first kLanes and of the next
 };
 
 // Copies a rectangle; columns that do not exist are zero.
 template <int kStride>
 void copy_rectangle(const Rectangle rectangle, int64_t input_width, const float* x, float* out) {
   const Rectangle& r = rectangle;
-  for (int64_t i = 0; i < r.rows; ++i, x += r.row_step, out += r.row_pitch) {
+  for (int64_t i = 0; i < r.outer; ++i, x += r.outer_step, out += r.outer_pitch) {
     const float* from = x + r.first;
     float* to = out;
-    for (int64_t n = 0; n < r.images; ++n, from += r.image_step, to += r.image_pitch) {
+    for (int64_t n = 0; n < r.inner; ++n, from += r.inner_step, to += r.inner_pitch) {
       if constexpr (kFreeMasks && kStride == 1) {
         store(to, load(from, r.near), r.lanes);
       } else if constexpr (kFreeMasks && kStride == 2) {
@@ -67,7 +67,7 @@ void copy_rectangle(const Rectangle rectangle, int64_t input_width, const float*
 
 }  // namespace
 
-bool reads_directly(const Conv& conv) {
+bool masks_borders(const Conv& conv) {
   const bool bordered = conv.kernel[0] * conv.kernel[1] > 1 || conv.top || conv.left;
   if (conv.stride[0] != 1 || conv.stride[1] != 1 || conv.out_width != conv.width) return false;
   if (bordered && !kFreeMasks) return false;
@@ -75,17 +75,23 @@ bool reads_directly(const Conv& conv) {
   return conv.batch == 1 || fills_vectors(conv.out_height * conv.out_width);
 }
 
+bool reads_directly(const Conv& conv) {
+  const bool spread = kSpreads && conv.height * conv.width % kCrowdedFloats == 0 && conv.kernel[0] * conv.kernel[1] > 1;
+  return masks_borders(conv) && !spread;
+}
+
 Planes plan_planes(const Conv& conv, const Group& group) {
   Planes planes{};
   planes.direct = reads_directly(conv);
+  planes.masked = masks_borders(conv);
   planes.run_pixels = group.rows * conv.out_width;
-  planes.side_by_side = !planes.direct && group.images > 1 && !fills_vectors(planes.run_pixels);
+  planes.side_by_side = !planes.masked && group.images > 1 && !fills_vectors(planes.run_pixels);
   planes.runs = planes.side_by_side ? 1 : group.images;
   if (planes.direct) {
     planes.channel_step = conv.height * conv.width;
     planes.run_step = conv.channels * planes.channel_step;
   } else {
-    planes.copies = conv.kernel[1];
+    planes.copies = planes.masked ? 1 : conv.kernel[1];
     planes.phases = phase_count(conv);
     planes.rows = plane_rows(conv, group.rows);
     planes.row_step = planes.side_by_side ? group.images * conv.out_width : conv.out_width;
@@ -102,6 +108,8 @@ Planes plan_planes(const Conv& conv, const Group& group) {
       int64_t offset;
       if (planes.direct) {
         offset = (down - conv.top) * conv.width + s * conv.dilation[1] - conv.left;
+      } else if (planes.masked) {
+        offset = down * planes.row_step + s * conv.dilation[1] - conv.left;
       } else {
         const int64_t copy = s * planes.phases + down % conv.stride[0];
         offset = copy * conv.channels * planes.channel_step + down / conv.stride[0] * planes.row_step;
@@ -119,32 +127,47 @@ Planes plan_planes(const Conv& conv, const Group& group) {
 
 int64_t planes_size(const Conv& conv, const Group& group) {
   const int64_t pixels = plane_rows(conv, group.rows) * group.images * conv.out_width;
-  return conv.kernel[1] * phase_count(conv) * conv.channels * plane_pitch(pixels);
+  const int64_t copies = masks_borders(conv) ? 1 : conv.kernel[1];
+  return copies * phase_count(conv) * conv.channels * plane_pitch(pixels);
 }
 
 void fill_channel(const Conv& conv, const Planes& planes, const Group& group, int64_t channel, float* data) {
   const int64_t image_size = conv.channels * conv.height * conv.width, stride = conv.stride[0];
   const float* x = conv.x + group.image * image_size + channel * conv.height * conv.width;
   Rectangle r{};
-  r.images = group.images, r.image_step = image_size, r.row_step = stride * conv.width;
-  r.row_pitch = planes.row_step, r.image_pitch = planes.image_step, r.stride = conv.stride[1];
+  r.stride = conv.stride[1];
   for (int64_t phase = 0; phase < planes.phases; ++phase) {
     // The plane's row i is the input's row i * stride + top.
     const int64_t top = group.row * stride + phase - conv.top;
     const int64_t above = std::clamp<int64_t>(top < 0 ? ceil_div(-top, stride) : 0, 0, planes.rows);
     const int64_t end =
         std::clamp<int64_t>(top < conv.height ? ceil_div(conv.height - top, stride) : 0, above, planes.rows);
-    r.rows = end - above;
+    if (planes.side_by_side) {
+      r.outer = end - above, r.outer_step = stride * conv.width, r.outer_pitch = planes.row_step;
+      r.inner = group.images, r.inner_step = image_size, r.inner_pitch = planes.image_step;
+    } else {
+      r.outer = group.images, r.outer_step = image_size, r.outer_pitch = planes.image_step;
+      r.inner = end - above, r.inner_step = stride * conv.width, r.inner_pitch = planes.row_step;
+    }
     for (int64_t copy = 0; copy < planes.copies; ++copy) {
       float* out = data + ((copy * planes.phases + phase) * conv.channels + channel) * planes.channel_step;
       clear_rows(planes, group, conv.out_width, 0, above, out);
       clear_rows(planes, group, conv.out_width, end, planes.rows, out);
+      if (planes.masked) {
+        for (int64_t n = 0; n < group.images; ++n)
+          std::copy_n(x + n * image_size + (above + top) * conv.width, (end - above) * conv.width,
+                      out + n * planes.image_step + above * planes.row_step);
+        continue;
+      }
       for (int64_t begin = 0; begin < conv.out_width; begin += kLanes) {
         r.first = begin * r.stride + copy * conv.dilation[1] - conv.left;
         r.count = std::min<int64_t>(kLanes, conv.out_width - begin);
-        r.lanes = first_lanes(r.count);
-        r.near = within(counting(), r.first, conv.width);
-        r.far = within(counting(), r.first + kLanes, conv.width);
+        // Rows that are less than a vector are written as a whole one, which is faster; what is too much is zero, and
+        // written over by the next row.
+        r.lanes = first_lanes(conv.out_width < kLanes ? kLanes : r.count);
+        const int64_t span = r.count * r.stride;
+        r.near = first_lanes(span) & within(counting(), r.first, conv.width);
+        r.far = first_lanes(std::max<int64_t>(span - kLanes, 0)) & within(counting(), r.first + kLanes, conv.width);
         const float* rows = x + (above * stride + top) * conv.width;
         float* to = out + above * planes.row_step + begin;
         if (r.stride == 1)

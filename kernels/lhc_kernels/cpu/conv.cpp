@@ -45,12 +45,13 @@ struct Strip {
   int64_t count, places[kVectors * kLanes];  // scattered: pixels in all, and where each lies
 };
 
-// Which lanes of a strip each tap may read: of the direct variant those whose row and column exist, of the spread one
+// Which lanes of a strip a tap may read: of the direct variant those whose row and column exist, of the spread one
 // those whose column does, of the copied one all.
-struct Borders {
-  std::vector<Mask> masks;   // [tap][kVectors]
-  std::vector<char> whole;   // [tap]: all lanes of all vectors
+struct Border {
+  Mask masks[kVectors];
+  bool whole;   // all lanes of all vectors
 };
+using Borders = std::vector<Border>;   // of each tap
 
 struct Job {
   const Conv& conv;
@@ -98,12 +99,12 @@ template <int F, int V>
     const float* next = job.data + strip.x[0] + job.planes.steps[conv.entries[stay ? e : e + 1]].offset;
     const float* x[V];
     for (int v = 0; v < V; ++v) x[v] = job.data + strip.x[v] + step.offset;
-    const Mask* masks = &borders.masks[step.tap * kVectors];
+    const Border& border = borders[step.tap];
     // A masked load takes a slot of the units that multiply: 8 to 10 % of the whole where all are masked.
-    if (!kFreeMasks || borders.whole[step.tap])
-      add_entry<F, V, false>(x, masks, channel_step, w, width, step.channels, next, sums);
+    if (!kFreeMasks || border.whole)
+      add_entry<F, V, false>(x, border.masks, channel_step, w, width, step.channels, next, sums);
     else
-      add_entry<F, V, true>(x, masks, channel_step, w, width, step.channels, next, sums);
+      add_entry<F, V, true>(x, border.masks, channel_step, w, width, step.channels, next, sums);
   }
   unrolled<F * V>([&](auto i) { out[i] = sums[i]; });
 }
@@ -257,7 +258,7 @@ void mask_taps(const Job& job, const Strip& strip, int64_t begin, int v, Borders
     const Mask inside =
         job.planes.direct ? strip.lanes[v] & within(rows, r * conv.dilation[0] - conv.top, conv.height) : strip.lanes[v];
     for (int64_t s = 0; s < conv.kernel[1]; ++s)
-      borders.masks[(r * conv.kernel[1] + s) * kVectors + v] =
+      borders[r * conv.kernel[1] + s].masks[v] =
           inside & within(columns, s * conv.dilation[1] - conv.left, conv.width);
   }
 }
@@ -280,10 +281,9 @@ void place(const Job& job, int64_t first, Strip& strip, Borders& borders) {
     if (kFreeMasks && planes.masked) mask_taps(job, strip, begin, v, borders);
   }
   if (kFreeMasks && planes.masked) {
-    for (int64_t tap = 0; tap < conv.kernel[0] * conv.kernel[1]; ++tap) {
-      borders.whole[tap] = true;
-      for (int v = 0; v < strip.vectors; ++v)
-        borders.whole[tap] = borders.whole[tap] && is_full(borders.masks[tap * kVectors + v]);
+    for (Border& border : borders) {
+      border.whole = true;
+      for (int v = 0; v < strip.vectors; ++v) border.whole = border.whole && is_full(border.masks[v]);
     }
   }
   if (strip.scattered) scatter(job, first * kLanes, origin, strip);
@@ -326,8 +326,7 @@ void run_cells(const Job& job, int64_t begin_cost, int64_t end_cost) {
   Cell cell = cell_at(job, begin_cost);
   const Cell end = cell_at(job, end_cost);
   Strip strip;
-  const int64_t taps = job.conv.kernel[0] * job.conv.kernel[1];
-  Borders borders{std::vector<Mask>(taps * kVectors, first_lanes(kLanes)), std::vector<char>(taps, 1)};
+  Borders borders(job.conv.kernel[0] * job.conv.kernel[1], {{}, true});
   bool placed = false;
   while (cell < end) {
     if (!placed) {

@@ -9,7 +9,7 @@ from .choice import candidate_configs, choose_config, heuristic_config
 from .configs import KernelConfig, LaunchShape, config_problem, store_run
 from .costs import CostSheet, cost_sheet
 from .devices import device_limits
-from .sources import source_digest
+from .sources import native_source_digest, source_digest
 
 __all__ = [
     "INTERPRETED",
@@ -24,6 +24,7 @@ __all__ = [
     "grouped_conv2d",
     "heuristic_config",
     "launch_shape",
+    "native_source_digest",
     "source_digest",
     "store_run",
 ]

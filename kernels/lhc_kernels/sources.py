@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 CHOOSING = ("aot.py", "choice.py", "costs.py", "devices.py", "sources.py", "table.py")
@@ -17,8 +18,18 @@ def source_digest() -> str:
     A measured time belongs to the code that took it, so tuning keys hold this digest. Another heuristic, or
     another candidate, leaves the times of the configs that are known already as they are.
     """
+    return _digest(path for path in Path(__file__).parent.glob("*.py") if path.name not in CHOOSING)
+
+
+@functools.cache
+def native_source_digest() -> str:
+    """Return 16 hexadecimal digits that change with the sources of the CPU's kernel and with how it is built."""
+    folder = Path(__file__).parent / "cpu"
+    return _digest(path for path in folder.iterdir() if path.suffix in (".cpp", ".h", ".py"))
+
+
+def _digest(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.name not in CHOOSING:
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(paths):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -13,7 +13,7 @@ from lhc_triton.planning.planner import plan_layer
 from lhc_triton.planning.schema import ConvGeometry, LayerPlan, LayerTopology
 from lhc_triton.runtime.dispatch import auto_backend
 from lhc_triton.runtime.epilogue import LAYOUTS
-from lhc_triton.runtime.store import TimingStore, device_name, package_version
+from lhc_triton.runtime.store import TimingStore, code_version, device_name
 from lhc_triton.runtime.timing import time_paired
 from lhc_triton.runtime.tuning import deterministic
 from lhc_triton.runtime.workload import Workload
@@ -59,11 +59,11 @@ def cost_model(
 def calibrated(cost: CostModel, dtype: torch.dtype, store: TimingStore) -> CostModel:
     """Scale a model of the CPU by the ratio of measured to predicted times of the probe layers."""
     name = str(dtype).removeprefix("torch.")
-    here = device_name(torch.device("cpu"))
-    versions = f"torch {torch.__version__}, lhc-triton {package_version('lhc-triton')}"
+    cpu = torch.device("cpu")
+    here, code = device_name(cpu), code_version(cpu)
     ratios: dict[str, list[float]] = {"dense": [], cost.sparse_backend: []}
     for plan in (_probe(probe, cost, name) for probe in PROBES):
-        key = f"calibration | {here} | {versions} | {name} | {cost.sparse_backend} | {plan.name}"
+        key = f"calibration | {here} | {code} | {name} | {cost.sparse_backend} | {plan.name}"
         times = {k: us for k, us in store.get(key).items() if k in ratios and not isinstance(us, str)}
         if len(times) < len(ratios):
             times = _measured(plan, cost.sparse_backend, dtype)

@@ -55,9 +55,16 @@ def layer_key(layer: LayerPlan, dtype: torch.dtype, device: torch.device) -> str
     )
     digest = hashlib.sha256((shape + json.dumps(tiles)).encode()).hexdigest()[:20]
     name = str(dtype).removeprefix("torch.")
+    return f"{device_name(device)} | {code_version(device)} | {name} | {digest}"
+
+
+def code_version(device: torch.device) -> str:
+    """Name the code that a time belongs to: versions, and a digest of the kernels' sources for a device."""
+    from lhc_kernels import native_source_digest, source_digest
+
     ours, triton = package_version("lhc-triton"), package_version("triton")
-    versions = f"torch {torch.__version__}, triton {triton}, lhc-triton {ours}"
-    return f"{device_name(device)} | {versions} | {name} | {digest}"
+    kernels = native_source_digest() if device.type == "cpu" else source_digest()
+    return f"torch {torch.__version__}, triton {triton}, lhc-triton {ours}, kernels {kernels}"
 
 
 def package_version(package: str) -> str | None:

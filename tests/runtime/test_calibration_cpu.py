@@ -51,6 +51,13 @@ def test_a_machine_is_measured_once(store, probed):
     assert len(probed) == 2 * len(PROBES)
 
 
+def test_a_changed_kernel_is_measured_again(store, probed, monkeypatch):
+    calibrated(MODEL, torch.float32, store)
+    monkeypatch.setattr("lhc_kernels.native_source_digest", lambda: "another")
+    calibrated(MODEL, torch.float32, store)
+    assert len(probed) == 2 * len(PROBES)
+
+
 @pytest.mark.parametrize("tune", ["off", "cached"])
 def test_off_and_the_deterministic_mode_take_the_model_as_it_ships(store, probed, tune, monkeypatch):
     if tune == "cached":

@@ -135,7 +135,10 @@ def test_the_key_tells_apart_what_changes_a_time(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch, "__version__", "9.9")
     others.add(layer_key(layer, torch.float32, CPU))
-    assert len(others) == 6
+    monkeypatch.undo()
+    monkeypatch.setattr("lhc_kernels.native_source_digest", lambda: "another")
+    others.add(layer_key(layer, torch.float32, CPU))
+    assert len(others) == 7
     assert key not in others
 
 

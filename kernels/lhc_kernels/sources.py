@@ -23,7 +23,7 @@ def source_digest() -> str:
 
 @functools.cache
 def native_source_digest() -> str:
-    """Return 16 hexadecimal digits that change with the sources of the CPU's kernel and with how it is built."""
+    """Return 16 hexadecimal digits that change with the sources of the CPU's kernel and its build."""
     folder = Path(__file__).parent / "cpu"
     return _digest(path for path in folder.iterdir() if path.suffix in (".cpp", ".h", ".py"))
 

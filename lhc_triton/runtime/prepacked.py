@@ -7,12 +7,19 @@ place for frozen weights. They write channels_last.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def dtypes() -> frozenset[torch.dtype]:
+    """Return the types whose weights oneDNN reorders on this processor: bfloat16 takes AVX-512 or its like."""
+    bf16 = {torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()
+    return frozenset({torch.float32} | bf16)
 
 
 def serves(x: Tensor) -> bool:
@@ -22,10 +29,10 @@ def serves(x: Tensor) -> bool:
         return False
     return (
         x.device.type == "cpu"
-        and x.dtype in DTYPES
         and x.numel() > 0
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
+        and x.dtype in dtypes()
         and not torch.is_autocast_enabled("cpu")
     )
 

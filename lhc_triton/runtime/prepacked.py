@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 
-
 @functools.cache
 def dtypes() -> frozenset[torch.dtype]:
-    """Return the types whose weights oneDNN reorders on this processor: bfloat16 takes AVX-512 or its like."""
+    """Return the types whose weights oneDNN reorders here; bfloat16 takes AVX-512 or its like."""
     bf16 = {torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()
     return frozenset({torch.float32} | bf16)
 

@@ -368,15 +368,6 @@ float* scratch(int64_t floats) {
 
 void run_group(const Conv& conv, const Group& group, const Threads& threads) {
   Job job{conv, plan_planes(conv, group), group, conv.x, 0, 0, {}, {}};
-  if (!job.planes.direct) {
-    float* data = scratch<Scratch::kPlanes>(planes_size(conv, group));
-    const int64_t step = ceil_div(conv.channels, kItemsPerThread * threads.count);
-    for_each(threads, ceil_div(conv.channels, step), [&](int64_t item) {
-      for (int64_t c = item * step; c < std::min(conv.channels, (item + 1) * step); ++c)
-        fill_channel(conv, job.planes, group, c, data);
-    });
-    job.data = data;
-  }
   job.vectors = job.planes.runs * ceil_div(job.planes.run_pixels, kLanes);
   job.strips = ceil_div(job.vectors, kVectors);
 
@@ -399,10 +390,21 @@ void run_group(const Conv& conv, const Group& group, const Threads& threads) {
   }
   job.chunks.push_back(conv.tiles);
 
-  const int64_t cost = job.cost.back() * job.strips;
-  const int64_t items = std::min(job.strips * conv.tiles, kItemsPerThread * threads.count);
-  for_each(threads, items, [&](int64_t item) {
-    run_cells(job, cost * item / items, cost * (item + 1) / items);
+  const int64_t cost = job.cost.back() * job.strips, cells = job.strips * conv.tiles;
+  if (job.planes.direct) {
+    const int64_t items = std::min(cells, kItemsPerThread * threads.count);
+    for_each(threads, items, [&](int64_t item) { run_cells(job, cost * item / items, cost * (item + 1) / items); });
+    return;
+  }
+  // Each thread fills planes of its own: to read what another core has just written takes longer (1.5x the whole for
+  // 512 channels of 2x2 pixels).
+  const int64_t shares = std::min<int64_t>(cells, threads.count);
+  for_each(threads, shares, [&](int64_t share) {
+    Job own = job;
+    float* data = scratch<Scratch::kPlanes>(planes_size(conv, group));
+    for (int64_t c = 0; c < conv.channels; ++c) fill_channel(conv, job.planes, group, c, data);
+    own.data = data;
+    run_cells(own, cost * share / shares, cost * (share + 1) / shares);
   });
 }
 
@@ -424,13 +426,12 @@ void grouped_conv2d(const Conv& conv, const Threads& threads) {
   if (conv.batch == 0) return;
   if (reads_directly(conv)) return run_group(conv, {0, conv.batch, 0, conv.out_height}, threads);
   Group size = group_size(conv, kPlanesFloats, threads.count);
-  // A thread that fills its own planes finds them in its own cache: 1.2x to 1.9x faster at stride 2 than sharing them,
-  // which is left for layers that have too few pixels for all threads, or far more weights than pixels: these are
-  // then shared out (1.2x faster for 512 channels of 2x2 pixels).
+  // Threads take groups of pixels, or, where a group has too few of them or the weights are far more, share out the
+  // tiles of one group after the other (1.2x faster for 512 channels of 2x2 pixels).
   const bool heavy = weight_floats(conv) > 2 * conv.batch * conv.channels * conv.height * conv.width;
   const bool enough = size.images * size.rows * conv.out_width >= kLanes;
-  const bool own = (enough && !heavy) || threads.count == 1;
-  if (!own) size = group_size(conv, kPlanesFloats * threads.count, 1);
+  const bool by_pixels = (enough && !heavy) || threads.count == 1;
+  if (!by_pixels) size = group_size(conv, kPlanesFloats, 1);
   const int64_t bands = ceil_div(conv.out_height, size.rows);
   const auto run = [&](int64_t item, const Threads& on) {
     const int64_t image = item / bands * size.images, row = item % bands * size.rows;
@@ -438,7 +439,7 @@ void grouped_conv2d(const Conv& conv, const Threads& threads) {
                      std::min(size.rows, conv.out_height - row)}, on);
   };
   const int64_t groups = ceil_div(conv.batch, size.images) * bands;
-  if (own)
+  if (by_pixels)
     for_each(threads, groups, [&](int64_t item) { run(item, {1, {}}); });
   else
     for (int64_t item = 0; item < groups; ++item) run(item, threads);

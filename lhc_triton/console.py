@@ -75,6 +75,23 @@ def show_summary(summary: dict[str, Any]) -> None:
     typer.echo("Speed-up over the best dense form in the same run, geometric mean over the cases.")
 
 
+def show_loading(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a line for each way to deliver batches, and one for bare decoding."""
+    cells = [
+        (
+            row["case"],
+            f"{row['width']}x{row['height']}",
+            row["augmentation"],
+            f"{row['images_per_s']:,.0f}",
+            f"{row['p20_images_per_s']:,.0f} to {row['p80_images_per_s']:,.0f}",
+            "-" if row["decode_share"] is None else f"{row['decode_share']:.2f}x",
+        )
+        for row in rows
+    ]
+    print_table(("batches", "size", "augmentation", "images/s", "20 to 80 %", "of bare decoding"), cells)
+    typer.echo("Medians over the rounds. Bare decoding: Pillow in one thread, on the same files.")
+
+
 def show_demo(report: dict[str, Any]) -> None:
     """Print what the demo found: the whole network beside its dense twin, and each layer's plan."""
     rows = [

@@ -134,6 +134,8 @@ def test_trained_weights_are_told_from_artefacts(run, tmp_path, command):
         (("demo", "--out", "/proc/nowhere"), "/proc/nowhere"),
         (("bench", "--only", "nothing"), "nothing"),
         (("bench", "--seed", "-1"), "seed"),
+        (("bench", "--suite", "loading", "--only", "nothing"), "the cases are train/0 workers"),
+        (("bench", "--suite", "loading", "--out", f"{__file__}/out"), "cannot be a folder"),
         (("bench", "--out", f"{__file__}/out"), "cannot be a folder"),
         (("plan", "lhc", "--out", "."), "is a folder"),
         (("plan", "lhc", "--batch", "x"), "--batch"),
@@ -148,6 +150,22 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(run, arguments, named, tmp_
     assert named in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_of_loading_prints_a_table_and_plot_draws_it_again(run, monkeypatch, tmp_path):
+    from lhc_bench import loading
+
+    for name, value in {"PICTURES": 8, "WIDTH": 60, "HEIGHT": 40, "ROUNDS": 1, "WORKERS": (0, 1)}.items():
+        monkeypatch.setattr(loading, name, value)
+    done = run("bench", "--suite", "loading", "--only", "train", "--out", "loading")
+    assert done.returncode == 0, done.stderr
+    assert "train/1 workers" in done.stdout
+    assert "of bare decoding" in done.stdout
+    (tmp_path / "loading" / "loading.png").unlink()
+    assert run("plot", "loading/results.json", "--out", "loading").returncode == 0
+    assert {path.name for path in (tmp_path / "loading").iterdir()} == {
+        "results.json", "results.csv", "loading.png",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": 3}'], ids=["empty", "cut", "list", "wrong"])

@@ -22,6 +22,7 @@ from .console import (
     show_summary,
     show_topology,
     stages,
+    tell_once,
     times,
 )
 
@@ -457,7 +458,7 @@ def main() -> None:
             raise
         _refuse(_told(error))
     except typer.Abort:
-        typer.echo("lhc-triton: interrupted", err=True)
+        tell_once("lhc-triton: interrupted")
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         # The parser's own errors (unknown option, ...) share this method, and no public base class.
@@ -475,5 +476,5 @@ def _told(error: Exception) -> str:
 
 
 def _refuse(message: str) -> NoReturn:
-    typer.echo(f"lhc-triton: {' '.join(message.split())}", err=True)
+    tell_once(f"lhc-triton: {' '.join(message.split())}")
     raise SystemExit(USER_MISTAKE) from None

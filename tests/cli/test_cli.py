@@ -152,6 +152,47 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(run, arguments, named, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+MISTAKE = ("train", "--set", "lr=fast")
+
+
+def processes(monkeypatch, folder, *ranks):
+    """Be one process of torchrun's on this machine after the other."""
+    for rank in ranks:
+        own = folder / "attempt_0" / str(rank)
+        own.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(own / "error.json"))
+        yield
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)], ids=["rank 0 first", "rank 2 first"])
+def test_under_torchrun_a_mistake_is_told_once_and_all_end_with_the_same_code(
+    run, monkeypatch, tmp_path_factory, order
+):
+    folder = tmp_path_factory.mktemp("torchrun")
+    done = [run(*MISTAKE) for _ in processes(monkeypatch, folder, *order)]
+    assert [one.returncode for one in done] == [2, 2, 2]
+    assert [len(one.stderr.splitlines()) for one in done] == [1, 0, 0]
+
+
+def test_a_mistake_of_one_process_alone_is_told_by_it(run, monkeypatch, tmp_path_factory):
+    each = processes(monkeypatch, tmp_path_factory.mktemp("torchrun"), 0, 1)
+    next(each)
+    assert "'lr' is not of the form" in run("train", "--set", "lr").stderr
+    next(each)
+    assert "'fast' is not a number" in run(*MISTAKE).stderr
+
+
+def test_rank_0_tells_a_mistake_where_processes_share_no_folder(run, monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    for rank, lines in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        done = run(*MISTAKE)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, lines)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "1" / "error.json"))
+    assert len(run(*MISTAKE).stderr.splitlines()) == 1
+
+
 def test_bench_of_loading_prints_a_table_and_plot_draws_it_again(run, monkeypatch, tmp_path):
     from lhc_bench import loading
 

@@ -28,9 +28,9 @@ Progress = Callable[[int, int, str], None]
 
 SUITE = "loading"
 WORKERS = (0, 1, 2, 4, 8)
-PICTURES, CLASSES = 256, 8
+PICTURES, CLASSES = 192, 8
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
-BATCH, MEMORY_BATCH = 16, 128  # small ones for files, so that the pipeline's start and end weigh little
+BATCH, MEMORY_BATCH = 12, 128  # small ones for files, so that the pipeline's start and end weigh little
 ROUNDS, BUDGET_S = 5, 20.0
 
 AUGMENTATIONS: dict[str, Augmentation] = {"train": "standard", "evaluation": "none", "memory": "standard"}

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TALL, ACROSS, LEFT = 3.3, 6.2, 0.75  # inches
-# Both lines often lie together: training's numbers stand above its line, evaluation's below.
 _LOOKS = {"train": (SPARSE, "o"), "evaluation": ("#e69f00", "s")}
 _NAMES = {
     "train": "training: random crops, flips",
@@ -52,6 +51,10 @@ def _lines(axis: Axes, results: LoadingResults) -> None:
     for kind, mine in curves.items():
         if mine:
             _curve(axis, kind, sorted(mine, key=lambda row: row.workers), place)
+    for count in counts:
+        _numbers(
+            axis, place[count], [row for mine in curves.values() for row in mine if row.workers == count]
+        )
     highest = max([*ideal, *(row.p80_images_per_s for mine in curves.values() for row in mine)])
     axis.set_ylim(0, highest * 1.12)
     axis.set_xticks(range(len(counts)), [str(count) for count in counts])
@@ -65,7 +68,6 @@ def _lines(axis: Axes, results: LoadingResults) -> None:
 
 def _curve(axis: Axes, kind: str, rows: list[LoadingRow], place: dict[int, int]) -> None:
     color, marker = _LOOKS[kind]
-    below = kind != "train"
     rates = [row.images_per_s for row in rows]
     spread = [
         [row.images_per_s - row.p20_images_per_s for row in rows],
@@ -76,11 +78,15 @@ def _curve(axis: Axes, kind: str, rows: list[LoadingRow], place: dict[int, int])
         at, rates, yerr=spread, color=color, marker=marker, markersize=5, capsize=3, elinewidth=1,
         label=_NAMES[kind],
     )  # fmt: skip
-    for x, rate in zip(at, rates, strict=True):
+
+
+def _numbers(axis: Axes, place: int, rows: list[LoadingRow]) -> None:
+    """Write the rates of one number of workers: the curves often lie together, so the lower's below."""
+    for rank, row in enumerate(sorted(rows, key=lambda row: -row.images_per_s)):
         axis.annotate(
-            f"{rate:,.0f}", (x, rate), xytext=(0, -9 if below else 9), textcoords="offset points",
-            ha="center", va="top" if below else "bottom", fontsize=8, color=color,
-            bbox=picture.OVER_LINE, zorder=4,
+            f"{row.images_per_s:,.0f}", (place, row.images_per_s), xytext=(0, -9 if rank else 9),
+            textcoords="offset points", ha="center", va="top" if rank else "bottom", fontsize=8,
+            color=_LOOKS[row.kind][0], bbox=picture.OVER_LINE, zorder=4,
         )  # fmt: skip
 
 

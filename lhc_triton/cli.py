@@ -18,9 +18,11 @@ from .console import (
     show_diagnosis,
     show_experiments,
     show_kernels,
+    show_loading,
     show_summary,
     show_topology,
     stages,
+    tell_once,
     times,
 )
 
@@ -261,7 +263,7 @@ def bench(
     suite: Annotated[
         str,
         typer.Option(
-            help="quick, cpu-layers, cpu-models, cpu-scaling, gpu-layers, gpu-models, gpu-questions."
+            help="quick, cpu-layers, cpu-models, cpu-scaling, gpu-layers, gpu-models, gpu-questions, loading."
         ),
     ] = "quick",
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv and the plots.")] = Path(
@@ -273,12 +275,19 @@ def bench(
     seed: Annotated[int, typer.Option(help="Of masks, weights and inputs.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Time the backends against the best dense convolution, paired and interleaved, and draw the curves."""
+    """Time the backends against the best dense convolution, paired and interleaved, and draw the curves.
+
+    The suite "loading" times how fast image files become batches instead.
+    """
+    from lhc_bench import loading
     from lhc_bench.plots import draw
     from lhc_bench.suites import run_suite
 
     with counting(f"suite {suite}") as progress:
-        results = run_suite(suite, out, progress=progress, seed=seed, only=only)
+        if suite == loading.SUITE:
+            results = loading.run_loading(out, progress, seed, only=only)
+        else:
+            results = run_suite(suite, out, progress, seed, only=only)
     pictures = draw(out / "results.json", out)
     if as_json:
         print_json(results)
@@ -287,7 +296,7 @@ def bench(
     typer.echo(f"Written: {', '.join(map(str, paths))}")
     if notes := results["env"]["notes"]:
         typer.echo(f"Not measured: {len(notes)}, the first one being {notes[0]}")
-    show_summary(results["summary"])
+    show_loading(results["rows"]) if suite == loading.SUITE else show_summary(results["summary"])
 
 
 @app.command(epilog="Example: `lhc-triton plot out/bench/results.json --out out/bench`")
@@ -296,7 +305,7 @@ def plot(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out/plots"),
     as_json: Json = False,
 ) -> None:
-    """Draw the speed-up curves of a results file again, or the landscape of the configs that were tuned."""
+    """Draw the curves of a results file again, or the landscape of the configs that were tuned."""
     from lhc_bench.landscape import draw_landscapes, is_store
     from lhc_bench.plots import draw
 
@@ -449,7 +458,7 @@ def main() -> None:
             raise
         _refuse(_told(error))
     except typer.Abort:
-        typer.echo("lhc-triton: interrupted", err=True)
+        tell_once("lhc-triton: interrupted")
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         # The parser's own errors (unknown option, ...) share this method, and no public base class.
@@ -467,5 +476,5 @@ def _told(error: Exception) -> str:
 
 
 def _refuse(message: str) -> NoReturn:
-    typer.echo(f"lhc-triton: {' '.join(message.split())}", err=True)
+    tell_once(f"lhc-triton: {' '.join(message.split())}")
     raise SystemExit(USER_MISTAKE) from None

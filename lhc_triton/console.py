@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -73,6 +76,23 @@ def show_summary(summary: dict[str, Any]) -> None:
     head = ("backend", "blocks", "density", "cases", "speed-up", "least", "of the floor", "of a matmul")
     print_table(head, rows)
     typer.echo("Speed-up over the best dense form in the same run, geometric mean over the cases.")
+
+
+def show_loading(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a line for each way to deliver batches, and one for bare decoding."""
+    cells = [
+        (
+            row["case"],
+            f"{row['width']}x{row['height']}",
+            row["augmentation"],
+            f"{row['images_per_s']:,.0f}",
+            f"{row['p20_images_per_s']:,.0f} to {row['p80_images_per_s']:,.0f}",
+            "-" if row["decode_share"] is None else f"{row['decode_share']:.2f}x",
+        )
+        for row in rows
+    ]
+    print_table(("batches", "size", "augmentation", "images/s", "20 to 80 %", "of bare decoding"), cells)
+    typer.echo("Medians over the rounds. Bare decoding: Pillow in one thread, on the same files.")
 
 
 def show_demo(report: dict[str, Any]) -> None:
@@ -231,6 +251,31 @@ def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Non
     for row in rows:
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def tell_once(line: str) -> None:
+    """Print a line on stderr, once where several processes of a run have the same to say.
+
+    torchrun gives the processes of a machine a folder together, a new one for each attempt. Whoever leaves a
+    mark there first speaks. It need not be rank 0: torchrun ends that one as soon as another has ended, and a
+    mistake may be another's alone. Where there is no such folder, rank 0 speaks.
+    """
+    if _is_first_to_tell(line):
+        typer.echo(line, err=True)
+
+
+def _is_first_to_tell(line: str) -> bool:
+    own_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_N/LOCAL_RANK/error.json
+    if not own_file:
+        return os.environ.get("RANK", "0") == "0"
+    mark = Path(own_file).parent.parent / f"told-{hashlib.sha256(line.encode()).hexdigest()}"
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True  # said twice is better than not at all
+    return True
 
 
 def print_json(value: Any) -> None:

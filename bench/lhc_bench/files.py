@@ -34,6 +34,15 @@ def made_folder(path: str | Path) -> Path:
     return path
 
 
+def check_writable(folder: str | Path) -> None:
+    """Make a folder and try to write in it, before minutes of measuring end at one that cannot be written.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    write_beside(Path(folder) / ".writable", "").unlink()
+
+
 def replace_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Let ``write`` make a temporary file beside ``path``, then rename it; nothing is left after an error."""
     path = Path(path)

@@ -1,15 +1,18 @@
-"""Pictures of a results file, never of a live run: curves over density, bars by layer, scaling."""
+"""Pictures of a results file, never of a live run: curves over density, bars by layer, scaling, loading."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .curves_picture import peak_figure, speedup_figure
 from .layers_picture import layers_figure
+from .loading import is_loading, read_loading
+from .loading_picture import loading_figure
 from .picture import save
-from .rows import Results, read_results
+from .rows import read_results
 from .scaling_picture import scales, scaling_figure
 
 if TYPE_CHECKING:
@@ -20,35 +23,38 @@ def draw(results_path: str | Path, out_dir: str | Path, svg: bool = False) -> li
     """Draw a results.json.
 
     Args:
-        results_path: what `run_suite` wrote.
+        results_path: what `run_suite` or `run_loading` wrote.
         out_dir: folder for the pictures; made where it does not exist.
         svg: write each picture as SVG as well.
 
     Returns:
         The paths of the pictures: speedup.png and layers.png; peak.png (the share of the machine's peak)
-        where single layers were measured; for several batches or thread counts scaling.png alone.
+        where single layers were measured; for several batches or thread counts scaling.png alone;
+        loading.png for the suite of that name.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged or holds no row. Nothing is made then.
         OSError: if the folder cannot be written.
     """
-    results = read_results(results_path)
-    if not results.rows:
-        raise ValueError(f"{results_path} holds no rows: there is nothing to draw")
     out = Path(out_dir)
     paths = []
-    for name, figure in _figures(results).items():
+    for name, figure in _figures(results_path).items():
         for kind in ("png", "svg") if svg else ("png",):
-            paths.append(save(figure(results), out / f"{name}.{kind}", kind))
+            paths.append(save(figure(), out / f"{name}.{kind}", kind))
     return paths
 
 
-def _figures(results: Results) -> dict[str, Callable[[Results], Figure]]:
+def _figures(path: str | Path) -> dict[str, Callable[[], Figure]]:
+    if is_loading(path):
+        return {"loading": partial(loading_figure, read_loading(path))}
+    results = read_results(path)
+    if not results.rows:
+        raise ValueError(f"{path} holds no rows: there is nothing to draw")
     if scales(results):
-        return {"scaling": scaling_figure}
-    figures: dict[str, Callable[[Results], Figure]] = {"speedup": speedup_figure, "layers": layers_figure}
+        return {"scaling": partial(scaling_figure, results)}
+    figures = {"speedup": partial(speedup_figure, results), "layers": partial(layers_figure, results)}
     # In a whole network, the share of the weights that live is not that of the MACs.
     if all(row.peak_share and row.kernel for row in results.rows):
-        figures["peak"] = peak_figure
-    return figures
+        figures["peak"] = partial(peak_figure, results)
+    return {**figures}

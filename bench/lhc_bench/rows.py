@@ -11,10 +11,10 @@ import shlex
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +28,8 @@ DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 COUNTS = ("batch", "in_channels", "out_channels", "height", "width", "in_block", "out_block", "threads")
 TIMES = ("baseline_us", "time_us", "p20_us", "p80_us", "floor_us", "speedup")
 POSITIVE = frozenset((*COUNTS, *TIMES))
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -92,22 +94,7 @@ class Row:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value, (wanted, _, optional) = getattr(self, item.name), str(item.type).partition(" | ")
-            if optional and value is None:
-                continue
-            if wanted == "str":
-                if not isinstance(value, str) or not value:
-                    raise ValueError(f"{item.name} is {value!r}, expected a text")
-            elif isinstance(value, bool) or not isinstance(value, int if wanted == "int" else (int, float)):
-                raise ValueError(
-                    f"{item.name} is {value!r}, expected {'an integer' if wanted == 'int' else 'a number'}"
-                )
-            elif not math.isfinite(value):
-                raise ValueError(f"{item.name} is {value}, expected a finite number")
-            elif value < 0 or (value == 0 and item.name in POSITIVE):
-                least = "above 0" if item.name in POSITIVE else "of at least 0"
-                raise ValueError(f"{item.name} is {value}, expected a number {least}")
+        check_fields(self, POSITIVE)
         if not 0 < self.density <= 1:
             raise ValueError(f"density is {self.density}, expected a share in (0, 1]")
 
@@ -134,6 +121,34 @@ class Results:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-ready form: {"env", "rows", "summary"}."""
         return {"env": self.env, "rows": [asdict(row) for row in self.rows], "summary": self.summary}
+
+
+def check_fields(row: Any, positive: Collection[str]) -> None:
+    """Check the texts and numbers of a row against the types that its dataclass declares.
+
+    Args:
+        row: of a dataclass whose fields are texts, integers and numbers, some of them optional.
+        positive: fields that must be above 0; the other numbers must not be negative.
+
+    Raises:
+        ValueError: one that is of another type, empty, not finite or too small; the message names it.
+    """
+    for item in fields(row):
+        value, (wanted, _, optional) = getattr(row, item.name), str(item.type).partition(" | ")
+        if optional and value is None:
+            continue
+        if wanted == "str":
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{item.name} is {value!r}, expected a text")
+        elif isinstance(value, bool) or not isinstance(value, int if wanted == "int" else (int, float)):
+            raise ValueError(
+                f"{item.name} is {value!r}, expected {'an integer' if wanted == 'int' else 'a number'}"
+            )
+        elif not math.isfinite(value):
+            raise ValueError(f"{item.name} is {value}, expected a finite number")
+        elif value < 0 or (value == 0 and item.name in positive):
+            least = "above 0" if item.name in positive else "of at least 0"
+            raise ValueError(f"{item.name} is {value}, expected a number {least}")
 
 
 def nearest_density(density: float, densities: Sequence[float] = DENSITIES) -> float:
@@ -193,12 +208,19 @@ def _geomean(values: Sequence[float]) -> float:
 
 def write_results(out_dir: str | Path, results: Results) -> tuple[Path, Path]:
     """Write results.json and results.csv, each whole or not at all; return their paths."""
+    return write_document(out_dir, results.to_dict(), [item.name for item in fields(Row)])
+
+
+def write_document(
+    out_dir: str | Path, document: Mapping[str, Any], columns: Sequence[str]
+) -> tuple[Path, Path]:
+    """Write {"env", "rows", "summary"} as results.json, and its rows as results.csv with these columns."""
     out = Path(out_dir)
     table = io.StringIO()
-    writer = csv.DictWriter(table, [item.name for item in fields(Row)], lineterminator="\n")
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in results.rows)
-    text = json.dumps(results.to_dict(), indent=2, allow_nan=False) + "\n"
+    writer.writerows(document["rows"])
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     return write_beside(out / "results.json", text), write_beside(out / "results.csv", table.getvalue())
 
 
@@ -209,41 +231,68 @@ def read_results(path: str | Path) -> Results:
         FileNotFoundError: if there is no such file.
         ValueError: one line that names the file and what is wrong with it.
     """
+    return read_document(path, _checked)
+
+
+def read_document(path: str | Path, check: Callable[[dict[str, Any]], R]) -> R:
+    """Read a results.json of any suite.
+
+    Args:
+        path: the file.
+        check: makes results of {"env": dict, "rows": list, "summary": dict}; a ValueError where it cannot.
+
+    Returns:
+        What ``check`` gives.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: one line that names the file and what is wrong with it.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no results file at {path}; `lhc-triton bench` writes one")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return _checked(found)
+        _check_parts(found)
+        return check(found)
     except (ValueError, RecursionError) as error:  # broken JSON and broken UTF-8 are ValueErrors as well
         raise ValueError(f"{path} is not a results file of `lhc-triton bench`: {error}") from None
 
 
-def _checked(found: Any) -> Results:
+def _check_parts(found: Any) -> None:
     if not isinstance(found, dict):
         raise ValueError(f"it holds a {type(found).__name__}, expected an object")
     for name, kind in (("env", dict), ("rows", list), ("summary", dict)):
         if not isinstance(found.get(name), kind):
             raise ValueError(f'"{name}" is missing or of the wrong type')
+
+
+def _checked(found: dict[str, Any]) -> Results:
     densities = found["env"].get("densities", [])
     if not isinstance(densities, list) or not all(_is_density(d) for d in densities):
         raise ValueError('"densities" in "env" must be a list of numbers in (0, 1]')
-    return Results(found["env"], tuple(_row(i, row) for i, row in enumerate(found["rows"])), found["summary"])
+    return Results(found["env"], read_rows(Row, found["rows"]), found["summary"])
 
 
 def _is_density(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
 
 
-def _row(index: int, found: Any) -> Row:
-    names = {item.name for item in fields(Row)}
-    later = {item.name for item in fields(Row) if item.default is None}
+def read_rows(kind: type[R], found: Sequence[Any]) -> tuple[R, ...]:
+    """Make rows of the dataclass ``kind`` from JSON objects; ValueError with the number of a wrong one."""
+    return tuple(_row(kind, index, row) for index, row in enumerate(found))
+
+
+def _row(kind: type[R], index: int, found: Any) -> R:
+    columns = fields(kind)  # type: ignore[arg-type]
+    names = {item.name for item in columns}
+    later = {item.name for item in columns if item.default is None}
     if not isinstance(found, dict):
         raise ValueError(f"row {index} is no object")
     if missing := sorted(names - later - found.keys()):
         raise ValueError(f"row {index} lacks {', '.join(missing)}")
     try:
-        return Row(**{name: found[name] for name in names & found.keys()})
+        return kind(**{name: found[name] for name in names & found.keys()})
     except ValueError as error:
         raise ValueError(f"row {index}: {error}") from None
 
@@ -313,10 +362,15 @@ def describe(env: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     parts.append(f"batch {several}")
     if env.get("rounds"):
         parts.append(f"medians of up to {env['rounds']} interleaved rounds")
-    origin = [str(env["command"])] if env.get("command") else []
+    return [", ".join(parts), *origin(env)]
+
+
+def origin(env: Mapping[str, Any]) -> list[str]:
+    """Return the caption's line of command, commit and torch; none where nothing of it is known."""
+    parts = [str(env["command"])] if env.get("command") else []
     if env.get("commit"):
-        origin.append(f"commit {str(env['commit'])[:10]}{' with changes' if env.get('modified') else ''}")
+        parts.append(f"commit {str(env['commit'])[:10]}{' with changes' if env.get('modified') else ''}")
     versions = env.get("versions")
     if isinstance(versions, dict) and versions.get("torch"):
-        origin.append(f"torch {versions['torch']}")
-    return [", ".join(parts), *([", ".join(origin)] if origin else [])]
+        parts.append(f"torch {versions['torch']}")
+    return [", ".join(parts)] if parts else []

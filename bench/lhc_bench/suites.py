@@ -17,8 +17,9 @@ from lhc_triton.runtime.store import TimingStore
 from lhc_triton.runtime.timing import Timing, time_paired
 
 from .cases import LayerCase, batch_of, cpu_cases, gpu_cases, question_cases, quick_cases
-from .files import write_beside
+from .files import check_writable
 from .layers import LayerSubject
+from .loading import SUITE as LOADING
 from .measure import Machine, Setting, Subject, Timer, measure, measure_machine
 from .networks import NetworkCase, NetworkSubject
 from .rivals import MASK_FREE
@@ -156,8 +157,7 @@ def run_suite(
         known = "; ".join(case.name for case in suite.cases())
         raise ValueError(f"no case of suite {name!r} has {only!r} in its name; the cases are {known}")
     out = Path(out_dir)
-    # Minutes of measuring should not end at a folder that cannot be written.
-    write_beside(out / ".writable", "").unlink()
+    check_writable(out)
 
     with tempfile.TemporaryDirectory() as cache:
         # A GPU's launch configs come from the user's tuning; on a CPU, earlier runs have no say.
@@ -289,7 +289,7 @@ def _threads(case: Case) -> Iterator[None]:
 
 def _checked_suite(name: str) -> Suite:
     if name not in SUITES:
-        raise ValueError(f"suite {name!r} is not known; choose one of {', '.join(SUITES)}")
+        raise ValueError(f"suite {name!r} is not known; choose one of {', '.join((*SUITES, LOADING))}")
     suite = SUITES[name]
     if suite.device == "cuda" and not torch.cuda.is_available():
         on_cpu = ", ".join(n for n, s in SUITES.items() if s.device == "cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,9 @@ from lhc_triton.layers import LHCConv2d
 from lhc_triton.models.weights import write_beside
 from lhc_triton.schedule import TopologySchedule
 from lhc_triton.training.averaging import WeightAverage
-from lhc_triton.training.checkpoints import Checkpoint, load_checkpoint, restore, save_checkpoint
+from lhc_triton.training.checkpoints import load_checkpoint, restore, save_checkpoint
 from lhc_triton.training.config import TrainConfig
-from lhc_triton.training.data import Data, Source, balanced_indices, open_data, validation_split
+from lhc_triton.training.data import BadFile, Data, Source, balanced_indices, open_data, validation_split
 from lhc_triton.training.distributed import World, joined
 from lhc_triton.training.entry_costs import entry_costs
 from lhc_triton.training.identity import (
@@ -91,41 +91,26 @@ def train(
     """
     with joined(config.device) as world, ExitStack() as closing:
         out = Path(out_dir)
-        if data is None:
-            data = open_data(
-                config.data,
-                config.data_folder,
-                image_size=config.image_size,
-                on_bad_file=config.on_bad_file,
-            )
+        data = _open(config) if data is None else data
         architecture_of(config, data.format)  # refuses images that are too small for the network
         training, validation = _split(config, data)
         _check_steps(config, len(training), world)
         run = identity(config, training, validation)
         if config.dense_twin not in OWN_TWIN:
-            dense_twin(config.dense_twin, config, run)
-        checkpoint = find_checkpoint(out / LAST, config, run)
-        rows = checkpoint.rows if checkpoint else []
-        precision = _precision(config, checkpoint, out, world)
+            dense_twin(config.dense_twin, config, run)  # refuses one that will not do
+        rows, precision = _begun(out, config, run, world)
         world.check_same("run", json.dumps([run, len(rows), precision]))
         if world.is_main:
             _prepare(out, config, rows)
         world.check_shared(out)
         steps = len(training) // config.batch_size
         shown = closing.enter_context(_progress(config, progress and world.is_main, steps, len(rows)))
-        if rows:
-            shown.say(f"going on after {len(rows)} epochs found in {out}")
-        if data.bad_files:
-            first = data.bad_files[0]
-            shown.say(
-                f"left out {len(data.bad_files)} files, which result.json will name; the first is "
-                f"{first.path} ({first.reason})"
-            )
+        _say_what_was_found(shown, out, rows, data.bad_files)
         log = RunLog(out, rows, config.tensorboard) if world.is_main else None
         if log is not None:
             closing.callback(log.close)
         work = _Work(config, out, run, precision, world, data, training, validation, shown, log, on_epoch)
-        return work.finish(work.stages(checkpoint))
+        return work.finish(work.stages(rows))
 
 
 @dataclass(frozen=True)
@@ -144,20 +129,16 @@ class _Work:
     log: RunLog | None
     on_epoch: Callable[[EpochMetrics], None] | None
 
-    def stages(self, checkpoint: Checkpoint | None) -> list[EpochMetrics]:
-        """Go through all stages from where the checkpoint left off."""
-        rows = list(checkpoint.rows) if checkpoint else []
+    def stages(self, rows: list[EpochMetrics]) -> list[EpochMetrics]:
+        """Go through all stages, or what ``rows``, the epochs so far, have left of them."""
         for stage in stages_of(self.config):
             if not finished(self.config, stage, rows):
-                here = checkpoint if checkpoint is not None and checkpoint.stage == stage else None
-                rows = self.stage(stage, rows, here)
+                rows = self.stage(stage, rows)
         return rows
 
-    def stage(
-        self, stage: StageName, rows: list[EpochMetrics], checkpoint: Checkpoint | None
-    ) -> list[EpochMetrics]:
+    def stage(self, stage: StageName, rows: list[EpochMetrics]) -> list[EpochMetrics]:
         """Go through one stage, or what is left of it."""
-        trainee = self.trainee(stage, checkpoint)
+        trainee = self.trainee(stage, begun=bool(rows) and rows[-1].stage == stage)
         while not finished(self.config, stage, rows):
             epoch = sum(row.stage == stage for row in rows)
             drops = plateau(self.config, stage, rows).drops
@@ -170,12 +151,12 @@ class _Work:
                 self.on_epoch(row)
         return rows
 
-    def trainee(self, stage: StageName, checkpoint: Checkpoint | None) -> Trainee:
-        """The network at the start of a stage, or as a checkpoint of the stage has it."""
+    def trainee(self, stage: StageName, begun: bool) -> Trainee:
+        """The network at the start of a stage, or as the last checkpoint has it where that has begun."""
         config = self.config
         model = self.network(stage)
         if stage == "fine":
-            if checkpoint is None:
+            if not begun:
                 self.load_best("coarse", model)
             freeze(model)
         if config.sync_batchnorm:
@@ -196,8 +177,10 @@ class _Work:
         average = None if config.ema is None else WeightAverage(model, config.ema)
         pixels = output_pixels(model, self.example(), (LHCConv2d,))
         trainee = Trainee(model, make_optimiser(model, config), schedule, average, pixels)
-        if checkpoint is not None:
-            restore(self.out / LAST, checkpoint, model, trainee.optimiser, schedule, average)
+        if begun:
+            # Read again: what was read to find the run's place would stay in memory until here, and longer.
+            last = load_checkpoint(self.out / LAST, self.run)
+            restore(self.out / LAST, last, model, trainee.optimiser, schedule, average)
         return trainee
 
     def epoch(self, plan: EpochPlan, trainee: Trainee) -> tuple[EpochMetrics, list[LayerMetrics]]:
@@ -347,6 +330,12 @@ class _Work:
         return write_and_test(model, path, architecture, notes, self.data.test, self.world, config.workers)
 
 
+def _open(config: TrainConfig) -> Data:
+    return open_data(
+        config.data, config.data_folder, image_size=config.image_size, on_bad_file=config.on_bad_file
+    )
+
+
 def _split(config: TrainConfig, data: Data) -> tuple[Source, Source]:
     """The images to train on, and those that choose the epoch."""
     if data.validation is None:
@@ -358,16 +347,19 @@ def _split(config: TrainConfig, data: Data) -> tuple[Source, Source]:
     return data.train.subset(chosen), data.validation
 
 
-def _precision(config: TrainConfig, checkpoint: Checkpoint | None, out: Path, world: World) -> str:
-    """The arithmetic of the whole run: a run that goes on keeps the one it began in."""
+def _begun(
+    out: Path, config: TrainConfig, run: dict[str, Any], world: World
+) -> tuple[list[EpochMetrics], str]:
+    """The epochs that are done, and the arithmetic of the whole run: one that goes on keeps its own."""
+    checkpoint = find_checkpoint(out / LAST, config, run)
     if checkpoint is None:
-        return choose_precision(config.precision, world.device)
+        return [], choose_precision(config.precision, world.device)
     if config.precision not in ("auto", checkpoint.precision):
         raise ValueError(
             f"{out / LAST}: was trained in {checkpoint.precision}, now precision is {config.precision}; "
             "choose another folder, or that precision"
         )
-    return checkpoint.precision
+    return checkpoint.rows, checkpoint.precision
 
 
 def _check_steps(config: TrainConfig, images: int, world: World) -> None:
@@ -386,6 +378,19 @@ def _progress(config: TrainConfig, wanted: bool, steps: int, done: int) -> Progr
     return TerminalProgress(
         sum(stage_epochs(config, stage) for stage in stages_of(config)) * steps, done * steps
     )
+
+
+def _say_what_was_found(
+    shown: Progress, out: Path, rows: list[EpochMetrics], bad_files: Sequence[BadFile]
+) -> None:
+    if rows:
+        shown.say(f"going on after {len(rows)} epochs found in {out}")
+    if bad_files:
+        first = bad_files[0]
+        shown.say(
+            f"left out {len(bad_files)} files, which result.json will name; the first is "
+            f"{first.path} ({first.reason})"
+        )
 
 
 def _prepare(out: Path, config: TrainConfig, rows: list[EpochMetrics]) -> None:

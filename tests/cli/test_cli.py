@@ -134,6 +134,8 @@ def test_trained_weights_are_told_from_artefacts(run, tmp_path, command):
         (("demo", "--out", "/proc/nowhere"), "/proc/nowhere"),
         (("bench", "--only", "nothing"), "nothing"),
         (("bench", "--seed", "-1"), "seed"),
+        (("bench", "--suite", "loading", "--only", "nothing"), "the cases are train/0 workers"),
+        (("bench", "--suite", "loading", "--out", f"{__file__}/out"), "cannot be a folder"),
         (("bench", "--out", f"{__file__}/out"), "cannot be a folder"),
         (("plan", "lhc", "--out", "."), "is a folder"),
         (("plan", "lhc", "--batch", "x"), "--batch"),
@@ -148,6 +150,63 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(run, arguments, named, tmp_
     assert named in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+MISTAKE = ("train", "--set", "lr=fast")
+
+
+def processes(monkeypatch, folder, *ranks):
+    """Be one process of torchrun's on this machine after the other."""
+    for rank in ranks:
+        own = folder / "attempt_0" / str(rank)
+        own.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(own / "error.json"))
+        yield
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)], ids=["rank 0 first", "rank 2 first"])
+def test_under_torchrun_a_mistake_is_told_once_and_all_end_with_the_same_code(
+    run, monkeypatch, tmp_path_factory, order
+):
+    folder = tmp_path_factory.mktemp("torchrun")
+    done = [run(*MISTAKE) for _ in processes(monkeypatch, folder, *order)]
+    assert [one.returncode for one in done] == [2, 2, 2]
+    assert [len(one.stderr.splitlines()) for one in done] == [1, 0, 0]
+
+
+def test_a_mistake_of_one_process_alone_is_told_by_it(run, monkeypatch, tmp_path_factory):
+    each = processes(monkeypatch, tmp_path_factory.mktemp("torchrun"), 0, 1)
+    next(each)
+    assert "'lr' is not of the form" in run("train", "--set", "lr").stderr
+    next(each)
+    assert "'fast' is not a number" in run(*MISTAKE).stderr
+
+
+def test_rank_0_tells_a_mistake_where_processes_share_no_folder(run, monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    for rank, lines in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        done = run(*MISTAKE)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, lines)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "1" / "error.json"))
+    assert len(run(*MISTAKE).stderr.splitlines()) == 1
+
+
+def test_bench_of_loading_prints_a_table_and_plot_draws_it_again(run, monkeypatch, tmp_path):
+    from lhc_bench import loading
+
+    for name, value in {"PICTURES": 8, "WIDTH": 60, "HEIGHT": 40, "ROUNDS": 1, "WORKERS": (0, 1)}.items():
+        monkeypatch.setattr(loading, name, value)
+    done = run("bench", "--suite", "loading", "--only", "train", "--out", "loading")
+    assert done.returncode == 0, done.stderr
+    assert "train/1 workers" in done.stdout
+    assert "of bare decoding" in done.stdout
+    (tmp_path / "loading" / "loading.png").unlink()
+    assert run("plot", "loading/results.json", "--out", "loading").returncode == 0
+    assert {path.name for path in (tmp_path / "loading").iterdir()} == {
+        "results.json", "results.csv", "loading.png",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": 3}'], ids=["empty", "cut", "list", "wrong"])

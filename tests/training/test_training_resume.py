@@ -1,6 +1,7 @@
 """A run that was stopped or killed goes on bit for bit, and a damaged or foreign checkpoint is refused."""
 
 import dataclasses
+import gc
 import os
 import resource
 import signal
@@ -14,6 +15,7 @@ from tiny_runs import CONFIG, SOURCE, assert_same_run, lines_of, one_thread, tin
 
 from lhc_triton.models import weights
 from lhc_triton.training import Data, EpochMetrics, ImageSet, train
+from lhc_triton.training.checkpoints import Checkpoint
 
 # Everything that has a state of its own.
 RICH = dataclasses.replace(
@@ -80,6 +82,20 @@ def test_a_run_stopped_after_any_epoch_goes_on_bit_for_bit(whole, tmp_path, epoc
     train(CONFIG, tmp_path, progress=False, data=tiny_data(), on_epoch=rows.append)
     assert [(row.stage, row.epoch) for row in rows] == [(row.stage, row.epoch) for row in whole[2]][epochs:]
     assert_same_run(tmp_path, whole[0])
+
+
+@pytest.mark.parametrize("epochs", [2, 7])
+def test_a_resumed_run_lets_go_of_what_it_read_before_it_trains(tmp_path, epochs):
+    with pytest.raises(StopError):
+        train(CONFIG, tmp_path, progress=False, data=tiny_data(), on_epoch=stop_after(epochs))
+    held = []
+
+    def count(row: EpochMetrics) -> None:
+        held.append(sum(type(thing) is Checkpoint for thing in gc.get_objects()))
+
+    train(CONFIG, tmp_path, progress=False, data=tiny_data(), on_epoch=count)
+    assert held
+    assert set(held) == {0}
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 4])

@@ -35,6 +35,10 @@ LAYERS = {
     "spread, bands of rows": ConvGeometry(1, 96, 32, 112, 112),
     "spread, more rows out than in": ConvGeometry(2, 40, 32, 8, 32, (3, 5), (1, 1), (3, 2, 2, 2)),
     "spread, fewer rows out than in": ConvGeometry(1, 40, 32, 32, 16, (5, 3), (1, 1), (0, 0, 1, 1)),
+    "crowded, but dilated too far to be spread": ConvGeometry(
+        1, 512, 16, 16, 16, (3, 3), (1, 1), (12, 12, 12, 12), (12, 12)
+    ),
+    "spread, one row": ConvGeometry(1, 40, 64, 1, 256, (1, 3), (1, 1), (0, 0, 1, 1)),
     "spread, dilated": ConvGeometry(1, 40, 32, 32, 32, (3, 3), (1, 1), (2, 2, 2, 2), (2, 2)),
     "pointwise": ConvGeometry(2, 70, 50, 8, 8, (1, 1), (1, 1), (0, 0, 0, 0)),
     "pointwise, stride 2": ConvGeometry(2, 64, 50, 14, 14, (1, 1), (2, 2), (0, 0, 0, 0)),
@@ -219,7 +223,7 @@ def test_the_same_source_serves_narrower_vectors(flags):
     environment = {**os.environ, "LHC_TRITON_NATIVE_FLAGS": flags, "OMP_NUM_THREADS": "1"}
     environment.pop("LHC_TRITON_CACHE")  # the build is kept for the next run
     tests = ["tests/runtime/test_backend_oracle.py", "tests/runtime/test_native_kernel.py"]
-    which = ["-p", "no:cacheprovider", "-k", "native and (dense or poison or denormal)"]
+    which = ["-p", "no:cacheprovider", "-k", "native and (dense or poison or denormal or pooled)"]
     command = [sys.executable, "-m", "pytest", *which, *tests]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]

@@ -21,9 +21,6 @@
 namespace lhc {
 namespace {
 
-// Planes are filled group by group, each small enough for the second-level caches (per thread; of 1, 2 and 4 MB,
-// 1 MB was the best for many images and 2 MB for one).
-constexpr int64_t kPlanesFloats = 3 << 17;
 // Weights that stay in a core's second-level cache while strips pass by.
 constexpr int64_t kWeightFloats = 1 << 18;
 // Outputs that stay in a core's second-level cache until they are pooled.
@@ -46,7 +43,7 @@ struct Strip {
 };
 
 // Which lanes of a strip a tap may read: of the direct variant those whose row and column exist, of the spread one
-// those whose column does, of the copied one all.
+// those whose column does. The copied one has no masks, nor has any where masks are not free.
 struct Border {
   Mask masks[kVectors];
   bool whole;   // all lanes of all vectors
@@ -183,7 +180,9 @@ void run_block(const Job& job, const Strip& strip, const Borders& borders, int64
       unrolled<V>([&](auto v) {
         float* to = y[f] + strip.y[v];
         Vec out = sums[f * V + v];
-        if constexpr (adds) out += load(conv.residual + (to - conv.y), strip.lanes[v]);
+        const float* added = conv.residual + (to - conv.y);
+        if constexpr (adds && whole) out += load(added);
+        if constexpr (adds && !whole) out += load(added, strip.lanes[v]);
         out = at_least(out, floor);
         if constexpr (whole)
           store(to, out);
@@ -254,7 +253,7 @@ void mask_taps(const Job& job, const Strip& strip, int64_t begin, int v, Borders
     rows -= past;
   }
   for (int64_t r = 0; r < conv.kernel[0]; ++r) {
-    // The copies have rows of zeros.
+    // The spread variant has rows of zeros.
     const Mask inside =
         job.planes.direct ? strip.lanes[v] & within(rows, r * conv.dilation[0] - conv.top, conv.height) : strip.lanes[v];
     for (int64_t s = 0; s < conv.kernel[1]; ++s)
@@ -278,9 +277,9 @@ void place(const Job& job, int64_t first, Strip& strip, Borders& borders) {
     strip.y[v] = origin + run * image_size + begin;
     strip.lanes[v] = first_lanes(planes.run_pixels - begin);
     strip.full = strip.full && is_full(strip.lanes[v]);
-    if (kFreeMasks && planes.masked) mask_taps(job, strip, begin, v, borders);
+    if (kFreeMasks && planes.in_place) mask_taps(job, strip, begin, v, borders);
   }
-  if (kFreeMasks && planes.masked) {
+  if (kFreeMasks && planes.in_place) {
     for (Border& border : borders) {
       border.whole = true;
       for (int v = 0; v < strip.vectors; ++v) border.whole = border.whole && is_full(border.masks[v]);
@@ -400,11 +399,13 @@ void run_group(const Conv& conv, const Group& group, const Threads& threads) {
   // 512 channels of 2x2 pixels).
   const int64_t shares = std::min<int64_t>(cells, threads.count);
   for_each(threads, shares, [&](int64_t share) {
+    const int64_t begin = cost * share / shares, end = cost * (share + 1) / shares;
+    if (!(cell_at(job, begin) < cell_at(job, end))) return;
     Job own = job;
     float* data = scratch<Scratch::kPlanes>(planes_size(conv, group));
     for (int64_t c = 0; c < conv.channels; ++c) fill_channel(conv, job.planes, group, c, data);
     own.data = data;
-    run_cells(own, cost * share / shares, cost * (share + 1) / shares);
+    run_cells(own, begin, end);
   });
 }
 
@@ -425,38 +426,40 @@ Group group_size(const Conv& conv, int64_t limit, int64_t threads) {
 void grouped_conv2d(const Conv& conv, const Threads& threads) {
   if (conv.batch == 0) return;
   if (reads_directly(conv)) return run_group(conv, {0, conv.batch, 0, conv.out_height}, threads);
+  const auto bands = [&](const Group& size) { return ceil_div(conv.out_height, size.rows); };
+  const auto groups = [&](const Group& size) { return ceil_div(conv.batch, size.images) * bands(size); };
   Group size = group_size(conv, kPlanesFloats, threads.count);
-  // Threads take groups of pixels, or, where a group has too few of them or the weights are far more, share out the
+  // Threads take groups of pixels, or, where these are too small or too few or the weights far more, share out the
   // tiles of one group after the other (1.2x faster for 512 channels of 2x2 pixels).
   const bool heavy = weight_floats(conv) > 2 * conv.batch * conv.channels * conv.height * conv.width;
-  const bool enough = size.images * size.rows * conv.out_width >= kLanes;
+  const bool enough = size.images * size.rows * conv.out_width >= kLanes && groups(size) >= threads.count;
   const bool by_pixels = (enough && !heavy) || threads.count == 1;
   if (!by_pixels) size = group_size(conv, kPlanesFloats, 1);
-  const int64_t bands = ceil_div(conv.out_height, size.rows);
   const auto run = [&](int64_t item, const Threads& on) {
-    const int64_t image = item / bands * size.images, row = item % bands * size.rows;
+    const int64_t image = item / bands(size) * size.images, row = item % bands(size) * size.rows;
     run_group(conv, {image, std::min(size.images, conv.batch - image), row,
                      std::min(size.rows, conv.out_height - row)}, on);
   };
-  const int64_t groups = ceil_div(conv.batch, size.images) * bands;
   if (by_pixels)
-    for_each(threads, groups, [&](int64_t item) { run(item, {1, {}}); });
+    for_each(threads, groups(size), [&](int64_t item) { run(item, {1, {}}); });
   else
-    for (int64_t item = 0; item < groups; ++item) run(item, threads);
+    for (int64_t item = 0; item < groups(size); ++item) run(item, threads);
 }
 
 bool pools_in_bands(const Conv& conv) {
   // Smaller outputs are still in the caches when they are pooled.
   const bool large = conv.batch * conv.out_channels * conv.out_height * conv.out_width > 2 * kPooledFloats;
-  // A pointwise band would be copied.
+  // The first band of a pointwise layer would be copied.
   const bool pointwise = conv.kernel[0] * conv.kernel[1] == 1;
-  return large && !pointwise && masks_borders(conv) && !conv.residual;
+  return large && !pointwise && keeps_layout(conv) && !conv.residual;
 }
 
 void pooled_conv2d(const Conv& conv, const Threads& threads) {
   const int64_t height = conv.out_height / 2, width = conv.out_width / 2, step = height * width;
   const int64_t fitting = kPooledFloats / (conv.out_channels * 2 * conv.out_width);
-  const int64_t pairs = std::clamp<int64_t>(fitting, 1, ceil_div(height, threads.count));
+  int64_t pairs = std::clamp<int64_t>(fitting, 1, ceil_div(height, threads.count));
+  if (!reads_directly(conv))
+    while (pairs > 1 && planes_size(conv, {0, 1, 0, 2 * pairs}) > kPlanesFloats) pairs = ceil_div(pairs, 2);
   const int64_t bands = ceil_div(height, pairs);
   for_each(threads, conv.batch * bands, [&](int64_t item) {
     const int64_t image = item / bands, pair = item % bands * pairs;

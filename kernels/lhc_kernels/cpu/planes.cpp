@@ -31,18 +31,18 @@ void clear_rows(const Planes& planes, const Group& group, int64_t width, int64_t
 }
 
 // Whole cache lines, an odd number of them: planes a multiple of 4096 bytes apart would share a few cache
-// sets. One vector of slack: rows are written in whole vectors, and lanes past the last pixel are read.
+// sets. One vector of slack: narrow rows are written as whole vectors, and lanes past the last pixel are read.
 int64_t plane_pitch(int64_t pixels) {
   return (ceil_div(pixels + kLanes, 16) | 1) * 16;
 }
 
-// A rectangle of a copy: up to kLanes columns, from `begin` on, of rows whose input rows exist.
+// A rectangle of a copy: up to kLanes columns of rows whose input rows exist.
 struct Rectangle {
   int64_t outer, inner;                // rows of all images, in the order in which they lie in the copy
   int64_t outer_step, inner_step;      // of the input, in floats
   int64_t outer_pitch, inner_pitch;    // of the copy
   int64_t first, count, stride;        // input columns first, first + stride, ...
-  Mask lanes, near, far;               // columns to write; floats to read, of the first kLanes and of the next
+  Mask lanes, near, far;               // lanes to write; floats to read, of the first kLanes and of the next
 };
 
 // Copies a rectangle; columns that do not exist are zero.
@@ -67,31 +67,36 @@ void copy_rectangle(const Rectangle rectangle, int64_t input_width, const float*
 
 }  // namespace
 
-bool masks_borders(const Conv& conv) {
+bool keeps_layout(const Conv& conv) {
   const bool bordered = conv.kernel[0] * conv.kernel[1] > 1 || conv.top || conv.left;
   if (conv.stride[0] != 1 || conv.stride[1] != 1 || conv.out_width != conv.width) return false;
-  if (bordered && !kFreeMasks) return false;
+  // Without masks the last vector of a plane would read past the end of the input.
+  if (!kFreeMasks && (bordered || conv.out_height * conv.out_width % kLanes)) return false;
   if (!bordered && conv.out_height != conv.height) return false;
   return conv.batch == 1 || fills_vectors(conv.out_height * conv.out_width);
 }
 
 bool reads_directly(const Conv& conv) {
-  const bool spread = kSpreads && conv.height * conv.width % kCrowdedFloats == 0 && conv.kernel[0] * conv.kernel[1] > 1;
-  return masks_borders(conv) && !spread;
+  if (!keeps_layout(conv)) return false;
+  const bool crowded = conv.height * conv.width % kCrowdedFloats == 0 && conv.kernel[0] * conv.kernel[1] > 1;
+  if (!kSpreads || !crowded) return true;
+  // A copy pays where each row is copied about once: the rows that a band shares with the next are few.
+  const int64_t shared = (conv.kernel[0] - 1) * conv.dilation[0];
+  return 2 * shared > std::min(conv.height, kPlanesFloats / (conv.channels * conv.width) - shared);
 }
 
 Planes plan_planes(const Conv& conv, const Group& group) {
   Planes planes{};
   planes.direct = reads_directly(conv);
-  planes.masked = masks_borders(conv);
+  planes.in_place = keeps_layout(conv);
   planes.run_pixels = group.rows * conv.out_width;
-  planes.side_by_side = !planes.masked && group.images > 1 && !fills_vectors(planes.run_pixels);
+  planes.side_by_side = !planes.in_place && group.images > 1 && !fills_vectors(planes.run_pixels);
   planes.runs = planes.side_by_side ? 1 : group.images;
   if (planes.direct) {
     planes.channel_step = conv.height * conv.width;
     planes.run_step = conv.channels * planes.channel_step;
   } else {
-    planes.copies = planes.masked ? 1 : conv.kernel[1];
+    planes.copies = planes.in_place ? 1 : conv.kernel[1];
     planes.phases = phase_count(conv);
     planes.rows = plane_rows(conv, group.rows);
     planes.row_step = planes.side_by_side ? group.images * conv.out_width : conv.out_width;
@@ -108,7 +113,7 @@ Planes plan_planes(const Conv& conv, const Group& group) {
       int64_t offset;
       if (planes.direct) {
         offset = (down - conv.top) * conv.width + s * conv.dilation[1] - conv.left;
-      } else if (planes.masked) {
+      } else if (planes.in_place) {
         offset = down * planes.row_step + s * conv.dilation[1] - conv.left;
       } else {
         const int64_t copy = s * planes.phases + down % conv.stride[0];
@@ -127,7 +132,7 @@ Planes plan_planes(const Conv& conv, const Group& group) {
 
 int64_t planes_size(const Conv& conv, const Group& group) {
   const int64_t pixels = plane_rows(conv, group.rows) * group.images * conv.out_width;
-  const int64_t copies = masks_borders(conv) ? 1 : conv.kernel[1];
+  const int64_t copies = keeps_layout(conv) ? 1 : conv.kernel[1];
   return copies * phase_count(conv) * conv.channels * plane_pitch(pixels);
 }
 
@@ -153,7 +158,7 @@ void fill_channel(const Conv& conv, const Planes& planes, const Group& group, in
       float* out = data + ((copy * planes.phases + phase) * conv.channels + channel) * planes.channel_step;
       clear_rows(planes, group, conv.out_width, 0, above, out);
       clear_rows(planes, group, conv.out_width, end, planes.rows, out);
-      if (planes.masked) {
+      if (planes.in_place) {
         for (int64_t n = 0; n < group.images; ++n)
           std::copy_n(x + n * image_size + (above + top) * conv.width, (end - above) * conv.width,
                       out + n * planes.image_step + above * planes.row_step);
@@ -162,8 +167,8 @@ void fill_channel(const Conv& conv, const Planes& planes, const Group& group, in
       for (int64_t begin = 0; begin < conv.out_width; begin += kLanes) {
         r.first = begin * r.stride + copy * conv.dilation[1] - conv.left;
         r.count = std::min<int64_t>(kLanes, conv.out_width - begin);
-        // Rows that are less than a vector are written as a whole one, which is faster; what is too much is zero, and
-        // written over by the next row.
+        // Rows that are less than a vector are written as a whole one, which is faster. What is too much is zero: rows
+        // are written in ascending order over it, and rows of zeros were cleared before.
         r.lanes = first_lanes(conv.out_width < kLanes ? kLanes : r.count);
         const int64_t span = r.count * r.stride;
         r.near = first_lanes(span) & within(counting(), r.first, conv.width);

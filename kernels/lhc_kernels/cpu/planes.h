@@ -22,10 +22,14 @@ struct Group {
   int64_t image, images, row, rows;
 };
 
-// Planes a multiple of this apart share a quarter of the sets of a first-level cache, or fewer: they are crowded.
+// Planes are filled group by group, each small enough for the second-level caches (per thread; of 1, 2 and 4 MB,
+// 1 MB was the best for many images and 2 MB for one).
+constexpr int64_t kPlanesFloats = 3 << 17;
+// Planes a multiple of this apart are crowded: a pixel's lines in all of them fall into the same 4 of 64 sets of a
+// first-level cache, or fewer.
 constexpr int64_t kCrowdedFloats = 256;
-// Whether crowded planes are worth a copy: with 8 ways and vectors of 8 floats it made layers of 16x16 to 224x224 pixels
-// 1.05 to 1.25 times as fast. Not measured with AVX-512, whose processors have more ways.
+// Whether crowded planes are worth a copy: with vectors of 8 floats and 8 ways it made layers of 16x16 to 224x224 pixels
+// 1.05 to 1.25 times as fast, on two cores. Not measured with AVX-512, many of whose processors have more ways.
 constexpr bool kSpreads = kLanes == 8;
 
 // Planes are [copy][channel][plane], and a tap is an offset in them. Three variants:
@@ -39,7 +43,7 @@ constexpr bool kSpreads = kLanes == 8;
 // Lanes go along *runs*, in which the pixels of a tap are contiguous: the pixels of one image; or, where images
 // are so small that this would leave many lanes idle, of all images of a group, laid side by side in each row.
 struct Planes {
-  bool direct, masked, side_by_side;    // masked: direct or spread
+  bool direct, in_place, side_by_side;  // in_place: direct or spread, where taps may leave the image
   int64_t runs, run_pixels, run_step;   // run_step: floats from one run to the next
   int64_t channel_step;                 // floats from one channel to the next
   std::vector<Step> steps;              // for each possible entry
@@ -49,7 +53,7 @@ struct Planes {
 };
 
 // Whether the direct variant serves, or the spread one.
-bool masks_borders(const Conv& conv);
+bool keeps_layout(const Conv& conv);
 bool reads_directly(const Conv& conv);
 Planes plan_planes(const Conv& conv, const Group& group);
 // Floats that the copy of a group takes.

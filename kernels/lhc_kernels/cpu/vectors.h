@@ -1,4 +1,5 @@
-// Vectors of floats from the compiler's own extensions, so that one text serves AVX-512, AVX2 and NEON.
+// Vectors of floats from the compiler's own extensions, so that one text serves AVX-512, AVX2, SSE and NEON; masks and
+// gaps take some instructions by name.
 #pragma once
 
 #include <cstdint>

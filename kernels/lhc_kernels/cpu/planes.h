@@ -29,7 +29,7 @@ constexpr int64_t kPlanesFloats = 3 << 17;
 // first-level cache, or fewer.
 constexpr int64_t kCrowdedFloats = 256;
 // Whether crowded planes are worth a copy: with vectors of 8 floats and 8 ways it made layers of 16x16 to 224x224 pixels
-// 1.05 to 1.25 times as fast, on two cores. Not measured with AVX-512, many of whose processors have more ways.
+// 1.05 to 1.25 times as fast, on one core. Not measured with AVX-512, many of whose processors have more ways.
 constexpr bool kSpreads = kLanes == 8;
 
 // Planes are [copy][channel][plane], and a tap is an offset in them. Three variants:

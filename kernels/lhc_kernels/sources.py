@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,11 +22,16 @@ def source_digest() -> str:
     return _digest(path for path in Path(__file__).parent.glob("*.py") if path.name not in CHOOSING)
 
 
-@functools.cache
 def native_source_digest() -> str:
-    """Return 16 hexadecimal digits that change with the sources of the CPU's kernel and its build."""
+    """Return 16 hexadecimal digits that change with the CPU kernel's sources, compiler and flags."""
+    return _native_digest(os.environ.get("CXX", ""), os.environ.get("LHC_TRITON_NATIVE_FLAGS", ""))
+
+
+@functools.cache
+def _native_digest(compiler: str, flags: str) -> str:
     folder = Path(__file__).parent / "cpu"
-    return _digest(path for path in folder.iterdir() if path.suffix in (".cpp", ".h", ".py"))
+    sources = _digest(path for path in folder.iterdir() if path.suffix in (".cpp", ".h", ".py"))
+    return hashlib.sha256("\0".join((sources, compiler, flags)).encode()).hexdigest()[:16]
 
 
 def _digest(paths: Iterable[Path]) -> str:

@@ -138,7 +138,10 @@ def test_the_key_tells_apart_what_changes_a_time(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("lhc_kernels.native_source_digest", lambda: "another")
     others.add(layer_key(layer, torch.float32, CPU))
-    assert len(others) == 7
+    monkeypatch.undo()
+    monkeypatch.setenv("LHC_TRITON_NATIVE_FLAGS", "-O1")
+    others.add(layer_key(layer, torch.float32, CPU))
+    assert len(others) == 8
     assert key not in others
 
 

@@ -34,7 +34,7 @@ int64_t weight_floats(const Conv& conv) { return conv.tile_ptr[conv.tiles] * con
 // A run of output pixels of one group, as vectors.
 struct Strip {
   int vectors;
-  int64_t x[kVectors];     // where each vector's pixels lie in the planes, before a step's offset
+  const float* x[kVectors];  // each vector's pixels in the planes, before a step's offset
   int64_t y[kVectors];     // and in filter 0's output plane, where they are contiguous
   Mask lanes[kVectors];    // lanes that are output pixels
   bool full;               // all lanes are output pixels
@@ -54,7 +54,6 @@ struct Job {
   const Conv& conv;
   Planes planes;
   Group group;
-  const float* data;
   int64_t strips, vectors;
   std::vector<int64_t> chunks;   // first tile of each chunk of filter tiles, and the end
   std::vector<int64_t> cost;     // of the tiles before each tile, for one strip
@@ -93,9 +92,9 @@ template <int F, int V>
     // The next entry's pixels enter the first-level cache meanwhile (3 to 10 % faster), unless planes lie so that
     // they would push out this entry's (then 5 % slower).
     const bool stay = crowded || e + 1 == conv.tile_ptr[tile + 1];
-    const float* next = job.data + strip.x[0] + job.planes.steps[conv.entries[stay ? e : e + 1]].offset;
+    const float* next = strip.x[0] + job.planes.steps[conv.entries[stay ? e : e + 1]].offset;
     const float* x[V];
-    for (int v = 0; v < V; ++v) x[v] = job.data + strip.x[v] + step.offset;
+    for (int v = 0; v < V; ++v) x[v] = strip.x[v] + step.offset;
     const Border& border = borders[step.tap];
     // A masked load takes a slot of the units that multiply: 8 to 10 % of the whole where all are masked.
     if (!kFreeMasks || border.whole)
@@ -263,7 +262,7 @@ void mask_taps(const Job& job, const Strip& strip, int64_t begin, int v, Borders
 }
 
 // Places the strip of vectors from `first` on, and says which of their lanes each tap may read.
-void place(const Job& job, int64_t first, Strip& strip, Borders& borders) {
+void place(const Job& job, const float* data, int64_t first, Strip& strip, Borders& borders) {
   const Conv& conv = job.conv;
   const Planes& planes = job.planes;
   const int64_t image_size = conv.out_channels * conv.out_height * conv.out_width;
@@ -273,7 +272,7 @@ void place(const Job& job, int64_t first, Strip& strip, Borders& borders) {
   strip.full = true;
   for (int v = 0; v < strip.vectors; ++v) {
     const int64_t run = (first + v) / per_run, begin = (first + v) % per_run * kLanes;
-    strip.x[v] = run * planes.run_step + begin;
+    strip.x[v] = data + run * planes.run_step + begin;
     strip.y[v] = origin + run * image_size + begin;
     strip.lanes[v] = first_lanes(planes.run_pixels - begin);
     strip.full = strip.full && is_full(strip.lanes[v]);
@@ -293,7 +292,7 @@ void place(const Job& job, int64_t first, Strip& strip, Borders& borders) {
 void fetch_ahead(const Job& job, const Strip& strip, int64_t tile) {
   const Conv& conv = job.conv;
   const int64_t below = (conv.kernel[0] - 1) * conv.dilation[0] - conv.top;
-  const float* x = job.data + strip.x[0] + strip.vectors * kLanes + below * conv.width;
+  const float* x = strip.x[0] + strip.vectors * kLanes + below * conv.width;
   const int64_t end = conv.channels * (tile + 1) / conv.tiles;
   for (int64_t c = conv.channels * tile / conv.tiles; c < end; ++c)
     for (int v = 0; v < kVectors; ++v)
@@ -321,7 +320,8 @@ Cell cell_at(const Job& job, int64_t cost) {
   return {chunk, rest / size, tile};
 }
 
-void run_cells(const Job& job, int64_t begin_cost, int64_t end_cost) {
+// Computes a share of the cells from planes at `data`.
+void run_cells(const Job& job, const float* data, int64_t begin_cost, int64_t end_cost) {
   Cell cell = cell_at(job, begin_cost);
   const Cell end = cell_at(job, end_cost);
   Strip strip;
@@ -331,7 +331,7 @@ void run_cells(const Job& job, int64_t begin_cost, int64_t end_cost) {
     if (!placed) {
       const int64_t first = cell.strip * job.vectors / job.strips;
       strip.vectors = static_cast<int>((cell.strip + 1) * job.vectors / job.strips - first);
-      place(job, first, strip, borders);
+      place(job, data, first, strip, borders);
       placed = true;
     }
     if (job.planes.direct) fetch_ahead(job, strip, cell.tile);
@@ -366,7 +366,7 @@ float* scratch(int64_t floats) {
 }
 
 void run_group(const Conv& conv, const Group& group, const Threads& threads) {
-  Job job{conv, plan_planes(conv, group), group, conv.x, 0, 0, {}, {}};
+  Job job{conv, plan_planes(conv, group), group, 0, 0, {}, {}};
   job.vectors = job.planes.runs * ceil_div(job.planes.run_pixels, kLanes);
   job.strips = ceil_div(job.vectors, kVectors);
 
@@ -392,7 +392,9 @@ void run_group(const Conv& conv, const Group& group, const Threads& threads) {
   const int64_t cost = job.cost.back() * job.strips, cells = job.strips * conv.tiles;
   if (job.planes.direct) {
     const int64_t items = std::min(cells, kItemsPerThread * threads.count);
-    for_each(threads, items, [&](int64_t item) { run_cells(job, cost * item / items, cost * (item + 1) / items); });
+    for_each(threads, items, [&](int64_t item) {
+      run_cells(job, conv.x, cost * item / items, cost * (item + 1) / items);
+    });
     return;
   }
   // Each thread fills planes of its own: to read what another core has just written takes longer (1.5x the whole for
@@ -401,11 +403,9 @@ void run_group(const Conv& conv, const Group& group, const Threads& threads) {
   for_each(threads, shares, [&](int64_t share) {
     const int64_t begin = cost * share / shares, end = cost * (share + 1) / shares;
     if (!(cell_at(job, begin) < cell_at(job, end))) return;
-    Job own = job;
     float* data = scratch<Scratch::kPlanes>(planes_size(conv, group));
     for (int64_t c = 0; c < conv.channels; ++c) fill_channel(conv, job.planes, group, c, data);
-    own.data = data;
-    run_cells(own, begin, end);
+    run_cells(job, data, begin, end);
   });
 }
 

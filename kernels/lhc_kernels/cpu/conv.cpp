@@ -276,9 +276,9 @@ void place(const Job& job, const float* data, int64_t first, Strip& strip, Borde
     strip.y[v] = origin + run * image_size + begin;
     strip.lanes[v] = first_lanes(planes.run_pixels - begin);
     strip.full = strip.full && is_full(strip.lanes[v]);
-    if (kFreeMasks && planes.in_place) mask_taps(job, strip, begin, v, borders);
+    if (kFreeMasks && planes.keeps_layout) mask_taps(job, strip, begin, v, borders);
   }
-  if (kFreeMasks && planes.in_place) {
+  if (kFreeMasks && planes.keeps_layout) {
     for (Border& border : borders) {
       border.whole = true;
       for (int v = 0; v < strip.vectors; ++v) border.whole = border.whole && is_full(border.masks[v]);

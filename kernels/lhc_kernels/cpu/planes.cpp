@@ -88,15 +88,15 @@ bool reads_directly(const Conv& conv) {
 Planes plan_planes(const Conv& conv, const Group& group) {
   Planes planes{};
   planes.direct = reads_directly(conv);
-  planes.in_place = keeps_layout(conv);
+  planes.keeps_layout = keeps_layout(conv);
   planes.run_pixels = group.rows * conv.out_width;
-  planes.side_by_side = !planes.in_place && group.images > 1 && !fills_vectors(planes.run_pixels);
+  planes.side_by_side = !planes.keeps_layout && group.images > 1 && !fills_vectors(planes.run_pixels);
   planes.runs = planes.side_by_side ? 1 : group.images;
   if (planes.direct) {
     planes.channel_step = conv.height * conv.width;
     planes.run_step = conv.channels * planes.channel_step;
   } else {
-    planes.copies = planes.in_place ? 1 : conv.kernel[1];
+    planes.copies = planes.keeps_layout ? 1 : conv.kernel[1];
     planes.phases = phase_count(conv);
     planes.rows = plane_rows(conv, group.rows);
     planes.row_step = planes.side_by_side ? group.images * conv.out_width : conv.out_width;
@@ -113,7 +113,7 @@ Planes plan_planes(const Conv& conv, const Group& group) {
       int64_t offset;
       if (planes.direct) {
         offset = (down - conv.top) * conv.width + s * conv.dilation[1] - conv.left;
-      } else if (planes.in_place) {
+      } else if (planes.keeps_layout) {
         offset = down * planes.row_step + s * conv.dilation[1] - conv.left;
       } else {
         const int64_t copy = s * planes.phases + down % conv.stride[0];
@@ -158,7 +158,7 @@ void fill_channel(const Conv& conv, const Planes& planes, const Group& group, in
       float* out = data + ((copy * planes.phases + phase) * conv.channels + channel) * planes.channel_step;
       clear_rows(planes, group, conv.out_width, 0, above, out);
       clear_rows(planes, group, conv.out_width, end, planes.rows, out);
-      if (planes.in_place) {
+      if (planes.keeps_layout) {
         for (int64_t n = 0; n < group.images; ++n)
           std::copy_n(x + n * image_size + (above + top) * conv.width, (end - above) * conv.width,
                       out + n * planes.image_step + above * planes.row_step);

@@ -43,7 +43,7 @@ constexpr bool kSpreads = kLanes == 8;
 // Lanes go along *runs*, in which the pixels of a tap are contiguous: the pixels of one image; or, where images
 // are so small that this would leave many lanes idle, of all images of a group, laid side by side in each row.
 struct Planes {
-  bool direct, in_place, side_by_side;  // in_place: direct or spread, where taps may leave the image
+  bool direct, keeps_layout, side_by_side;  // keeps_layout: direct or spread
   int64_t runs, run_pixels, run_step;   // run_step: floats from one run to the next
   int64_t channel_step;                 // floats from one channel to the next
   std::vector<Step> steps;              // for each possible entry

@@ -3,6 +3,8 @@
 What every backend must do is tested with the others, in test_backend_oracle.py and test_op_contract.py.
 """
 
+import ctypes
+import mmap
 import os
 import platform
 import re
@@ -126,6 +128,18 @@ def test_memory_around_the_input_is_not_read_into_the_output():
     assert relative_error(case.run("native", x=wide[1:2]), oracle) < 1e-6
 
 
+def test_no_memory_past_the_input_is_read():
+    geometry = ConvGeometry(1, 1024, 16, 7, 7, (1, 1), (1, 1), (0, 0, 0, 0))  # whole pages, no whole vectors
+    case = Problem(geometry, in_block=32, out_block=16)
+    size = case.x.nbytes
+    assert size % mmap.PAGESIZE == 0
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, 0) == 0  # a read there is fatal
+    x = torch.frombuffer(memory, dtype=torch.float32, count=case.x.numel()).view_as(case.x).copy_(case.x)
+    assert relative_error(case.run("native", x=x), case.oracle()) < 1e-6
+
+
 def test_a_call_on_two_threads_at_once_gives_right_answers():
     cases = [Problem(LAYERS["copied, images apart"], in_block=32, out_block=16, seed=s) for s in (1, 2)]
     oracles = [case.oracle() for case in cases]
@@ -223,7 +237,7 @@ def test_the_same_source_serves_narrower_vectors(flags):
     environment = {**os.environ, "LHC_TRITON_NATIVE_FLAGS": flags, "OMP_NUM_THREADS": "1"}
     environment.pop("LHC_TRITON_CACHE")  # the build is kept for the next run
     tests = ["tests/runtime/test_backend_oracle.py", "tests/runtime/test_native_kernel.py"]
-    which = ["-p", "no:cacheprovider", "-k", "native and (dense or poison or denormal or pooled)"]
+    which = ["-p", "no:cacheprovider", "-k", "native and (dense or poison or denormal or pooled or past)"]
     command = [sys.executable, "-m", "pytest", *which, *tests]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]

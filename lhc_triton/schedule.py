@@ -14,9 +14,8 @@ from .conversion import lhc_layers, output_pixels
 from .layers import LHCConv2d
 from .topology import pattern_distance
 
-# The method's constants (arXiv 2301.05440, authors' code): shares of the two terms, height of the ramp.
+# The method's constants (arXiv 2301.05440, authors' code): the MACs' share of the penalty, height of the ramp.
 MAC_SHARE = 0.01
-WEIGHT_SHARE = 0.99
 RAMP_TOP = 4.0
 # Ours: the filters that should have a pattern in common where the penalty aims for fewer patterns.
 SHARED_FILTERS = 64
@@ -34,9 +33,11 @@ class TopologySchedule:
     - ramp = 4 * min(epoch / penalty_epochs, 1),
     - scale = mean task loss of epoch 0 / (0.01 + 0.99 * max(target, 1 - target)).
 
-    Two additions of ours, both off by default, change R. With ``entry_costs`` the 0.99 term steers the live
-    share of the cost, ``sum(live weights * cost) / sum(weights * cost)`` over the layers, in place of the
-    live share of the weights. With ``pattern_weight`` w > 0, R grows by ``w * D``: D is the mean over the
+    Three additions of ours, all off by default, change R. ``mac_share`` takes the place of 0.01, and its rest
+    to 1 that of 0.99: more of it moves what is kept to layers where a weight costs fewer MACs. With
+    ``entry_costs`` the 0.99 term steers the live share of the cost,
+    ``sum(live weights * cost) / sum(weights * cost)`` over the layers, in place of the live share of the
+    weights. With ``pattern_weight`` w > 0, R grows by ``w * D``: D is the mean over the
     layers, each counted by its weights, of the share of entries in which a filter group differs from its
     nearest ones, so many that together they have 64 filters (see `topology.pattern_distance`). It is 0 where
     every pattern is shared by 64 filters, the width from which tiles run well.
@@ -55,6 +56,7 @@ class TopologySchedule:
         seed: of the warm-up's draws, which depend on (seed, epoch, layer index) only.
         entry_costs: cost of one live weight of each LHC layer, by the layer's name, in any unit (see
             `training.entry_costs`); None steers the weights, as the method does.
+        mac_share: share of the term of the MACs, at least 0 and below 1.
         pattern_weight: weight of the aim for fewer patterns, 0 or more.
 
     Raises:
@@ -73,6 +75,7 @@ class TopologySchedule:
         seed: int = 0,
         *,
         entry_costs: Mapping[str, float] | None = None,
+        mac_share: float = MAC_SHARE,
         pattern_weight: float = 0.0,
     ) -> None:
         for name, value, least in (
@@ -93,6 +96,9 @@ class TopologySchedule:
         pixels = output_pixels(model, example_input, (LHCConv2d,))
         if not any(pixels.values()):
             raise ValueError("example_input reaches no LHCConv2d of the model: give an input that does")
+        _check_amount("mac_share", mac_share)
+        if mac_share >= 1:
+            raise ValueError(f"mac_share={mac_share} leaves nothing that steers the density: give less than 1")
         _check_amount("pattern_weight", pattern_weight)
         if pattern_weight > 0 and targets == {None}:
             raise ValueError(
@@ -103,6 +109,7 @@ class TopologySchedule:
         self.seed = seed
         self.target = targets.pop()
         self.entry_costs = None if entry_costs is None else _checked_costs(entry_costs, layers)
+        self.mac_share = float(mac_share)
         self.pattern_weight = float(pattern_weight)
         self._layers = list(layers.values())
         self._pixels = [pixels[name] for name in layers]
@@ -144,9 +151,8 @@ class TopologySchedule:
                 " end_epoch(task_loss=...) at its end, or load the state_dict of the run that you resume"
             )
         live = self._live_weights()
-        regulariser = (
-            MAC_SHARE * self._mac_share(live) + WEIGHT_SHARE * (self.target - self._steered(live)).abs()
-        )
+        gap = (self.target - self._steered(live)).abs()
+        regulariser = self.mac_share * self._mac_share(live) + (1 - self.mac_share) * gap
         if self.pattern_weight > 0:
             regulariser = regulariser + self.pattern_weight * self._pattern_distance()
         return (scale * self.ramp * regulariser).to(torch.float32)
@@ -208,7 +214,8 @@ class TopologySchedule:
         """The penalty's scale, or None while the task loss of epoch 0 is unknown or without a target."""
         if self.target is None or self._first_loss is None:
             return None
-        return self._first_loss / (MAC_SHARE + WEIGHT_SHARE * max(self.target, 1 - self.target))
+        highest = self.mac_share + (1 - self.mac_share) * max(self.target, 1 - self.target)
+        return self._first_loss / highest
 
     @property
     def warming_up(self) -> bool:
@@ -241,6 +248,7 @@ class TopologySchedule:
             "penalty_epochs": self.penalty_epochs,
             "seed": self.seed,
             "entry_costs": None if self.entry_costs is None else dict(self.entry_costs),
+            "mac_share": self.mac_share,
             "pattern_weight": self.pattern_weight,
             "epoch": self._epoch,
             "first_loss": self._first_loss,
@@ -259,7 +267,7 @@ class TopologySchedule:
             raise ValueError(
                 f"the schedule's state has the keys {sorted(state)}, expected {sorted(expected)}"
             )
-        for name in ("warmup_epochs", "penalty_epochs", "seed", "entry_costs", "pattern_weight"):
+        for name in ("warmup_epochs", "penalty_epochs", "seed", "entry_costs", "mac_share", "pattern_weight"):
             if state[name] != expected[name]:
                 raise ValueError(
                     f"the state is of a schedule with {name}={state[name]!r}, this one has {expected[name]}:"

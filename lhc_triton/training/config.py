@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from lhc_triton.models.architecture import NetworkName
 from lhc_triton.models.vgg import SMALL_WIDTHS
+from lhc_triton.schedule import MAC_SHARE
 from lhc_triton.topology import LHCConfig, ShapeFamily
 from lhc_triton.training.data import Augmentation, DataName, OnBadFile
 
@@ -118,6 +119,9 @@ class TrainConfig:
             "what density is a share of: weights (the paper), macs, or latency (predicted for one image)"
         ),
     ] = "weights"
+    mac_share: Annotated[
+        float, Setting("share of the penalty that falls on all MACs; 0.01: the paper", 0, 0.99)
+    ] = MAC_SHARE
     pattern_weight: Annotated[
         float, Setting("weight of the aim for fewer patterns in a layer; 0: none", 0, 100)
     ] = 0.0
@@ -135,6 +139,9 @@ class TrainConfig:
     lr: Annotated[float, Setting("highest learning rate of the dense and the coarse stage", 0, 10)] = 0.1
     coarse_floor: Annotated[float, Setting("cosine: the coarse stage ends at this share of lr", 0, 1)] = 0.1
     fine_lr: Annotated[float, Setting("highest learning rate of the fine stage", 0, 10)] = 0.05
+    effect_lr: Annotated[
+        float, Setting("multiplies the rate of the effects; 1: the paper, more for short runs", 0, 1000)
+    ] = 1.0
     lr_schedule: Annotated[
         Literal["cosine", "plateau"],
         Setting("cosine: half a cosine over a stage; plateau: a tenth after plateau_patience"),
@@ -362,7 +369,7 @@ def _check_together(config: TrainConfig) -> None:
             "to choose the best from; make it smaller than coarse_epochs"
         )
     if config.target is None:
-        for name, usual in (("penalty", "weights"), ("pattern_weight", 0.0)):
+        for name, usual in (("penalty", "weights"), ("mac_share", MAC_SHARE), ("pattern_weight", 0.0)):
             if (value := getattr(config, name)) != usual:
                 raise ValueError(
                     f"{name} {value} needs a learned topology with a density target; leave it at {usual}, "

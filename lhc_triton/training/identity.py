@@ -33,10 +33,12 @@ TOPOLOGY_ONLY = (
     "block_rule",
     "shapes",
     "penalty",
+    "mac_share",
     "pattern_weight",
     "warmup_epochs",
     "coarse_floor",
     "fine_lr",
+    "effect_lr",
     "dense_twin",
     "latency on",
 )

@@ -172,6 +172,7 @@ class _Work:
                 max(warmup, 1),
                 config.seed,
                 entry_costs=entry_costs(model, example, config.penalty),
+                mac_share=config.mac_share,
                 pattern_weight=config.pattern_weight if config.target is not None else 0.0,
             )
         average = None if config.ema is None else WeightAverage(model, config.ema)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,14 +27,15 @@ def stage_epochs(config: TrainConfig, stage: StageName) -> int:
 
 def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
     """SGD with Nesterov momentum; weight decay for weights of convolutions and linear layers only."""
-    effects = {id(layer.effects) for layer in lhc_layers(model).values()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [p for p in trained if p.ndim > 1 and id(p) not in effects]
-    plain = [p for p in trained if p.ndim <= 1 or id(p) in effects]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+    effects = [layer.effects for layer in lhc_layers(model).values()]
+    known = {id(effect) for effect in effects}
+    others = [p for p in model.parameters() if id(p) not in known]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay, "factor": 1.0},
+        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0, "factor": 1.0},
+        {"params": effects, "weight_decay": 0.0, "factor": config.effect_lr},
     ]
+    groups = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True)
 
 

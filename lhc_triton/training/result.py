@@ -30,6 +30,7 @@ TOPOLOGY_SETTINGS = (
     "shapes",
     "pointwise_layers",
     "penalty",
+    "mac_share",
     "pattern_weight",
 )
 FILES = {

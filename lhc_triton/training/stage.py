@@ -172,7 +172,7 @@ def train_epoch(
         for step in range(steps):
             rate = learning_rate(config, plan.stage, plan.epoch, step, steps, plan.drops)
             for group in trainee.optimiser.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["factor"]
             task_loss, penalty = _step(trainee, parallel, batches, config, plan, world)
             task_sum += task_loss
             penalty_sum += penalty

@@ -141,6 +141,52 @@ def nearest_differences(layer):
     return near[:, :others].mean().item() / rows.shape[1]
 
 
+@pytest.mark.parametrize("mac_share", [0.0, 0.2, 0.75])
+def test_mac_share_weighs_the_two_terms(mac_share):
+    model = network()
+    live, weights = live_by_hand(model), weights_of(model)
+    density = sum(live.values()) / sum(weights.values())
+    regulariser = mac_share * share(live, weights, PIXELS) + (1 - mac_share) * abs(0.1 - density)
+    scale = 2.0 / (mac_share + (1 - mac_share) * 0.9) * (4.0 * (7 / 20))
+    assert started(model, mac_share=mac_share).penalty().item() == pytest.approx(scale * regulariser, rel=1e-6)
+
+
+def test_training_on_the_penalty_with_a_larger_mac_share_leaves_fewer_macs_at_the_same_density():
+    def densities(mac_share):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 64, 3, stride=4, padding=1)
+        )
+        convert(model, LHCConfig(0.2, in_block=8, out_block=4))
+        schedule = started(model, mac_share=mac_share)
+        optimiser = torch.optim.SGD([layer.effects for layer in lhc_layers(model).values()], lr=1.0)
+        for step in range(300):
+            optimiser.param_groups[0]["lr"] = 1 - step / 300
+            optimiser.zero_grad()
+            schedule.penalty().backward()
+            optimiser.step()
+        return schedule.density, schedule.mac_density
+
+    (usual, many), (also_usual, few) = densities(0.01), densities(0.2)
+    assert few < 0.8 * many
+    assert abs(usual - 0.2) < 0.02
+    assert abs(also_usual - 0.2) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("mac_share", "error", "message"),
+    [
+        (-0.1, ValueError, "mac_share=-0.1 is not supported"),
+        (1.0, ValueError, "mac_share=1.0 leaves nothing that steers the density: give less than 1"),
+        (math.inf, ValueError, "mac_share=inf"),
+        (True, TypeError, "mac_share=True is not a number"),
+    ],
+)
+def test_mac_share_refused(mac_share, error, message):
+    with pytest.raises(error, match=message):
+        TopologySchedule(network(), EXAMPLE, mac_share=mac_share)
+
+
 @pytest.mark.parametrize("out_block", [4, 16, 64])
 def test_pattern_weight_adds_the_distance_of_the_patterns_weighted_by_the_layers_weights(out_block):
     model = network(out_block=out_block)

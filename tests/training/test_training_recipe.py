@@ -49,11 +49,11 @@ def test_automatic_precision_on_a_cpu_is_bf16_only_with_amx(monkeypatch, capabil
 def test_weight_decay_spares_effects_norms_and_biases():
     model = convert(small_vgg((4, 4)), LHCConfig(in_block=2, out_block=2))
     effects = {id(layer.effects) for layer in lhc_layers(model).values()}
-    decayed, plain = make_optimiser(model, TrainConfig(weight_decay=0.01)).param_groups
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.01, 0.0)
-    assert {id(p) for p in plain["params"]} >= effects
+    decayed, plain, topology = make_optimiser(model, TrainConfig(weight_decay=0.01)).param_groups
+    assert [group["weight_decay"] for group in (decayed, plain, topology)] == [0.01, 0.0, 0.0]
+    assert {id(p) for p in topology["params"]} == effects
     assert sorted(p.ndim for p in decayed["params"]) == [2, 4, 4]
-    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+    assert len(decayed["params"]) + len(plain["params"]) + len(effects) == len(list(model.parameters()))
 
 
 def row(epoch: int, accuracy: float, density: float = 0.1, **changes: object) -> EpochMetrics:

@@ -53,6 +53,22 @@ def test_a_step_in_parts_is_the_whole_step_where_no_statistics_are_taken():
     assert not torch.allclose(other[0].weight, whole[0].weight, rtol=1e-4, atol=1e-5)
 
 
+def test_effects_alone_move_by_their_own_multiple_of_the_rate():
+    def moves(factor: float) -> dict[str, torch.Tensor]:
+        torch.manual_seed(5)
+        model = convert(small_vgg((4, 8, 8)), LHCConfig(in_block=4, out_block=4))
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        trained(model, batch_size=140, effect_lr=factor)  # all images: a single step
+        return {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+
+    usual, faster = moves(1.0), moves(3.0)
+    assert sum(name.endswith("effects") for name in usual) == 2
+    for name, move in usual.items():
+        factor = 3 if name.endswith("effects") else 1
+        torch.testing.assert_close(faster[name], factor * move, rtol=1e-4, atol=1e-6)
+        assert move.abs().max() > 1e-5
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_is_the_cross_entropy_with_smoothed_labels(smoothing):
     model, data = plain_network(), tiny_data().train

@@ -453,7 +453,7 @@ def main() -> None:
     """Run the command line; exit code 2 and one line on stderr for a user's mistake."""
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("LHC_TRITON_DEBUG"):
             raise
         _refuse(_told(error))

@@ -14,7 +14,7 @@ from .conversion import lhc_layers, output_pixels
 from .layers import LHCConv2d
 from .topology import pattern_distance
 
-# The method's constants (arXiv 2301.05440, authors' code): the MACs' share of the penalty, height of the ramp.
+# The method's constants (arXiv 2301.05440, authors' code): the MACs' share of R, the height of the ramp.
 MAC_SHARE = 0.01
 RAMP_TOP = 4.0
 # Ours: the filters that should have a pattern in common where the penalty aims for fewer patterns.
@@ -98,7 +98,9 @@ class TopologySchedule:
             raise ValueError("example_input reaches no LHCConv2d of the model: give an input that does")
         _check_amount("mac_share", mac_share)
         if mac_share >= 1:
-            raise ValueError(f"mac_share={mac_share} leaves nothing that steers the density: give less than 1")
+            raise ValueError(
+                f"mac_share={mac_share} leaves nothing that steers the density: give less than 1"
+            )
         _check_amount("pattern_weight", pattern_weight)
         if pattern_weight > 0 and targets == {None}:
             raise ValueError(

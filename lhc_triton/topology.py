@@ -218,6 +218,8 @@ def expand_mask(
     Differentiable: a block's gradient is the sum over its weights.
     """
     groups, blocks, kh, kw = block_mask.shape
+    # Of a block that is larger than the layer only what is not cropped is built.
+    in_block, out_block = min(in_block, in_channels), min(out_block, out_channels)
     tiled = block_mask[:, None, :, None].expand(groups, out_block, blocks, in_block, kh, kw)
     return tiled.reshape(groups * out_block, blocks * in_block, kh, kw)[:out_channels, :in_channels]
 
@@ -228,6 +230,7 @@ def apply_mask(weight: Tensor, block_mask: Tensor, in_block: int, out_block: int
     Differentiable in both. Where the blocks divide the channels, no expanded mask is built.
     """
     out_channels, in_channels, kh, kw = weight.shape
+    in_block, out_block = min(in_block, in_channels), min(out_block, out_channels)
     if out_channels % out_block or in_channels % in_block:
         return weight * expand_mask(block_mask, out_channels, in_channels, in_block, out_block)
     groups, blocks = out_channels // out_block, in_channels // in_block

@@ -31,8 +31,10 @@ def write_beside(path: str | Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
+            error.filename = str(path)
         raise
 
 
@@ -46,8 +48,11 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], document: Map
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: the document holds NaN or infinity.
+        ValueError: the document holds NaN or infinity, or the file would be larger than can be read back.
     """
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{path}: would have {size} bytes; up to {MAX_FILE_BYTES} are supported")
     plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(document, allow_nan=False, sort_keys=True)
     write_beside(path, save(plain, metadata={_KEY: text}))

@@ -16,7 +16,7 @@ from lhc_triton.training.averaging import WeightAverage
 from lhc_triton.training.metrics import EpochMetrics
 
 CHECKPOINT_KIND = "training checkpoint"
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 
 _MODEL, _MOMENTUM, _AVERAGE = "model/", "momentum/", "average/"
 

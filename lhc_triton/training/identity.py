@@ -12,7 +12,7 @@ import torch
 from lhc_triton.training.checkpoints import Checkpoint, load_checkpoint
 from lhc_triton.training.config import TrainConfig
 from lhc_triton.training.data import Source
-from lhc_triton.training.metrics import EpochMetrics
+from lhc_triton.training.metrics import EpochMetrics, best_epoch
 from lhc_triton.training.recipe import STAGES, StageName, ends_early, stage_epochs
 
 LAST = "last.safetensors"
@@ -41,6 +41,7 @@ TOPOLOGY_ONLY = (
     "effect_lr",
     "dense_twin",
     "latency on",
+    "between stages",
 )
 
 
@@ -92,20 +93,31 @@ def find_checkpoint(path: Path, config: TrainConfig, run: dict[str, Any]) -> Che
     return checkpoint
 
 
-def dense_twin(folder: str | Path, config: TrainConfig, run: dict[str, Any]) -> Checkpoint:
+def best_file(row: EpochMetrics) -> str:
+    """The name of a stage's best checkpoint, whose last epoch is ``row``.
+
+    It holds the epoch: a kill may come between this file and the run's last state, and the epoch that is done
+    again may come out otherwise.
+    """
+    return f"{row.stage}_best-{row.epoch}.safetensors"
+
+
+def dense_twin(folder: str | Path, config: TrainConfig, run: dict[str, Any], precision: str) -> Checkpoint:
     """The best dense network of another run, which must have been trained as this run would have.
 
     Args:
         folder: of the other run.
         config: of this run.
         run: identity() of this run.
+        precision: of this run, "fp32" or "bf16".
 
     Returns:
         Its checkpoint; the last row is the epoch that was chosen.
 
     Raises:
         FileNotFoundError: the folder holds no dense network.
-        ValueError: it is damaged, not trained to the end, or of another network, recipe, seed or images.
+        ValueError: it is damaged, not trained to the end, or of another network, recipe, precision, seed or
+            images.
     """
     folder = Path(folder)
     mine = {name: value for name, value in run.items() if name not in TOPOLOGY_ONLY}
@@ -114,4 +126,11 @@ def dense_twin(folder: str | Path, config: TrainConfig, run: dict[str, Any]) -> 
         raise ValueError(f"{folder}: has no dense network of its own; give the run that trained it")
     if not finished(config, "dense", last.rows):
         raise ValueError(f"{folder}: its dense network is not trained to the end; resume that run first")
-    return load_checkpoint(folder / "dense_best.safetensors", mine, ignore=TOPOLOGY_ONLY)
+    if last.precision != precision:
+        raise ValueError(
+            f"{folder}: its dense network was trained in {last.precision}, this run is to be in {precision}; "
+            f"set precision={last.precision}, or give another run"
+        )
+    best = best_epoch(last.rows, "dense", None)
+    assert best is not None  # every dense epoch may be chosen, and finished() has seen some
+    return load_checkpoint(folder / best_file(best), mine, ignore=TOPOLOGY_ONLY)

@@ -20,13 +20,14 @@ from lhc_triton.models.weights import write_beside
 from lhc_triton.schedule import TopologySchedule
 from lhc_triton.training.averaging import WeightAverage
 from lhc_triton.training.checkpoints import load_checkpoint, restore, save_checkpoint
-from lhc_triton.training.config import TrainConfig
+from lhc_triton.training.config import TrainConfig, read_config
 from lhc_triton.training.data import BadFile, Data, Source, balanced_indices, open_data, validation_split
 from lhc_triton.training.distributed import World, joined
 from lhc_triton.training.entry_costs import entry_costs
 from lhc_triton.training.identity import (
     LAST,
     OWN_TWIN,
+    best_file,
     dense_twin,
     find_checkpoint,
     finished,
@@ -43,7 +44,7 @@ from lhc_triton.training.metrics import (
     layer_metrics,
     write_metrics,
 )
-from lhc_triton.training.networks import apply_topology, architecture_of, build_network
+from lhc_triton.training.networks import apply_topology, architecture_of, build_network, check_topology
 from lhc_triton.training.presets import command_of, without_places
 from lhc_triton.training.progress import Progress, Silence, TerminalProgress
 from lhc_triton.training.recipe import StageName, make_optimiser, plateau, stage_epochs
@@ -57,6 +58,7 @@ def train(
     progress: bool = True,
     data: Data | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
+    between_stages: Callable[[nn.Module], None] | None = None,
 ) -> TrainResult:
     """Train the dense network, then the network with a topology in both stages, and test both.
 
@@ -78,6 +80,8 @@ def train(
         progress: whether to show progress on stderr.
         data: images to use in place of those that ``config.data`` names.
         on_epoch: called on every process with each epoch's metrics once its state is on disk.
+        between_stages: called on every process with the best network of the coarse stage before the fine
+            stage starts, to change its topology (LHCConv2d.set_topology): it must do the same on all of them.
 
     Returns:
         Accuracies, densities, reductions and paths.
@@ -88,17 +92,20 @@ def train(
         ValueError: a data file is damaged; too few images; ``out_dir`` holds a damaged checkpoint, or one of
             another run; the device is not there; the loss is not finite.
         ConnectionError: another process of the run was lost.
+        MemoryError: a step does not fit into the device's memory.
     """
     with joined(config.device) as world, ExitStack() as closing:
         out = Path(out_dir)
         data = _open(config) if data is None else data
-        architecture_of(config, data.format)  # refuses images that are too small for the network
+        check_topology(config, data.format)
         training, validation = _split(config, data)
         _check_steps(config, len(training), world)
         run = identity(config, training, validation)
-        if config.dense_twin not in OWN_TWIN:
-            dense_twin(config.dense_twin, config, run)  # refuses one that will not do
+        if between_stages is not None:
+            run["between stages"] = getattr(between_stages, "__qualname__", "given")
         rows, precision = _begun(out, config, run, world)
+        if config.dense_twin not in OWN_TWIN:
+            dense_twin(config.dense_twin, config, run, precision)  # refuses one that will not do
         world.check_same("run", json.dumps([run, len(rows), precision]))
         if world.is_main:
             _prepare(out, config, rows)
@@ -109,8 +116,24 @@ def train(
         log = RunLog(out, rows, config.tensorboard) if world.is_main else None
         if log is not None:
             closing.callback(log.close)
-        work = _Work(config, out, run, precision, world, data, training, validation, shown, log, on_epoch)
-        return work.finish(work.stages(rows))
+        work = _Work(
+            config,
+            out,
+            run,
+            precision,
+            world,
+            data,
+            training,
+            validation,
+            shown,
+            log,
+            on_epoch,
+            between_stages,
+        )
+        with _named_where_memory_ends(config):
+            rows = work.stages(rows)
+            with _named_where_disk_fails(out):
+                return work.finish(rows)
 
 
 @dataclass(frozen=True)
@@ -128,6 +151,7 @@ class _Work:
     progress: Progress
     log: RunLog | None
     on_epoch: Callable[[EpochMetrics], None] | None
+    between_stages: Callable[[nn.Module], None] | None
 
     def stages(self, rows: list[EpochMetrics]) -> list[EpochMetrics]:
         """Go through all stages, or what ``rows``, the epochs so far, have left of them."""
@@ -138,11 +162,11 @@ class _Work:
 
     def stage(self, stage: StageName, rows: list[EpochMetrics]) -> list[EpochMetrics]:
         """Go through one stage, or what is left of it."""
-        trainee = self.trainee(stage, begun=bool(rows) and rows[-1].stage == stage)
+        trainee = self.trainee(stage, rows)
         while not finished(self.config, stage, rows):
             epoch = sum(row.stage == stage for row in rows)
             drops = plateau(self.config, stage, rows).drops
-            plan = EpochPlan(stage, epoch, self.precision, drops, learns_topology=stage == "coarse")
+            plan = EpochPlan(stage, epoch, self.precision, drops)
             row, layers = self.epoch(plan, trainee)
             rows = [*rows, row]
             self.keep(rows, trainee, layers)
@@ -151,13 +175,16 @@ class _Work:
                 self.on_epoch(row)
         return rows
 
-    def trainee(self, stage: StageName, begun: bool) -> Trainee:
+    def trainee(self, stage: StageName, rows: list[EpochMetrics]) -> Trainee:
         """The network at the start of a stage, or as the last checkpoint has it where that has begun."""
         config = self.config
+        begun = bool(rows) and rows[-1].stage == stage
         model = self.network(stage)
         if stage == "fine":
             if not begun:
-                self.load_best("coarse", model)
+                self.load_best("coarse", rows, model)
+                if self.between_stages is not None:
+                    self.between_stages(model)
             freeze(model)
         if config.sync_batchnorm:
             self.world.synchronise_batch_norm(model)
@@ -232,9 +259,10 @@ class _Work:
                 # The state last but for metrics.csv, which follows from it: a kill in between leaves a folder
                 # from which this epoch is done again.
                 self.log.write_layers(layers)
-                if best_epoch(rows, row.stage, self.config.target) is row:
-                    best = self.best(row.stage)
-                    save_checkpoint(best, self.run, rows, self.precision, trainee.judged, schedule=schedule)
+                best = best_epoch(rows, row.stage, self.config.target)
+                if best is row:
+                    path = self.out / best_file(row)
+                    save_checkpoint(path, self.run, rows, self.precision, trainee.judged, schedule=schedule)
                 save_checkpoint(
                     self.out / LAST,
                     self.run,
@@ -245,8 +273,12 @@ class _Work:
                     schedule,
                     trainee.average,
                 )
+                # Only now: as long as the state before is the last one, its best epoch is needed.
+                for file in self.out.glob(f"{row.stage}_best-*.safetensors"):
+                    if best is None or file.name != best_file(best):
+                        file.unlink(missing_ok=True)
                 write_metrics(self.out / "metrics.csv", rows)
-            self.log.show(row, layers)
+                self.log.show(row, layers)
         self.world.barrier()
 
     def network(self, stage: StageName) -> nn.Module:
@@ -267,26 +299,25 @@ class _Work:
         form = self.data.format
         return torch.zeros(1, form.channels, form.size, form.size, device=self.world.device)
 
-    def best(self, stage: str) -> Path:
-        """Where the best checkpoint of a stage lies."""
-        return self.out / f"{stage}_best.safetensors"
-
-    def load_best(self, stage: StageName, model: nn.Module) -> None:
-        """Put the best checkpoint of a stage into a model."""
-        path = self.best(stage)
+    def load_best(self, stage: StageName, rows: list[EpochMetrics], model: nn.Module) -> EpochMetrics:
+        """Put the best checkpoint of a stage into a model; return the epoch it is of."""
+        row = best_epoch(rows, stage, self.config.target)
+        if row is None:
+            raise ValueError(f"{self.out / LAST}: has no {stage} epoch to choose; delete it to start again")
+        path = self.out / best_file(row)
         restore(path, load_checkpoint(path, self.run), model)
+        return row
 
     def finish(self, rows: list[EpochMetrics]) -> TrainResult:
         """Write the two networks, test what was written, and sum up."""
         config, world = self.config, self.world
         coarse = best_epoch(rows, "coarse", config.target)
-        fine = best_epoch(rows, "fine", config.target)
-        if coarse is None or fine is None:
-            raise ValueError(f"{self.out / LAST}: lacks a stage; delete it to start again")
+        if coarse is None:
+            raise ValueError(f"{self.out / LAST}: has no coarse epoch to choose; delete it to start again")
         dense = self.tested_dense(rows)
         model = self.network("fine")
-        self.load_best("fine", model)
-        chosen = Chosen(fine, self.tested("lhc", model))
+        fine = self.load_best("fine", rows, model)
+        chosen = Chosen(fine, self.tested("lhc", model, config))
         result = summed_up(
             config, self.out, rows, self.precision, world.size, dense, coarse, chosen, self.data.bad_files
         )
@@ -307,17 +338,16 @@ class _Work:
             return None
         model = self.network("dense")
         if self.config.dense_twin == "train":
-            path = self.best("dense")
-            checkpoint = load_checkpoint(path, self.run)
-        else:
-            path = Path(self.config.dense_twin)
-            checkpoint = dense_twin(path, self.config, self.run)
-        restore(path, checkpoint, model)
-        return Chosen(checkpoint.rows[-1], self.tested("dense", model))
+            row = self.load_best("dense", rows, model)
+            return Chosen(row, self.tested("dense", model, self.config))
+        folder = Path(self.config.dense_twin)
+        checkpoint = dense_twin(folder, self.config, self.run, self.precision)
+        restore(folder, checkpoint, model)
+        trained_by = read_config(folder / "config.toml")
+        return Chosen(checkpoint.rows[-1], self.tested("dense", model, trained_by))
 
-    def tested(self, kind: str, model: nn.Module) -> float:
-        """Write a network and return its accuracy on the test images."""
-        config = self.config
+    def tested(self, kind: str, model: nn.Module, config: TrainConfig) -> float:
+        """Write a network that a run with ``config`` trained, and return its accuracy on the test images."""
         architecture = architecture_of(config, self.data.format)
         notes = {
             "command": command_of(config),
@@ -328,7 +358,9 @@ class _Work:
             "training_images": len(self.training),
         }
         path = self.out / f"{kind}.safetensors"
-        return write_and_test(model, path, architecture, notes, self.data.test, self.world, config.workers)
+        return write_and_test(
+            model, path, architecture, notes, self.data.test, self.world, self.config.workers
+        )
 
 
 def _open(config: TrainConfig) -> Data:
@@ -413,7 +445,28 @@ def _named_where_disk_fails(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        inside = error.filename is not None and Path(error.filename).is_relative_to(out)
+        if not (full or inside):
+            raise  # of something that was read
         raise OSError(
             f"{out}: cannot be written ({error.strerror or error}); what lies there is whole: "
             f"{'make room' if full else 'mend that'}, and the same command goes on from it"
+        ) from error
+
+
+@contextmanager
+def _named_where_memory_ends(config: TrainConfig) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class of its own for CUDA only.
+        signs = ("can't allocate memory", "not enough memory", "bad allocation")
+        if isinstance(error, RuntimeError) and not (
+            isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+        ):
+            raise
+        raise MemoryError(
+            f"no memory for steps of {config.batch_size} images in parts of "
+            f"{config.batch_size // config.accumulate}; raise accumulate or lower batch_size, "
+            "in another folder"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
+import torch
 from torch import nn
 
 from lhc_triton.conversion import blocks_by_width, convert
@@ -78,6 +79,16 @@ def build_network(
         if left_out:
             say(f"{config.pretrained}: of another classifier; {', '.join(left_out)} start at random")
     return model
+
+
+def check_topology(config: TrainConfig, format: ImageFormat) -> None:
+    """Refuse a network that its images or its topology do not suit, before anything is trained.
+
+    Raises:
+        ValueError: the images are too small for the network, or no convolution can have the topology.
+    """
+    with torch.device("meta"):
+        apply_topology(architecture_of(config, format).build(), config)
 
 
 def apply_topology(model: ModelT, config: TrainConfig) -> ModelT:

@@ -55,14 +55,17 @@ class EpochPlan:
         epoch: from 0, within the stage.
         precision: "fp32" or "bf16".
         drops: how often the plateau rule has lowered the rate.
-        learns_topology: whether the schedule's penalty is part of the loss.
     """
 
     stage: StageName
     epoch: int
     precision: str
     drops: int = 0
-    learns_topology: bool = False
+
+    @property
+    def learns_topology(self) -> bool:
+        """Whether the schedule's penalty is part of the loss."""
+        return self.stage == "coarse"
 
     def seed(self, config: TrainConfig) -> int:
         """Of all that is random in the epoch."""
@@ -183,7 +186,7 @@ def train_epoch(
                 _check_finite(value, config, plan)
             on_step(value)
     if not config.sync_batchnorm:
-        for model in (trainee.model, trainee.judged):
+        for model in {trainee.model, trainee.judged}:
             world.average_batch_norm(model)
     mean = float(world.sum(task_sum)) / steps
     _check_finite(mean, config, plan)

@@ -148,7 +148,9 @@ def test_mac_share_weighs_the_two_terms(mac_share):
     density = sum(live.values()) / sum(weights.values())
     regulariser = mac_share * share(live, weights, PIXELS) + (1 - mac_share) * abs(0.1 - density)
     scale = 2.0 / (mac_share + (1 - mac_share) * 0.9) * (4.0 * (7 / 20))
-    assert started(model, mac_share=mac_share).penalty().item() == pytest.approx(scale * regulariser, rel=1e-6)
+    assert started(model, mac_share=mac_share).penalty().item() == pytest.approx(
+        scale * regulariser, rel=1e-6
+    )
 
 
 def test_training_on_the_penalty_with_a_larger_mac_share_leaves_fewer_macs_at_the_same_density():

@@ -74,7 +74,7 @@ def step_with_a_penalty(accumulate: int) -> tuple[nn.Module, float]:
     schedule.end_epoch(task_loss=2.0)
     schedule.start_epoch(1)
     trainee = Trainee(model, make_optimiser(model, config), schedule)
-    plan = EpochPlan("coarse", 1, "fp32", learns_topology=True)
+    plan = EpochPlan("coarse", 1, "fp32")
     with joined("cpu") as world:
         losses = train_epoch(trainee, tiny_data(20).train, config, plan, world, lambda loss: None)
     return model, losses.penalty

@@ -151,6 +151,57 @@ def test_a_dense_network_that_is_not_trained_to_the_end_is_no_twin(tmp_path):
         train(config, tmp_path / "new", progress=False, data=tiny_data())
 
 
+def test_a_twin_keeps_its_own_notes_and_needs_the_same_precision(whole, tmp_path):
+    taken = dataclasses.replace(CONFIG, density=0.5, dense_twin=str(whole[0]))
+    train(taken, tmp_path / "taken", progress=False, data=tiny_data())
+    notes, own = (load_network(f / "dense.safetensors").training for f in (tmp_path / "taken", whole[0]))
+    assert notes == own
+    assert notes["config"]["density"] == CONFIG.density
+    other = dataclasses.replace(taken, precision="bf16")
+    with pytest.raises(ValueError, match="trained in fp32, this run is to be in bf16; set precision=fp32"):
+        train(other, tmp_path / "other", progress=False, data=tiny_data())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"topology": "hetconv", "parts": 3, "density": None}, {"block_rule": "width", "in_block": 256}],
+)
+def test_a_topology_that_does_not_suit_is_refused_before_anything_is_trained(tmp_path, changes):
+    with pytest.raises(ValueError):  # noqa: PT011 (whose message is, is another test's)
+        train(dataclasses.replace(CONFIG, **changes), tmp_path / "run", progress=False, data=tiny_data())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_topology_can_be_replaced_between_the_stages(tmp_path):
+    calls = []
+
+    def keep_the_centre(model):
+        calls.append(model.training)
+        for layer in lhc_layers(model).values():
+            centre = torch.zeros(layer.topology.shape)
+            centre[:, :, 1, 1] = 1
+            layer.set_topology(centre)
+
+    def stop(row: EpochMetrics) -> None:
+        if (row.stage, row.epoch) == ("fine", 0):
+            raise KeyboardInterrupt
+
+    config = dataclasses.replace(CONFIG, dense_twin="none")
+    arguments = {"progress": False, "data": tiny_data(), "between_stages": keep_the_centre}
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, on_epoch=stop, **arguments)
+    with pytest.raises(ValueError, match=r"another run \(between stages .*keep_the_centre"):
+        train(config, tmp_path, progress=False, data=tiny_data())
+    result = train(config, tmp_path, **arguments)
+    assert len(calls) == 1
+    assert result.density == pytest.approx(1 / 9)
+    network = load_network(tmp_path / "lhc.safetensors").model
+    assert all(
+        layer.block_mask().sum() == layer.block_mask()[..., 1, 1].sum() > 0
+        for layer in lhc_layers(network).values()
+    )
+
+
 def test_a_topology_made_by_hand_is_trained_by_the_same_recipe(whole, tmp_path):
     rows: list[EpochMetrics] = []
     config = dataclasses.replace(CONFIG, topology="stripe", dense_twin="none", density=None)
@@ -201,7 +252,7 @@ def test_the_fine_stage_starts_from_the_best_coarse_epoch_not_from_the_last(tmp_
     config = replace(CONFIG, density=None, fine_lr=0.0)
     result = train(config, tmp_path, progress=False, data=tiny_data())
     assert (result.coarse_epoch, result.fine_epoch) == (1, 1)
-    coarse, fine = (load_file(tmp_path / f"{stage}_best.safetensors") for stage in ("coarse", "fine"))
+    coarse, fine = (load_file(tmp_path / f"{stage}_best-1.safetensors") for stage in ("coarse", "fine"))
     names = [name for name in fine if name.startswith("model/") and name.endswith("weight")]
     assert len(names) > 3
     assert all(torch.equal(fine[name], coarse[name]) for name in names)

@@ -12,15 +12,13 @@ from torch import Tensor, nn
 
 from lhc_triton.conversion import convert, freeze, lhc_layers
 from lhc_triton.models.architecture import Architecture
-from lhc_triton.models.weights import read_state, read_tensors, write_tensors
-from lhc_triton.topology import LHCConfig
+from lhc_triton.models.weights import MAX_FILE_BYTES, read_state, read_tensors, write_tensors
+from lhc_triton.topology import LHCConfig, expand_mask
 
 Kind = Literal["lhc", "dense"]
 
 WEIGHTS_KIND = "network weights"
-WEIGHTS_VERSION = 2
-_FIRST_FORMAT = ("vgg weights", 1)  # small VGGs for 28x28 images, one LHCConfig for all layers
-_FIRST_IMAGE_SIZE = 28
+WEIGHTS_VERSION = 3
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
@@ -47,8 +45,8 @@ def save_network(
 ) -> None:
     """Write a trained network with what is needed to build it again.
 
-    Weights are written in half precision, biases and batch norm as they are. Weights that the topology has
-    switched off are written as zeros.
+    Weights are written in half precision, biases and batch norm as they are. Of a layer with a topology only
+    the live weights are written, in the order in which they lie in [O, I, kh, kw].
 
     Args:
         model: what ``architecture.build()`` gave: dense, or converted and frozen.
@@ -67,11 +65,11 @@ def save_network(
     tensors = {}
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
-        if owner in layers and leaf == "weight":
-            tensor = layers[owner].masked_weight()
         # Weights only: the few numbers of batch norm and biases stay exact, and a variance may exceed 65,504.
         if tensor.is_floating_point() and tensor.ndim > 1:
             tensor = tensor.half()
+        if owner in layers and leaf == "weight":
+            tensor = tensor[layers[owner].mask() != 0]
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} holds values that are not finite in {tensor.dtype}; not saved")
         tensors[name] = tensor
@@ -95,11 +93,12 @@ def load_network(path: str | Path) -> SavedNetwork:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or its weights do not fit the architecture it names.
     """
-    tensors, document = read_tensors(path, WEIGHTS_KIND, WEIGHTS_VERSION, older=_FIRST_FORMAT)
+    tensors, document = read_tensors(path, WEIGHTS_KIND, WEIGHTS_VERSION)
     try:
         architecture = _architecture(document)
         # Nothing is allocated before the sizes are known to be the file's.
-        state = _fitted(tensors, _build(architecture, document, "meta").state_dict())
+        sketch = _build(architecture, document, "meta")
+        state = _fitted(_unpacked(tensors, sketch), sketch.state_dict())
         model = _build(architecture, document, "cpu")
         if lhc_layers(model):
             freeze(model)
@@ -115,19 +114,13 @@ def _architecture(document: Mapping[str, Any]) -> Architecture:
     found = document.get("architecture")
     if not isinstance(found, dict):
         raise ValueError("no architecture in the metadata")
-    if document["version"] == WEIGHTS_VERSION:
-        return Architecture(**found)
-    sizes = found["in_channels"], found["num_classes"], _FIRST_IMAGE_SIZE
-    return Architecture("small-vgg", found["widths"], "cifar", *sizes)
+    return Architecture(**found)
 
 
 def _build(architecture: Architecture, document: Mapping[str, Any], device: str) -> nn.Module:
     """The network of a file, its LHC layers with random effects."""
     with torch.device(device):
         model = architecture.build()
-    if document["version"] != WEIGHTS_VERSION:
-        lhc = document["architecture"]["lhc"]
-        return model if lhc is None else convert(model, LHCConfig(**lhc))
     if not isinstance(document["layers"], dict):
         raise ValueError("layers in the metadata is no table")
     configs = {name: LHCConfig(**values) for name, values in document["layers"].items()}
@@ -138,6 +131,28 @@ def _build(architecture: Architecture, document: Mapping[str, Any], device: str)
     if absent:
         raise ValueError(f"{absent[0]} is no convolution that can have a topology")
     return model
+
+
+def _unpacked(tensors: Mapping[str, Tensor], sketch: nn.Module) -> dict[str, Tensor]:
+    """The tensors with zeros between the live weights, for a model that was built without memory."""
+    layers = lhc_layers(sketch)
+    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers.values())
+    if size > MAX_FILE_BYTES:  # a small file can name any number of dead weights
+        raise ValueError(f"its weights would take {size} bytes; up to {MAX_FILE_BYTES} are supported")
+    whole = dict(tensors)
+    for name, layer in layers.items():
+        live, topology = tensors[f"{name}.weight"], tensors[f"{name}.topology"]
+        if topology.shape != layer.topology.shape or topology.dtype != layer.topology.dtype:
+            raise ValueError(f"{name}.topology is {topology.dtype} {list(topology.shape)}")
+        mask = expand_mask(
+            topology, layer.out_channels, layer.in_channels, layer.config.in_block, layer.config.out_block
+        )
+        if live.shape != (int(mask.sum()),):
+            raise ValueError(f"{name}.weight holds {list(live.shape)} of {int(mask.sum())} live weights")
+        weight = live.new_zeros(mask.shape)
+        weight[mask] = live
+        whole[f"{name}.weight"] = weight
+    return whole
 
 
 def load_initial(model: nn.Module, path: str | Path) -> tuple[str, ...]:

@@ -83,16 +83,13 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
         raise ValueError(f"{path}: not an intact safetensors file ({error})") from error
 
 
-def read_tensors(
-    path: str | Path, kind: str, version: int, older: tuple[str, int] | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: str | Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what write_tensors wrote.
 
     Args:
         path: the file.
         kind: what the document must name under "kind".
         version: what it must give under "version".
-        older: another (kind, version) that will do.
 
     Returns:
         (tensors on the CPU by name, the JSON document).
@@ -107,8 +104,6 @@ def read_tensors(
     except ValueError as error:
         raise ValueError(f"{path}: its metadata are not JSON ({error})") from error
     found = document.get("kind") if isinstance(document, dict) else None
-    if older is not None and found == older[0]:
-        kind, version = older
     if not isinstance(document, dict) or found != kind:
         raise ValueError(f"{path}: holds {found or 'no lhc_triton metadata'}, not {kind}")
     if document.get("version") != version:

@@ -12,6 +12,7 @@ from lhc_triton.models import (
     Architecture,
     load_network,
     load_pretrained,
+    pretrained,
     save_network,
     small_vgg,
 )
@@ -137,7 +138,7 @@ def test_a_truncated_weights_file_is_named(tmp_path, keep):
 def test_a_file_whose_weights_are_not_those_of_its_architecture_is_named(tmp_path, changes):
     path = tmp_path / "net.safetensors"
     save_network(network(), path, ARCHITECTURE)
-    tensors, document = read_tensors(path, "network weights", 2)
+    tensors, document = read_tensors(path, "network weights", 3)
     write_tensors(path, tensors, {**document, "architecture": {**ARCHITECTURE.to_dict(), **changes}})
     with pytest.raises(ValueError, match=r"net\.safetensors: does not hold") as caught:
         load_network(path)
@@ -159,28 +160,36 @@ def test_a_file_whose_weights_are_not_those_of_its_architecture_is_named(tmp_pat
 def test_a_file_whose_layers_are_not_those_of_its_topology_is_named(tmp_path, layers):
     path = tmp_path / "net.safetensors"
     save_network(network(sparse=True), path, ARCHITECTURE)
-    tensors, document = read_tensors(path, "network weights", 2)
+    tensors, document = read_tensors(path, "network weights", 3)
     assert document["layers"] == {"features.4": LHC}
     write_tensors(path, tensors, {**document, "layers": layers})
     with pytest.raises(ValueError, match=r"net\.safetensors: does not hold"):
         load_network(path)
 
 
-def test_a_file_of_the_first_format_still_loads(tmp_path):
-    """As the networks that ship with the package: one LHCConfig for all layers, 28x28 images."""
+def test_only_live_weights_are_written_and_a_wrong_number_of_them_is_refused(tmp_path, monkeypatch):
     path, model = tmp_path / "net.safetensors", network(sparse=True)
-    sizes = {"widths": [8, "M", 12], "in_channels": 1, "num_classes": 10, "lhc": LHC}
-    document = {"kind": "vgg weights", "version": 1, "architecture": sizes, "training": {"epochs": 3}}
-    write_tensors(path, model.state_dict(), document)
-    saved = load_network(path)
-    assert (saved.training, saved.architecture) == ({"epochs": 3}, ARCHITECTURE)
-    x = torch.randn(2, 1, 28, 28)
-    torch.testing.assert_close(saved.model(x), model(x))
-    write_tensors(path, model.state_dict(), {**document, "architecture": {**sizes, "lhc": None}})
-    with pytest.raises(ValueError, match="does not hold the network it names"):
+    save_network(model, path, ARCHITECTURE)
+    tensors, document = read_tensors(path, "network weights", 3)
+    layer, live = model.features[4], tensors["features.4.weight"]
+    assert torch.equal(live, layer.weight[layer.mask() != 0].half())
+    assert 0 < len(live) < layer.weight.numel()
+    for name, wrong in (
+        ("features.4.weight", live[:-1]),
+        ("features.4.weight", layer.masked_weight()),
+        ("features.4.topology", tensors["features.4.topology"].float()),
+        ("features.4.topology", tensors["features.4.topology"][:1]),
+        ("features.4.topology", ~tensors["features.4.topology"]),
+    ):
+        write_tensors(path, {**tensors, name: wrong}, document)
+        with pytest.raises(ValueError, match=r"does not hold the network it names \(features\.4\."):
+            load_network(path)
+    write_tensors(path, {n: t for n, t in tensors.items() if n != "features.4.weight"}, document)
+    with pytest.raises(ValueError, match=r"features\.4\.weight"):
         load_network(path)
-    write_tensors(path, model.state_dict(), {**document, "version": 2})
-    with pytest.raises(ValueError, match="vgg weights version 2; version 1 is supported"):
+    write_tensors(path, tensors, document)
+    monkeypatch.setattr(pretrained, "MAX_FILE_BYTES", 4 * layer.weight.numel() - 1)
+    with pytest.raises(ValueError, match=f"would take {4 * layer.weight.numel()} bytes"):
         load_network(path)
 
 
@@ -217,7 +226,7 @@ def test_every_network_is_saved_with_its_topology_layer_by_layer(tmp_path, archi
 def test_weights_of_another_dtype_or_not_finite_are_refused(tmp_path):
     path = tmp_path / "net.safetensors"
     save_network(network(), path, ARCHITECTURE)
-    tensors, document = read_tensors(path, "network weights", 2)
+    tensors, document = read_tensors(path, "network weights", 3)
     for wrong, said in (
         (torch.zeros(10, 12, dtype=torch.int64), "dtype"),
         (torch.full((10, 12), float("nan")), "finite"),

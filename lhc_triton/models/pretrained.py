@@ -171,8 +171,14 @@ def load_initial(model: nn.Module, path: str | Path) -> tuple[str, ...]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or something other than the classifier does not fit; one line.
+        ValueError: the file is no safetensors file or damaged, or something other than the classifier does
+            not fit; one line.
     """
+    if Path(path).suffix in (".pth", ".pt"):
+        raise ValueError(
+            f"{path}: torch's own files are pickles, which are not read; write its state_dict once with "
+            "safetensors.torch.save_file and give that file"
+        )
     tensors, _ = read_state(path)
     expected = model.state_dict()
     try:

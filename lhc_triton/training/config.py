@@ -379,6 +379,8 @@ def _check_together(config: TrainConfig) -> None:
         raise ValueError("momentum 0 is outside (0, 0.999]: Nesterov's rule needs some")
     if config.ema in (0, 1):
         raise ValueError(f"ema {config.ema} is outside (0, 1); 0.999 is usual, none is off")
+    if config.network == "small-vgg" and config.stem == "imagenet":
+        raise ValueError("small-vgg has one stem, for images of any size; leave stem at auto")
     widths = config.widths
     if config.network != "small-vgg" and widths != SMALL_WIDTHS:
         raise ValueError(

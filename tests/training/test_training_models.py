@@ -236,6 +236,13 @@ def test_weights_of_another_dtype_or_not_finite_are_refused(tmp_path):
             load_network(path)
 
 
+def test_a_pickle_is_no_file_to_start_from(tmp_path):
+    path = tmp_path / "vgg16.pth"
+    torch.save(network().state_dict(), path)
+    with pytest.raises(ValueError, match=r"vgg16\.pth: .* pickles.*safetensors\.torch\.save_file"):
+        load_initial(network(), path)
+
+
 def test_files_of_others_are_refused(tmp_path):
     path = tmp_path / "net.safetensors"
     with pytest.raises(FileNotFoundError, match="net"):

@@ -69,7 +69,8 @@ def test_the_stem_follows_the_size_of_the_images_unless_told(stem, size, chosen)
     for network in ("resnet34", "vgg16"):
         config = TrainConfig(network=network, stem=stem, width=0.1)
         assert architecture_of(config, images(size=size)).images == chosen
-    assert architecture_of(TrainConfig(stem=stem), images(size=size)).images == "cifar"
+    if stem != "imagenet":  # which small-vgg does not have
+        assert architecture_of(TrainConfig(stem=stem), images(size=size)).images == "cifar"
 
 
 def test_images_too_small_for_the_poolings_are_refused_with_the_size_that_is_needed():

@@ -217,6 +217,7 @@ def test_the_command_of_a_run_names_no_place():
         ({"parts": 0}, ValueError, "parts 0"),
         ({"topology": "butterfly"}, ValueError, "topology 'butterfly'"),
         ({"network": "vgg16", "widths": (8, 8)}, ValueError, "vgg16 has its own"),
+        ({"stem": "imagenet"}, ValueError, "small-vgg has one stem.*leave stem at auto"),
         ({"width": 0}, ValueError, "width 0"),
         ({"seed": -1}, ValueError, "seed -1"),
         ({"widths": 8}, TypeError, "widths 8"),

@@ -166,7 +166,10 @@ def ablate(
     batch: MeasuredBatch = 64,
     as_json: Json = False,
 ) -> None:
-    """Train every setting of a grid with every seed, dense twins shared, and report on them together."""
+    """Train every setting of a grid with every seed, dense twins shared, and report on them together.
+
+    A run that fails lets the others go on; the report is on those that finished, and the exit code is 1.
+    """
     from lhc_bench.ablation import read_ablation, run_ablation
 
     runs = read_ablation(spec)
@@ -175,11 +178,17 @@ def ablate(
         print_json({"runs": names}) if as_json else typer.echo("\n".join(names))
         return
     first = os.environ.get("RANK", "0") == "0"  # under torchrun the first process speaks and reports
-    folders = run_ablation(runs, out, lambda text: typer.echo(text, err=True) if first else None)
+    trained = run_ablation(runs, out, lambda text: typer.echo(text, err=True) if first else None, tell_once)
     if not first:
         return
-    with stages() as progress:
-        _report(folders, out / "report", measure, device, batch, as_json, progress)
+    if trained.folders:
+        with stages() as progress:
+            _report(list(trained.folders), out / "report", measure, device, batch, as_json, progress)
+    if trained.failures:
+        typer.echo(f"lhc-triton: {len(trained.failures)} of {len(runs)} runs failed:", err=True)
+        for name, why in trained.failures.items():
+            typer.echo(f"- {name}: {why}", err=True)
+        raise typer.Exit(1)
 
 
 def _report(

@@ -7,13 +7,16 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from lhc_triton.models.weights import read_tensors
 from lhc_triton.training import PRESETS, TrainConfig, train
-from lhc_triton.training.identity import TOPOLOGY_ONLY
+from lhc_triton.training.checkpoints import CHECKPOINT_KIND, CHECKPOINT_VERSION
+from lhc_triton.training.identity import LAST, TOPOLOGY_ONLY, finished
+from lhc_triton.training.metrics import EpochMetrics
 
 MAX_RUNS = 1000
 MAX_BYTES = 1 << 20
@@ -115,36 +118,89 @@ def _name(changes: Mapping[str, Any]) -> str:
     return name
 
 
-def run_ablation(runs: Mapping[str, TrainConfig], out_dir: str | Path, progress: Progress) -> list[Path]:
+@dataclass(frozen=True)
+class Trained:
+    """What `run_ablation` came to.
+
+    Attributes:
+        folders: of the runs that finished.
+        failures: why each of the others did not, in one line, by the run's name.
+    """
+
+    folders: tuple[Path, ...]
+    failures: Mapping[str, str]
+
+
+def run_ablation(
+    runs: Mapping[str, TrainConfig],
+    out_dir: str | Path,
+    progress: Progress,
+    failed: Progress | None = None,
+) -> Trained:
     """Train every run into its folder under ``out_dir``; one that is there already goes on, or is kept.
 
     Runs whose dense twins would be the same (same data, network, recipe and seed) share it: the first one
-    trains it.
+    trains it. A run that fails for its own settings (a ValueError, such as a loss that is not finite) lets
+    the others go on, since the same call would stop at it again; those that need its dense twin fail as well
+    if that was not trained to the end.
 
     Args:
         runs: what `read_ablation` gave.
         out_dir: folder for theirs.
         progress: called with a line before each run.
-
-    Returns:
-        The runs' folders.
+        failed: called with a line after each run that failed; None takes ``progress``.
 
     Raises:
-        What `lhc_triton.training.train` raises: the runs before it are finished, and the same call goes on.
+        OSError: data are missing, or the disk is full; the runs before it are finished, and the same call
+            goes on.
+        ConnectionError: another process of the run was lost; the same call goes on.
     """
     out = Path(out_dir)
-    twins: dict[TrainConfig, Path] = {}
-    folders = []
+    failed = progress if failed is None else failed
+    twins: dict[TrainConfig, str] = {}
+    folders: list[Path] = []
+    failures: dict[str, str] = {}
     for done, (name, config) in enumerate(runs.items(), start=1):
         progress(f"run {done} of {len(runs)}: {name}")
-        folder = out / name
-        if config.dense_twin == "train":
-            first = twins.setdefault(dense_part(config), folder)
-            if first != folder:
-                config = replace(config, dense_twin=str(first))
-        train(config, folder)
-        folders.append(folder)
-    return folders
+        folder, twin = out / name, dense_part(config)
+        try:
+            if config.dense_twin == "train":
+                first = twins.setdefault(twin, name)
+                if first != name and not _has_own_twin(folder):
+                    if first in failures and not _has_dense(config, out / first):
+                        raise ValueError(
+                            f"it needs the dense twin of run {first}, which failed before that was trained"
+                        )
+                    config = replace(config, dense_twin=str(out / first))
+            train(config, folder)
+            folders.append(folder)
+        except ValueError as error:
+            failures[name] = " ".join(str(error).split())
+            failed(f"run {name} failed: {failures[name]}")
+            if twins.get(twin) == name and not (folder / LAST).exists():
+                del twins[twin]  # it failed before it trained anything: the next one trains the twin
+    return Trained(tuple(folders), failures)
+
+
+def _has_own_twin(folder: Path) -> bool:
+    """Whether a run is there that trains its dense twin itself: it did when the first one had failed."""
+    run, _ = _last(folder)
+    return run.get("dense_twin") == "train"
+
+
+def _has_dense(config: TrainConfig, folder: Path) -> bool:
+    """Whether the dense network of a run that failed is trained to the end."""
+    _, rows = _last(folder)
+    return finished(config, "dense", rows)
+
+
+def _last(folder: Path) -> tuple[dict[str, Any], list[EpochMetrics]]:
+    """What a run's last checkpoint says of the run, and its epochs; nothing where none can be read."""
+    try:
+        _, document = read_tensors(folder / LAST, CHECKPOINT_KIND, CHECKPOINT_VERSION)
+        return dict(document["run"]), [EpochMetrics.from_dict(row) for row in document["rows"]]
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        return {}, []
 
 
 def dense_part(config: TrainConfig) -> TrainConfig:

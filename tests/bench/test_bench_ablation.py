@@ -9,7 +9,8 @@ import pytest
 from lhc_bench import ablation
 from lhc_bench.ablation import dense_part, read_ablation, run_ablation
 from lhc_triton.cli import main
-from lhc_triton.training import PRESETS, TrainConfig
+from lhc_triton.training import PRESETS, TrainConfig, loop, read_config
+from lhc_triton.training.stage import train_epoch
 
 SPEC = """
 seeds = [0, 1]
@@ -125,7 +126,7 @@ def test_runs_of_a_seed_share_the_dense_twin_of_the_first(spec, tmp_path, monkey
     monkeypatch.setattr(ablation, "train", lambda config, folder: trained.append((config, folder)))
     said = []
     runs = read_ablation(spec(SPEC))
-    folders = run_ablation(runs, tmp_path / "out", said.append)
+    folders = run_ablation(runs, tmp_path / "out", said.append).folders
     assert [folder.name for folder in folders] == list(runs)
     assert said[2] == f"run 3 of 10: {folders[2].name}"
     twins = [["train"] + 4 * [str(folders[first])] for first in (0, 5)]
@@ -172,6 +173,95 @@ augmentation = "none"
 [[grid]]
 topology = ["learned", "cross"]
 """
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), ConnectionError("lost"), KeyboardInterrupt()])
+def test_what_is_no_fault_of_a_run_ends_the_ablation(spec, tmp_path, monkeypatch, error):
+    trained = []
+
+    def train(config, folder):
+        trained.append(folder)
+        raise error
+
+    monkeypatch.setattr(ablation, "train", train)
+    with pytest.raises(type(error)):
+        run_ablation(read_ablation(spec(SPEC)), tmp_path, lambda line: None)
+    assert len(trained) == 1
+
+
+@pytest.fixture
+def fail_in(monkeypatch):
+    """Let runs of one topology fail in an epoch of a stage, as those do whose loss is not finite."""
+
+    def patch(topology, *epoch):
+        def failing(trainee, training, config, plan, *others):
+            if (config.topology, plan.stage, plan.epoch) == (topology, *epoch):
+                raise ValueError("the loss\nbecame nan")
+            return train_epoch(trainee, training, config, plan, *others)
+
+        monkeypatch.setattr(loop, "train_epoch", failing)
+
+    return patch
+
+
+THREE = TINY.replace('"cross"', '"cross", "pointwise"')
+
+
+@pytest.mark.parametrize(
+    ("epoch", "twins"),
+    [
+        (("dense", 0), ["train", "topology=cross,seed=0"]),
+        (("dense", 2), []),
+        (("coarse", 0), ["topology=learned,seed=0"] * 2),
+    ],
+)
+def test_a_run_that_fails_lets_the_others_go_on(spec, tmp_path, fail_in, epoch, twins):
+    runs = read_ablation(spec(THREE))
+    fail_in("learned", *epoch)
+    for _ in range(2):  # the second time on what the first one has left
+        said, failed = [], []
+        trained = run_ablation(runs, tmp_path, said.append, failed.append)
+        assert list(trained.folders) == [tmp_path / name for name in list(runs)[1:]][: len(twins)]
+        used = [read_config(folder / "config.toml").dense_twin for folder in trained.folders]
+        assert used == [twin if twin == "train" else str(tmp_path / twin) for twin in twins]
+        why = "it needs the dense twin of run topology=learned,seed=0, which failed before that was trained"
+        reasons = ["the loss became nan", *([] if twins else [why, why])]
+        assert list(trained.failures.values()) == reasons
+        assert failed == [f"run {name} failed: {reason}" for name, reason in trained.failures.items()]
+        assert len(said) == 3
+
+
+def test_a_twin_that_took_the_place_of_a_failed_one_stays(spec, tmp_path, fail_in):
+    runs = read_ablation(spec(TINY))
+    fail_in("learned", "dense", 0)
+    assert len(run_ablation(runs, tmp_path, lambda line: None).folders) == 1
+    fail_in("nothing")
+    assert len(run_ablation(runs, tmp_path, lambda line: None).folders) == 2
+
+
+def test_the_command_line_reports_on_what_finished_and_lists_what_failed(
+    spec, tmp_path, monkeypatch, fail_in, capsys
+):
+    command = ["lhc-triton", "ablate", str(spec(TINY)), "--out", str(tmp_path), "--batch", "1", "--json"]
+    monkeypatch.setattr(sys, "argv", command)
+
+    def ablate():
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 1
+        return capsys.readouterr()
+
+    fail_in("learned", "dense", 1)
+    shown = ablate()
+    assert shown.out == ""
+    assert "2 of 2 runs failed:\n- topology=learned,seed=0: the loss became nan\n- " in shown.err
+    assert not (tmp_path / "report").exists()
+    fail_in("cross", "fine", 0)
+    shown = ablate()
+    found = json.loads(shown.out)["experiments"]
+    assert [run["run"] for experiment in found for run in experiment["runs"]] == ["topology=learned,seed=0"]
+    assert "run topology=cross,seed=0 failed: the loss became nan\n" in shown.err
+    assert shown.err.endswith("1 of 2 runs failed:\n- topology=cross,seed=0: the loss became nan\n")
 
 
 def test_one_command_trains_resumes_and_reports(spec, tmp_path, monkeypatch, capsys):

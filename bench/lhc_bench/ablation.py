@@ -15,12 +15,22 @@ from typing import Any
 from lhc_triton.models.weights import read_tensors
 from lhc_triton.training import PRESETS, TrainConfig, train
 from lhc_triton.training.checkpoints import CHECKPOINT_KIND, CHECKPOINT_VERSION
+from lhc_triton.training.config import NOTHING
 from lhc_triton.training.identity import LAST, TOPOLOGY_ONLY, finished
 from lhc_triton.training.metrics import EpochMetrics
 
 MAX_RUNS = 1000
 MAX_BYTES = 1 << 20
 LONGEST_NAME = 120
+WITH_PARTS = ("groupwise", "hetconv", "stripe", "1xn")
+"""The topologies made by hand that TrainConfig.parts says something of."""
+
+OF_LEARNED = ("density", "in_block", "out_block", "block_rule", "shapes", "warmup_epochs", "effect_lr")
+"""Settings that a topology made by hand does not have; it has its own blocks."""
+
+OF_TARGET = ("penalty", "mac_share", "pattern_weight")
+"""Settings that only a learned topology with a density target has; TrainConfig refuses them elsewhere."""
+
 Progress = Callable[[str], None]
 
 
@@ -43,7 +53,8 @@ def read_ablation(path: str | Path) -> dict[str, TrainConfig]:
         penalty = ["macs", "latency"]
 
     A value that is no list stands for a list of one. Without a grid there is the base alone. Combinations
-    that come to the same settings are trained once.
+    that come to the same settings are trained once: settings of the grid that mean nothing beside the others
+    are left out, as ``parts`` where the topology is learned.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -70,15 +81,15 @@ def _runs(document: Mapping[str, Any]) -> dict[str, TrainConfig]:
     seeds = [base.seed] if seeds is None else seeds
     if not isinstance(seeds, list) or not seeds:
         raise ValueError(f"seeds is {seeds!r}, expected a list of whole numbers")
-    if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
+    if not isinstance(grids, list) or not grids or not all(isinstance(grid, dict) for grid in grids):
         raise ValueError("grid is no list of tables; head each one with [[grid]]")
     runs: dict[str, TrainConfig] = {}
     # Seed by seed: one that is stopped early has tried everything before it repeats anything.
     for seed in seeds:
         for changes in (changes for grid in grids for changes in _combinations(grid)):
-            config = _changed(base, {**changes, "seed": seed})
+            meant, config = _run(base, {**changes, "seed": seed})
             if config not in runs.values():
-                runs[_name({**changes, "seed": seed})] = config
+                runs[_name(meant)] = config
             if len(runs) > MAX_RUNS:
                 raise ValueError(f"more than {MAX_RUNS} runs; split the grid")
     return runs
@@ -99,9 +110,30 @@ def _combinations(grid: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every combination of a grid's values, the last name changing fastest."""
     if "seed" in grid:
         raise ValueError("seed is in a grid; give seeds at the top of the file")
+    for name, value in grid.items():
+        if value == []:
+            raise ValueError(f"{name} in a grid is an empty list; give it a value, or leave it out")
     choices = [value if isinstance(value, list) else [value] for value in grid.values()]
     for values in product(*choices):
         yield dict(zip(grid, values, strict=True))
+
+
+def _run(base: TrainConfig, changes: Mapping[str, Any]) -> tuple[dict[str, Any], TrainConfig]:
+    """The changes that mean something beside each other, and the settings they come to."""
+    topology = changes.get("topology", base.topology)
+    learned = topology == "learned"
+    steered = learned and changes.get("density", base.density) not in (None, NOTHING)
+    idle = {
+        *(() if topology in WITH_PARTS else ("parts",)),
+        *(() if learned else OF_LEARNED),
+        *(() if steered else OF_TARGET),
+    }
+    if idle & changes.keys():  # what is left out has to be in its range as well
+        _changed(base, {**changes, "topology": "learned", "density": TrainConfig().density})
+    meant = {name: value for name, value in changes.items() if name not in idle}
+    # The rest keeps the base's value: runs that were trained before have it in their checkpoints.
+    usual = {} if steered else {name: getattr(TrainConfig(), name) for name in OF_TARGET}
+    return meant, _changed(base, {**meant, **usual})
 
 
 def _changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:

@@ -5,10 +5,12 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from lhc_bench import ablation
 from lhc_bench.ablation import dense_part, read_ablation, run_ablation
 from lhc_triton.cli import main
+from lhc_triton.handcrafted import HANDCRAFTED, handcrafted
 from lhc_triton.training import PRESETS, TrainConfig, loop, read_config
 from lhc_triton.training.stage import train_epoch
 
@@ -56,6 +58,75 @@ def test_each_combination_is_trained_once_with_every_seed(spec):
     assert list(runs)[-1] == "out_block=16,penalty=macs,seed=1"
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (
+            'topology = ["learned", "hetconv", "cross"]\nparts = [3, 4]',
+            {
+                "topology=learned,seed=0": {},
+                "topology=hetconv,parts=3,seed=0": {"topology": "hetconv", "parts": 3},
+                "topology=hetconv,parts=4,seed=0": {"topology": "hetconv"},
+                "topology=cross,seed=0": {"topology": "cross"},
+            },
+        ),
+        (
+            'topology = ["cross", "learned"]\nin_block = [8, 32]\nshapes = ["free", "rigid"]\ndensity = 0.3',
+            {
+                "topology=cross,seed=0": {"topology": "cross"},
+                **{
+                    f"topology=learned,in_block={block},shapes={shapes},density=0.3,seed=0": {
+                        "in_block": block,
+                        "shapes": shapes,
+                        "density": 0.3,
+                    }
+                    for block in (8, 32)
+                    for shapes in ("free", "rigid")
+                },
+            },
+        ),
+        (
+            'topology = ["learned", "1xn"]\npenalty = ["macs", "weights"]\neffect_lr = [1.0, 2.0]',
+            {
+                **{
+                    f"topology=learned,penalty={penalty},effect_lr={rate},seed=0": {
+                        "penalty": penalty,
+                        "effect_lr": rate,
+                    }
+                    for penalty in ("macs", "weights")
+                    for rate in (1.0, 2.0)
+                },
+                "topology=1xn,seed=0": {"topology": "1xn"},
+            },
+        ),
+        (
+            'density = [0.1, "none"]\nmac_share = [0.01, 0.5]\nout_block = [8]',
+            {
+                "density=0.1,mac_share=0.01,out_block=8,seed=0": {"out_block": 8},
+                "density=0.1,mac_share=0.5,out_block=8,seed=0": {"mac_share": 0.5, "out_block": 8},
+                "density=none,out_block=8,seed=0": {"density": None, "out_block": 8},
+            },
+        ),
+    ],
+)
+def test_settings_that_mean_nothing_beside_the_others_make_no_run(spec, text, wanted):
+    runs = read_ablation(spec(f"[[grid]]\n{text}"))
+    assert runs == {name: TrainConfig(**settings) for name, settings in wanted.items()}
+
+
+def test_what_means_nothing_keeps_the_value_of_the_base_if_that_goes_with_the_topology(spec):
+    base = 'parts = 3\nin_block = 8\npenalty = "macs"'
+    runs = read_ablation(spec(f'[base]\n{base}\n[[grid]]\ntopology = "cross"\nin_block = [4, 16]'))
+    assert runs == {"topology=cross,seed=0": TrainConfig(topology="cross", parts=3, in_block=8)}
+
+
+@pytest.mark.parametrize("name", HANDCRAFTED)
+def test_parts_mean_something_for_the_topologies_that_are_said_to_have_them(name):
+    conv = torch.nn.Conv2d(24, 24, 3)
+    one, other = (handcrafted(name, conv, parts=parts).block_mask for parts in (2, 3))
+    assert torch.equal(one, other) is (name not in ablation.WITH_PARTS)
+
+
 def test_without_grid_and_seeds_the_base_is_trained_alone(spec):
     assert read_ablation(spec("[base]\nseed = 7\nlr = 0.2")) == {"seed=7": TrainConfig(seed=7, lr=0.2)}
 
@@ -83,6 +154,12 @@ def test_names_of_folders_are_plain_and_distinct(spec):
         ("seeds = []", "seeds is"),
         ("seeds = [-1]", "seed"),
         ("[[grid]]\nseed = [1, 2]", "seed is in a grid"),
+        ("grid = []", "grid is no list of tables"),
+        ("[[grid]]\nlr = 0.1\nout_block = []", "out_block in a grid is an empty list"),
+        ('[[grid]]\ntopology = ["learned", "cross"]\nparts = [4, 0]', "parts 0"),
+        ('[[grid]]\ntopology = "cross"\nout_block = -1', "out_block"),
+        ('[[grid]]\ntopology = "cross"\npenalty = "time"', "penalty 'time'"),
+        ('[[grid]]\ntopology = "crass"\nparts = 3', "topology 'crass'"),
         ("[[grid]]\nout_blok = 16", "out_blok"),
         ('[[grid]]\nshapes = ["free", "round"]', "round"),
         ("[[grid]]\nlr = 2020-01-01", "spec.toml"),

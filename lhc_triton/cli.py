@@ -139,7 +139,7 @@ def train(
 @app.command(epilog="Examples: `lhc-triton report runs/*`, `lhc-triton report runs/a runs/b --measure`")
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(help="Folders of `train`; seeds of one setting are averaged.")
+        list[Path], typer.Argument(help="Folders of `train` or `ablate`; seeds of one setting are averaged.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for report.html, report.json and the pictures.")] = Path(
         "out/report"
@@ -150,8 +150,11 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Report on runs: accuracy, reductions, predicted and measured time, topologies; a page and pictures."""
+    from lhc_bench.runs import run_folders
+
+    found = run_folders(runs, lambda line: typer.echo(line, err=True))
     with stages() as progress:
-        _report(runs, out, measure, device, batch, as_json, progress)
+        _report(found, out, measure, device, batch, as_json, progress)
 
 
 @app.command(epilog="Example: `lhc-triton ablate blocks.toml --out out/blocks`")

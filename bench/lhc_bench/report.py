@@ -95,7 +95,7 @@ def make_report(
     if measure and device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' is not there; measure on 'cpu', or not at all")
     if not folders:
-        raise ValueError("no run to report on; give folders that `train` wrote")
+        raise ValueError("no run to report on; give folders that `train` or `ablate` wrote")
     runs = [read_run(folder) for folder in folders]
     rows = []
     for run in runs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,39 @@ class Run:
     def dense_file(self) -> Path | None:
         """Weights of the dense twin; None without one."""
         return None if self.dense_accuracy is None else self.folder / "dense.safetensors"
+
+
+def run_folders(given: Iterable[str | Path], say: Callable[[str], None]) -> list[Path]:
+    """The folders of runs that are meant by ``runs/*``, where ablations and reports may lie beside runs.
+
+    Args:
+        given: folders. One that holds those of runs, as `ablate` leaves it, stands for the finished ones of
+            them; one that holds a report is left out. Any other stays, for `read_run` to take or refuse.
+        say: told in a line what was left out, and why.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+    found = []
+    for folder in map(Path, given):
+        inside = []
+        if folder.is_dir() and not _holds_run(folder):
+            inside = sorted(child for child in folder.iterdir() if _holds_run(child))
+        if inside:
+            for child in inside:
+                if (child / "result.json").is_file():
+                    found.append(child)
+                else:
+                    say(f"{child}: a run that is not finished, left out")
+        elif (folder / "report.json").is_file() and not _holds_run(folder):
+            say(f"{folder}: a report, left out")
+        else:
+            found.append(folder)
+    return found
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "config.toml").is_file()
 
 
 def read_run(folder: str | Path) -> Run:

@@ -15,7 +15,7 @@ from lhc_bench import peers, report_rows
 from lhc_bench.report import make_report
 from lhc_bench.report_pictures import pareto
 from lhc_bench.report_rows import describe, experiments, labels, with_measured
-from lhc_bench.runs import read_run
+from lhc_bench.runs import read_run, run_folders
 from lhc_triton.cli import main
 from lhc_triton.models import load_network, save_network
 from lhc_triton.models.architecture import Architecture
@@ -271,3 +271,51 @@ def test_the_command_line_reports_and_refuses(folders, tmp_path, monkeypatch, ca
     code, shown = run("report", tmp_path / "nowhere")
     assert code == 2
     assert "nowhere" in shown.err.splitlines()[-1]
+
+
+def test_an_ablation_stands_for_its_runs_and_reports_are_left_out(tmp_path, monkeypatch, capsys):
+    runs = tmp_path / "runs"
+    for name, seed in (("one", 0), ("grid/b", 1), ("grid/a", 2), ("grid/begun", 3)):
+        fabricated_run(runs / name, seed=seed)
+    (runs / "grid" / "begun" / "result.json").unlink()
+    make_report([runs / "one"], runs / "grid" / "report", batch=1)
+    make_report([runs / "one"], runs / "page", batch=1)
+    said = []
+    assert run_folders([runs / "page", runs / "one", runs / "grid"], said.append) == [
+        runs / "one", runs / "grid" / "a", runs / "grid" / "b"
+    ]  # fmt: skip
+    assert said == [
+        f"{runs / 'page'}: a report, left out",
+        f"{runs / 'grid' / 'begun'}: a run that is not finished, left out",
+    ]
+    make_report([runs / "one"], runs / "one", batch=1)  # a run with its own report in it is a run
+    make_report([runs / "one"], runs / "grid", batch=1)
+    assert run_folders([runs / "one", runs / "grid"], said.append) == [
+        runs / "one", runs / "grid" / "a", runs / "grid" / "b"
+    ]  # fmt: skip
+
+    def report(*folders):
+        arguments = ["report", *folders, "--out", tmp_path / "out", "--batch", 1, "--json"]
+        monkeypatch.setattr(sys, "argv", ["lhc-triton", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code or 0, capsys.readouterr()
+
+    code, shown = report(*sorted(runs.iterdir()))
+    assert code == 0
+    assert [run["run"] for run in json.loads(shown.out)["experiments"][0]["runs"]] == ["one", "b", "a"]
+    assert f"{runs / 'page'}: a report, left out" in shown.err
+    shutil.rmtree(runs / "grid" / "begun")
+    code, shown = report(*sorted(runs.glob("grid/*/")))
+    assert code == 0
+    assert f"{runs / 'grid' / 'report'}: a report, left out" in shown.err
+    code, shown = report(runs / "page")
+    assert (code, "no run to report on" in shown.err) == (2, True)
+
+
+def test_a_folder_without_a_run_is_an_error_beside_runs(folders, tmp_path):
+    (tmp_path / "notes").mkdir()
+    found = run_folders([folders[0], tmp_path / "notes", tmp_path / "gone"], pytest.fail)
+    assert found == [folders[0], tmp_path / "notes", tmp_path / "gone"]
+    with pytest.raises(FileNotFoundError, match=r"notes.config\.toml"):
+        make_report(found[:2], tmp_path / "out", batch=1)

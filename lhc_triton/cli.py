@@ -16,7 +16,6 @@ from .console import (
     print_table,
     show_demo,
     show_diagnosis,
-    show_experiments,
     show_kernels,
     show_loading,
     show_summary,
@@ -203,7 +202,9 @@ def _report(
     if as_json:
         print_json(made.to_dict())
         return
-    show_experiments([experiment.to_dict() for experiment in made.experiments])
+    header, rows, note = made.table()
+    print_table(header, rows)
+    typer.echo(note)
     typer.echo(f"Written: {out / 'report.html'}, report.json and pictures")
 
 

@@ -18,7 +18,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; margin-bottom: 1rem; font-size: 0.87rem; }
+td { font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.6rem; text-align: right; border-bottom: 1px solid #8886; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; }
 th { vertical-align: bottom; font-weight: 600; white-space: normal; }
@@ -55,11 +56,11 @@ def page(
     """Return the page.
 
     Args:
-        experiments: rows of the first table.
+        experiments: rows of the first two tables.
         env: where the report was made; see `rows.environment`.
         batch: images of a predicted or measured call.
         rounds: of a timing; 0 where nothing was measured.
-        sections: what follows the table; their pictures are read and inlined.
+        sections: what follows the tables; their pictures are read and inlined.
 
     Raises:
         OSError: a picture cannot be read.
@@ -69,7 +70,9 @@ def page(
     several = any(len(experiment.rows) > 1 for experiment in experiments)
     parts = [
         f"<h1>Learned topologies: {escape(networks)}</h1>",
-        _table(OVERVIEW, [_overview_cells(experiment) for experiment in experiments]),
+        # Two tables: side by side their columns would not fit on a screen.
+        _table(RESULTS, [_result_cells(experiment) for experiment in experiments]),
+        _table(SIZES, [_size_cells(experiment) for experiment in experiments]),
         _paragraph(_explanation(batch, rounds, several, env), "note"),
     ]
     for section in sections:
@@ -88,31 +91,43 @@ def page(
     )
 
 
-OVERVIEW = (
-    "setting", "runs", "dense accuracy, %", "LHC accuracy, %", "gain, points", "weights", "fewer weights",
-    "MACs", "fewer MACs", "density of converted layers", "patterns of filter groups",
-    "predicted on CPU", "modelled on H100", "measured",
+RESULTS = (
+    "setting", "runs", "dense accuracy, %", "LHC accuracy, %", "gain, points", "predicted on CPU",
+    "modelled on H100", "measured",
+)  # fmt: skip
+SIZES = (
+    "setting", "density, converted layers", "fewer weights, converted layers", "fewer MACs, converted layers",
+    "patterns of filter groups", "weights, whole network", "fewer weights, whole network",
+    "MACs, whole network", "fewer MACs, whole network",
 )  # fmt: skip
 
 
-def _overview_cells(experiment: Experiment) -> list[str]:
-    first = experiment.first
+def _result_cells(experiment: Experiment) -> list[str]:
     return [
         experiment.label,
         str(len(experiment.rows)),
         spread_text(experiment, "dense_accuracy", 2, 100),
         spread_text(experiment, "lhc_accuracy", 2, 100),
         spread_text(experiment, "gain", 2, 100, sign=True),
-        f"{short(first.weights)} to {short(first.live_weights)}",
-        spread_text(experiment, "weight_reduction", 2, unit="x"),
-        f"{short(first.macs)} to {short(first.live_macs)}",
-        spread_text(experiment, "mac_reduction", 2, unit="x"),
-        spread_text(experiment, "density", 3),
-        f"{spread_text(experiment, 'patterns', 0)} of {first.groups}",
         *(
             spread_text(experiment, name, 2, unit="x")
             for name in ("predicted_cpu", "predicted_cuda", "measured")
         ),
+    ]
+
+
+def _size_cells(experiment: Experiment) -> list[str]:
+    first = experiment.first
+    return [
+        experiment.label,
+        spread_text(experiment, "density", 3),
+        spread_text(experiment, "weight_reduction", 2, unit="x"),
+        spread_text(experiment, "mac_reduction", 2, unit="x"),
+        f"{spread_text(experiment, 'patterns', 0)} of {first.groups}",
+        f"{short(first.weights)} to {short(first.live_weights)}",
+        spread_text(experiment, "network_weight_reduction", 2, unit="x"),
+        f"{short(first.macs)} to {short(first.live_macs)}",
+        spread_text(experiment, "network_mac_reduction", 2, unit="x"),
     ]
 
 
@@ -136,7 +151,7 @@ def short(count: int) -> str:
 
 
 def _explanation(batch: int, rounds: int, several: bool, env: Mapping[str, Any]) -> str:
-    text = "Weights and MACs are of the whole network for one image, its dense layers included. "
+    text = "MACs are for one image. The whole network has its dense layers beside the converted ones. "
     if several:
         text += "± is the standard deviation over the seeds; counts without it are those of the first seed. "
     text += f"Times are for {batch} images. Predicted and modelled: the converted convolutions alone, by the "

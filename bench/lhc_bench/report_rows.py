@@ -91,14 +91,19 @@ class RunRow:
 
     @property
     def values(self) -> dict[str, float | None]:
-        """The numbers that are averaged over seeds; None where the run does not have one."""
+        """The numbers that are averaged over seeds; None where the run does not have one.
+
+        Reductions are of the converted convolutions, as in a run's result.json, or of the whole network.
+        """
         dense, mine = self.run.dense_accuracy, self.run.lhc_accuracy
         return {
             "dense_accuracy": dense,
             "lhc_accuracy": mine,
             "gain": None if dense is None else mine - dense,
-            "weight_reduction": self.weights / self.live_weights,
-            "mac_reduction": self.macs / self.live_macs,
+            "weight_reduction": 1 / self.density,
+            "mac_reduction": 1 / self.mac_density,
+            "network_weight_reduction": self.weights / self.live_weights,
+            "network_mac_reduction": self.macs / self.live_macs,
             "density": self.density,
             "mac_density": self.mac_density,
             "patterns": float(self.patterns),

@@ -360,6 +360,10 @@ def test_one_command_trains_resumes_and_reports(spec, tmp_path, monkeypatch, cap
     runs = [run for experiment in found for run in experiment["runs"]]
     assert [run["run"] for run in runs] == names
     assert len({run["dense_accuracy"] for run in runs}) == 1
+    for run in runs:
+        result = json.loads((out / run["run"] / "result.json").read_text())
+        for name in ("weight_reduction", "mac_reduction"):
+            assert run[name] == pytest.approx(result[name])
     assert [b"dense,2," in curve for curve in curves] == [True, False]
     crosses = {shape for layer in runs[1]["layers"] for shape in layer["shapes"]}
     assert crosses == {"010/111/010"}

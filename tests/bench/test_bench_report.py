@@ -13,6 +13,7 @@ from fabricated_runs import fabricated_run
 
 from lhc_bench import peers, report_rows
 from lhc_bench.report import make_report
+from lhc_bench.report_html import RESULTS
 from lhc_bench.report_pictures import pareto
 from lhc_bench.report_rows import describe, experiments, labels, with_measured
 from lhc_bench.runs import read_run, run_folders
@@ -143,6 +144,34 @@ def test_counts_are_those_of_the_weights_that_are_left(folders):
     filters = [weights[name].flatten(1).unflatten(0, (-1, 8)).any(1) for name in converted]
     assert row.patterns == sum(len(torch.unique(groups, dim=0)) for groups in filters)
     assert row.groups == 4
+    of_converted = sum(weights[n].numel() * sides[n] ** 2 for n in converted) / sum(
+        live[n] * sides[n] ** 2 for n in converted
+    )
+    values = row.values
+    assert values["weight_reduction"] == 1 / row.density
+    assert values["mac_reduction"] == pytest.approx(of_converted)
+    assert values["network_weight_reduction"] == row.weights / row.live_weights != 1 / row.density
+    assert values["network_mac_reduction"] == row.macs / row.live_macs != pytest.approx(of_converted)
+
+
+def test_the_tables_say_what_their_reductions_are_of(reported):
+    out, report = reported
+    text = (out / "report.html").read_text()
+    found = report.experiments[1]
+    for kind, of in (("weight", "weights"), ("mac", "MACs")):
+        for name, where in (
+            (f"{kind}_reduction", "converted layers"),
+            (f"network_{kind}_reduction", "whole network"),
+        ):
+            place = re.findall(r"<th>(.*?)</th>", text).index(f"fewer {of}, {where}") - len(RESULTS)
+            line = re.findall(r"<tr><td>out_block 16</td>.*</tr>", text)[1]
+            assert re.findall(r"<td>(.*?)</td>", line)[place] == f"{found.mean(name):.2f}x"
+    header, rows, note = report.table()
+    assert rows[1][header.index("weights /")] == f"{found.mean('weight_reduction'):.1f}"
+    assert rows[1][header.index("MACs /")] == f"{found.mean('mac_reduction'):.1f}"
+    assert rows[1][header.index("gain")] == f"{100 * found.mean('gain'):+.2f}"
+    assert rows[1][header.index("measured")] == "–"
+    assert "of the converted layers, times fewer" in note
 
 
 def test_seeds_are_averaged_and_settings_kept_apart(reported):

@@ -162,7 +162,9 @@ def ablate(
     out: Annotated[
         Path, typer.Option(help="Folder for a run each, and report/; resumed where it is.")
     ] = Path("out/ablation"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Name the runs, and do not train.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and name the runs, and do not train.")
+    ] = False,
     measure: Measure = False,
     device: MeasuredOn = "cpu",
     batch: MeasuredBatch = 64,
@@ -172,10 +174,11 @@ def ablate(
 
     A run that fails lets the others go on; the report is on those that finished, and the exit code is 1.
     """
-    from lhc_bench.ablation import read_ablation, run_ablation
+    from lhc_bench.ablation import check_ablation, read_ablation, run_ablation
 
     runs = read_ablation(spec)
     if dry_run:
+        check_ablation(runs)
         names = list(runs)
         print_json({"runs": names}) if as_json else typer.echo("\n".join(names))
         return

@@ -16,8 +16,10 @@ from lhc_triton.models.weights import read_tensors
 from lhc_triton.training import PRESETS, TrainConfig, train
 from lhc_triton.training.checkpoints import CHECKPOINT_KIND, CHECKPOINT_VERSION
 from lhc_triton.training.config import NOTHING
+from lhc_triton.training.data import ImageFormat, cifar, fashion, tree
 from lhc_triton.training.identity import LAST, TOPOLOGY_ONLY, finished
 from lhc_triton.training.metrics import EpochMetrics
+from lhc_triton.training.networks import check_topology
 
 MAX_RUNS = 1000
 MAX_BYTES = 1 << 20
@@ -30,6 +32,12 @@ OF_LEARNED = ("density", "in_block", "out_block", "block_rule", "shapes", "warmu
 
 OF_TARGET = ("penalty", "mac_share", "pattern_weight")
 """Settings that only a learned topology with a density target has; TrainConfig refuses them elsewhere."""
+
+BUILT_FROM = (
+    *("data", "image_size", "network", "stem", "width", "widths", "topology", "parts", "pointwise_layers"),
+    *("density", "in_block", "out_block", "block_rule", "shapes"),
+)
+"""Settings that say what network a run builds."""
 
 Progress = Callable[[str], None]
 
@@ -148,6 +156,39 @@ def _name(changes: Mapping[str, Any]) -> str:
     if len(name) > LONGEST_NAME or name != text:
         name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return name
+
+
+def check_ablation(runs: Mapping[str, TrainConfig]) -> None:
+    """Refuse runs whose network is too small for its images, or cannot have its topology; no data are read.
+
+    Raises:
+        ValueError: there are such runs; one line that names the first.
+    """
+    reasons: dict[tuple[Any, ...], str] = {}  # building takes up to half a second, and many are the same
+    unsuited = {}
+    for name, config in runs.items():
+        key = tuple(getattr(config, setting) for setting in BUILT_FROM)
+        if key not in reasons:
+            try:
+                check_topology(config, _image_format(config))
+                reasons[key] = ""
+            except ValueError as error:
+                reasons[key] = " ".join(str(error).split())
+        if reasons[key]:
+            unsuited[name] = reasons[key]
+    for name, why in unsuited.items():
+        raise ValueError(
+            f"{len(unsuited)} of {len(runs)} runs cannot be trained; the first is {name}: {why}; "
+            "leave them out of the grid"
+        )
+
+
+def _image_format(config: TrainConfig) -> ImageFormat:
+    """What the data set's images will be, as far as a topology depends on it."""
+    channels = 1 if config.data == "fashion-mnist" else 3
+    sides = {"fashion-mnist": fashion.SIDE, "cifar10": cifar.SIDE, "cifar100": cifar.SIDE}
+    size = config.image_size or sides.get(config.data, tree.DEFAULT_SIZE)
+    return ImageFormat(channels, size, ("one", "other"), (0.0,) * channels, (1.0,) * channels)
 
 
 @dataclass(frozen=True)

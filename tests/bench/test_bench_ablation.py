@@ -12,6 +12,7 @@ from lhc_bench.ablation import dense_part, read_ablation, run_ablation
 from lhc_triton.cli import main
 from lhc_triton.handcrafted import HANDCRAFTED, handcrafted
 from lhc_triton.training import PRESETS, TrainConfig, loop, read_config
+from lhc_triton.training.data import open_data
 from lhc_triton.training.stage import train_epoch
 
 SPEC = """
@@ -219,6 +220,44 @@ def test_the_command_line_names_the_runs_without_training(spec, monkeypatch, cap
     with pytest.raises(SystemExit):
         main()
     assert json.loads(capsys.readouterr().out)["runs"] == list(read_ablation(spec(SPEC)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            'seeds = [0, 1]\n[[grid]]\ntopology = ["learned", "groupwise"]\nparts = [4, 5]',
+            "2 of 6 runs cannot be trained; the first is topology=groupwise,parts=5,seed=0: no convolution "
+            "of VGG suits the topology 'groupwise': features.3: 32 input channels",
+        ),
+        (
+            '[[grid]]\nnetwork = ["vgg16"]\nimage_size = [32, 28]',
+            "1 of 2 runs cannot be trained; the first is network=vgg16,image_size=28,seed=0",
+        ),
+        (
+            '[[grid]]\ndata = ["imagenet", "cifar100"]\ndata_folder = "nowhere"\nnetwork = "vgg19"\n'
+            "image_size = [16, 64]",
+            "2 of 4 runs cannot be trained; the first is data=imagenet,data_folder=nowhere,network=vgg19,"
+            "image_size=16",
+        ),
+    ],
+)
+def test_a_dry_run_refuses_what_cannot_be_built(spec, monkeypatch, capsys, text, message):
+    monkeypatch.setattr(sys, "argv", ["lhc-triton", "ablate", str(spec(text)), "--dry-run"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    shown = capsys.readouterr()
+    assert (stopped.value.code, shown.out) == (2, "")
+    assert shown.err.startswith(f"lhc-triton: {message}")
+    assert len(shown.err.splitlines()) == 1
+
+
+def test_what_a_dry_run_checks_is_what_the_data_will_be():
+    for settings in ({}, {"image_size": 32}):
+        config = TrainConfig(**settings)
+        data = open_data(config.data, image_size=config.image_size)
+        found = ablation._image_format(config)
+        assert (found.channels, found.size) == (data.format.channels, data.format.size)
 
 
 def test_under_torchrun_the_first_process_alone_reports(spec, tmp_path, monkeypatch, capsys):

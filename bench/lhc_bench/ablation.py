@@ -213,9 +213,9 @@ def run_ablation(
     """Train every run into its folder under ``out_dir``; one that is there already goes on, or is kept.
 
     Runs whose dense twins would be the same (same data, network, recipe and seed) share it: the first one
-    trains it. A run that fails for its own settings (a ValueError, such as a loss that is not finite) lets
-    the others go on, since the same call would stop at it again; those that need its dense twin fail as well
-    if that was not trained to the end.
+    trains it. A run that fails for its own settings (a loss that is not finite, too large a batch for the
+    memory) lets the others go on, since the same call would stop at it again; those that need its dense twin
+    fail as well if that was not trained to the end.
 
     Args:
         runs: what `read_ablation` gave.
@@ -247,7 +247,7 @@ def run_ablation(
                     config = replace(config, dense_twin=str(out / first))
             train(config, folder)
             folders.append(folder)
-        except ValueError as error:
+        except (ValueError, MemoryError) as error:
             failures[name] = " ".join(str(error).split())
             failed(f"run {name} failed: {failures[name]}")
             if twins.get(twin) == name and not (folder / LAST).exists():

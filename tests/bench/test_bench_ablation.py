@@ -305,6 +305,16 @@ def test_what_is_no_fault_of_a_run_ends_the_ablation(spec, tmp_path, monkeypatch
     assert len(trained) == 1
 
 
+def test_a_run_that_does_not_fit_into_memory_lets_the_others_go_on(spec, tmp_path, monkeypatch):
+    def train(config, folder):
+        if config.out_block == 64:
+            raise MemoryError("no memory for steps of 64 images")
+
+    monkeypatch.setattr(ablation, "train", train)
+    trained = run_ablation(read_ablation(spec(SPEC)), tmp_path, lambda line: None)
+    assert (len(trained.folders), len(trained.failures)) == (6, 4)
+
+
 @pytest.fixture
 def fail_in(monkeypatch):
     """Let runs of one topology fail in an epoch of a stage, as those do whose loss is not finite."""

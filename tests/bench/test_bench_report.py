@@ -56,6 +56,17 @@ def test_a_run_is_read_as_it_was_written(folders):
     assert "layers.csv" in read_run(folders[2]).notes[0]
 
 
+def test_a_run_from_before_a_setting_has_its_default(run_folder, folders, tmp_path):
+    path = run_folder / "config.toml"
+    path.write_text(re.sub(r"(?m)^(mac_share|effect_lr) = .*\n", "", path.read_text()))
+    result = json.loads((run_folder / "result.json").read_text())
+    (run_folder / "result.json").write_text(json.dumps({**result, "settings": {"topology": "learned"}}))
+    assert read_run(run_folder).config == read_run(folders[0]).config
+    assert "mac_share" not in path.read_text()
+    report = make_report([run_folder, folders[1]], tmp_path / "out", batch=1)
+    assert [len(experiment.rows) for experiment in report.experiments] == [2]
+
+
 @pytest.mark.parametrize(
     "name", ["config.toml", "result.json", "metrics.csv", "lhc.safetensors", "dense.safetensors"]
 )

@@ -16,6 +16,7 @@ from .console import (
     print_table,
     show_demo,
     show_diagnosis,
+    show_experiments,
     show_kernels,
     show_loading,
     show_summary,
@@ -205,9 +206,7 @@ def _report(
     if as_json:
         print_json(made.to_dict())
         return
-    header, rows, note = made.table()
-    print_table(header, rows)
-    typer.echo(note)
+    show_experiments([experiment.to_dict() for experiment in made.experiments])
     typer.echo(f"Written: {out / 'report.html'}, report.json and pictures")
 
 

@@ -188,7 +188,7 @@ def show_experiments(found: Sequence[dict[str, Any]]) -> None:
         for experiment in found
     ]
     print_table(("setting", "runs", *(column[0] for column in columns)), rows)
-    typer.echo("Test accuracies; weights and MACs of the whole network, times fewer; ± over the seeds.")
+    typer.echo("Test accuracies; weights and MACs of the converted layers, times fewer; ± over the seeds.")
     typer.echo("CPU, GPU: predicted speed-up of the converted layers. Measured: of the whole network.")
 
 

@@ -53,6 +53,10 @@ def replace_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     try:
         write(beside)
         beside.replace(path)
+    except OSError as error:
+        if error.filename is None:  # a full disk names no file
+            error.filename = str(path)
+        raise
     finally:
         beside.unlink(missing_ok=True)
     return path

@@ -14,7 +14,7 @@ import torch
 
 from . import picture
 from .files import made_folder, write_beside
-from .report_html import Picture, Section, page, spread_text
+from .report_html import Picture, Section, page
 from .report_pictures import SPEEDS, accuracy_figure, layers_figure, shapes_figure, training_figure
 from .report_rows import Experiment, describe, experiments, with_measured
 from .rows import environment
@@ -53,36 +53,6 @@ class Report:
             "rounds": self.rounds,
             "experiments": [experiment.to_dict() for experiment in self.experiments],
         }
-
-    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
-        """What a terminal shows: header, a row for each experiment, and what the columns are."""
-        columns = (
-            ("dense, %", "dense_accuracy", 2, 100),
-            ("LHC, %", "lhc_accuracy", 2, 100),
-            ("gain", "gain", 2, 100),
-            ("weights /", "weight_reduction", 1, 1),
-            ("MACs /", "mac_reduction", 1, 1),
-            ("patterns", "patterns", 0, 1),
-            ("CPU", "predicted_cpu", 1, 1),
-            ("GPU", "predicted_cuda", 1, 1),
-            ("measured", "measured", 2, 1),
-        )
-        rows = [
-            (
-                experiment.label,
-                str(len(experiment.rows)),
-                *(
-                    spread_text(experiment, name, digits, factor, sign=name == "gain")
-                    for _, name, digits, factor in columns
-                ),
-            )
-            for experiment in self.experiments
-        ]
-        note = (
-            "Test accuracies; weights and MACs of the converted layers, times fewer; ± over the seeds.\n"
-            "CPU, GPU: predicted speed-up of the converted layers. Measured: of the whole network."
-        )
-        return ("setting", "runs", *(column[0] for column in columns)), rows, note
 
 
 def make_report(

@@ -18,6 +18,7 @@ from lhc_bench.report_pictures import pareto
 from lhc_bench.report_rows import describe, experiments, labels, with_measured
 from lhc_bench.runs import read_run, run_folders
 from lhc_triton.cli import main
+from lhc_triton.console import show_experiments
 from lhc_triton.models import load_network, save_network
 from lhc_triton.models.architecture import Architecture
 
@@ -177,12 +178,20 @@ def test_the_tables_say_what_their_reductions_are_of(reported):
             place = re.findall(r"<th>(.*?)</th>", text).index(f"fewer {of}, {where}") - len(RESULTS)
             line = re.findall(r"<tr><td>out_block 16</td>.*</tr>", text)[1]
             assert re.findall(r"<td>(.*?)</td>", line)[place] == f"{found.mean(name):.2f}x"
-    header, rows, note = report.table()
-    assert rows[1][header.index("weights /")] == f"{found.mean('weight_reduction'):.1f}"
-    assert rows[1][header.index("MACs /")] == f"{found.mean('mac_reduction'):.1f}"
-    assert rows[1][header.index("gain")] == f"{100 * found.mean('gain'):+.2f}"
-    assert rows[1][header.index("measured")] == "–"
-    assert "of the converted layers, times fewer" in note
+
+
+def test_the_terminal_shows_the_reductions_of_the_converted_layers(reported, capsys):
+    _, report = reported
+    show_experiments([experiment.to_dict() for experiment in report.experiments])
+    text, found = capsys.readouterr().out, report.experiments[1]
+    line = next(line for line in text.splitlines() if line.split()[:2] == ["out_block", "16"])
+    for name, form, factor in (
+        ("gain", "+.2f", 100),
+        ("weight_reduction", ".1f", 1),
+        ("mac_reduction", ".1f", 1),
+    ):
+        assert f" {factor * found.mean(name):{form}} " in line
+    assert "of the converted layers, times fewer" in text
 
 
 def test_seeds_are_averaged_and_settings_kept_apart(reported):

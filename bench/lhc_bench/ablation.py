@@ -15,7 +15,7 @@ from typing import Any
 from lhc_triton.models.weights import read_tensors
 from lhc_triton.training import PRESETS, TrainConfig, train
 from lhc_triton.training.checkpoints import CHECKPOINT_KIND, CHECKPOINT_VERSION
-from lhc_triton.training.config import NOTHING
+from lhc_triton.training.config import NOTHING, OF_TARGET, read_config
 from lhc_triton.training.data import ImageFormat, cifar, fashion, tree
 from lhc_triton.training.identity import LAST, TOPOLOGY_ONLY, finished
 from lhc_triton.training.metrics import EpochMetrics
@@ -29,9 +29,6 @@ WITH_PARTS = ("groupwise", "hetconv", "stripe", "1xn")
 
 OF_LEARNED = ("density", "in_block", "out_block", "block_rule", "shapes", "warmup_epochs", "effect_lr")
 """Settings that a topology made by hand does not have; it has its own blocks."""
-
-OF_TARGET = ("penalty", "mac_share", "pattern_weight")
-"""Settings that only a learned topology with a density target has; TrainConfig refuses them elsewhere."""
 
 BUILT_FROM = (
     *("data", "image_size", "network", "stem", "width", "widths", "topology", "parts", "pointwise_layers"),
@@ -140,8 +137,7 @@ def _run(base: TrainConfig, changes: Mapping[str, Any]) -> tuple[dict[str, Any],
         _changed(base, {**changes, "topology": "learned", "density": TrainConfig().density})
     meant = {name: value for name, value in changes.items() if name not in idle}
     # The rest keeps the base's value: runs that were trained before have it in their checkpoints.
-    usual = {} if steered else {name: getattr(TrainConfig(), name) for name in OF_TARGET}
-    return meant, _changed(base, {**meant, **usual})
+    return meant, _changed(base, {**meant, **({} if steered else OF_TARGET)})
 
 
 def _changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
@@ -176,7 +172,8 @@ def check_ablation(runs: Mapping[str, TrainConfig]) -> None:
                 reasons[key] = " ".join(str(error).split())
         if reasons[key]:
             unsuited[name] = reasons[key]
-    for name, why in unsuited.items():
+    if unsuited:
+        name, why = next(iter(unsuited.items()))
         raise ValueError(
             f"{len(unsuited)} of {len(runs)} runs cannot be trained; the first is {name}: {why}; "
             "leave them out of the grid"
@@ -257,23 +254,19 @@ def run_ablation(
 
 def _has_own_twin(folder: Path) -> bool:
     """Whether a run is there that trains its dense twin itself: it did when the first one had failed."""
-    run, _ = _last(folder)
-    return run.get("dense_twin") == "train"
+    try:
+        return read_config(folder / "config.toml").dense_twin == "train"
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _has_dense(config: TrainConfig, folder: Path) -> bool:
     """Whether the dense network of a run that failed is trained to the end."""
-    _, rows = _last(folder)
-    return finished(config, "dense", rows)
-
-
-def _last(folder: Path) -> tuple[dict[str, Any], list[EpochMetrics]]:
-    """What a run's last checkpoint says of the run, and its epochs; nothing where none can be read."""
     try:
         _, document = read_tensors(folder / LAST, CHECKPOINT_KIND, CHECKPOINT_VERSION)
-        return dict(document["run"]), [EpochMetrics.from_dict(row) for row in document["rows"]]
+        return finished(config, "dense", [EpochMetrics.from_dict(row) for row in document["rows"]])
     except (FileNotFoundError, KeyError, TypeError, ValueError):
-        return {}, []
+        return False
 
 
 def dense_part(config: TrainConfig) -> TrainConfig:

@@ -34,6 +34,9 @@ TopologyName = Literal[
 ]
 Precision = Literal["auto", "fp32", "bf16"]
 
+OF_TARGET: Mapping[str, Any] = {"penalty": "weights", "mac_share": MAC_SHARE, "pattern_weight": 0.0}
+"""Settings that only a learned topology with a density target has, at the values that they have without."""
+
 NOTHING = "none"  # how a file and the command line write None
 _MAX_FILE_BYTES = 1 << 20
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -369,7 +372,7 @@ def _check_together(config: TrainConfig) -> None:
             "to choose the best from; make it smaller than coarse_epochs"
         )
     if config.target is None:
-        for name, usual in (("penalty", "weights"), ("mac_share", MAC_SHARE), ("pattern_weight", 0.0)):
+        for name, usual in OF_TARGET.items():
             if (value := getattr(config, name)) != usual:
                 raise ValueError(
                     f"{name} {value} needs a learned topology with a density target; leave it at {usual}, "

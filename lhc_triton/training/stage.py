@@ -186,7 +186,8 @@ def train_epoch(
                 _check_finite(value, config, plan)
             on_step(value)
     if not config.sync_batchnorm:
-        for model in {trainee.model, trainee.judged}:
+        # Once where they are one; in the same order on all processes, which exchange buffer by buffer.
+        for model in dict.fromkeys((trainee.model, trainee.judged)):
             world.average_batch_norm(model)
     mean = float(world.sum(task_sum)) / steps
     _check_finite(mean, config, plan)

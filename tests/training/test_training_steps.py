@@ -69,6 +69,24 @@ def test_effects_alone_move_by_their_own_multiple_of_the_rate():
         assert move.abs().max() > 1e-5
 
 
+@pytest.mark.parametrize("averaged", [True, False])
+def test_batch_norm_is_averaged_once_a_network_and_in_the_same_order_on_all_processes(monkeypatch, averaged):
+    seen: list[nn.Module] = []
+    monkeypatch.setattr(World, "average_batch_norm", lambda self, model: seen.append(model))
+    config = dataclasses.replace(CONFIG, sync_batchnorm=False, batch_size=70)
+    for _ in range(8):  # an order by address would be right once in 256 times
+        seen.clear()
+        model = plain_network()
+        average = WeightAverage(model, 0.9) if averaged else None
+        trainee = Trainee(model, make_optimiser(model, config), average=average)
+        with joined("cpu") as world:
+            plan = EpochPlan("dense", 1, "fp32")
+            train_epoch(trainee, tiny_data().train, config, plan, world, lambda loss: None)
+        assert len(seen) == 1 + averaged
+        assert seen[0] is model
+        assert seen[-1] is trainee.judged
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_is_the_cross_entropy_with_smoothed_labels(smoothing):
     model, data = plain_network(), tiny_data().train

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .layers import LHCConv2d
+from .takeover import own_forward, weight_in_force
 from .topology import LHCConfig
 
 FilterFn = Callable[[str, nn.Conv2d], bool]
 ConfigFn = Callable[[str, nn.Conv2d], LHCConfig]
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+# The distance from the density target, as a share of it and at least, from which freeze warns.
+_FAR_SHARE = 0.25
+_FAR_LEAST = 0.02
 
 
 def lhc_layers(model: nn.Module) -> dict[str, LHCConv2d]:
@@ -28,11 +36,14 @@ def convert(
 ) -> ModelT:
     """Turn a model's convolutions into LHCConv2d layers, in place, and return the model.
 
-    Weight and bias stay the same Parameter objects (an optimiser made before still needs the new `effects`
-    parameters); device, dtype, training and requires_grad flags are kept. The model's first convolution
-    stays dense, as do subclasses of nn.Conv2d and convolutions with groups, another padding_mode, a
-    parametrised weight, or (for rigid shapes) an even kernel. A module that is used twice stays shared.
-    Either all chosen layers are converted or, after an error, none.
+    Weight and bias stay the same Parameter objects, but an optimiser made before lacks the new `effects`
+    parameters, and the topology would not learn: make it after. Device, dtype, training and requires_grad
+    flags are kept, and so are hooks and what else was added to a convolution (see LHCConv2d.from_conv). What
+    torch.nn.utils.prune has masked is 0 from then on, in the weight, not in the topology.
+
+    The model's first convolution stays dense, as do subclasses of nn.Conv2d and convolutions with groups,
+    another padding_mode, a forward that was replaced on the instance, or (for rigid shapes) an even kernel.
+    A module that is used twice stays shared. Either all chosen layers are converted or, after an error, none.
 
     Args:
         model: any module that holds nn.Conv2d modules.
@@ -43,7 +54,8 @@ def convert(
             shapes at least); return False to leave it dense.
 
     Raises:
-        ValueError: the model has no convolution, none can be converted, or a weight has NaN or infinity.
+        ValueError: the model has no convolution, none can be converted, a weight has NaN or infinity, or
+            something of a chosen convolution cannot be carried over, such as a weight that is computed.
         TypeError: model or config is of another type, or the function returns something else.
     """
     if not isinstance(model, nn.Module):
@@ -76,7 +88,10 @@ def convert(
             f"no convolution of {type(model).__name__} can be converted: {'; '.join(left[:3])}{more}"
         )
     for name, (conv, _) in chosen.items():
-        if not conv.weight.is_meta and not bool(torch.isfinite(conv.weight).all()):
+        problem = LHCConv2d.why_not_from(conv)
+        if problem is not None:
+            raise ValueError(f"layer {name!r} {problem}; or leave it dense with filter_fn")
+        if not conv.weight.is_meta and not bool(torch.isfinite(weight_in_force(conv)).all()):
             raise ValueError(f"layer {name!r} has NaN or infinity in its weight: repair it before converting")
 
     replacements = {conv: LHCConv2d.from_conv(conv, own) for conv, own in chosen.values()}
@@ -143,14 +158,15 @@ def _why_dense(conv: nn.Conv2d) -> str | None:
     """Why a convolution cannot be converted, or None."""
     if isinstance(conv, LHCConv2d):
         return "is an LHCConv2d already"
-    if type(conv) is not nn.Conv2d:
-        return f"is a {type(conv).__name__}, not exactly nn.Conv2d"
+    kind = type_before_parametrizations(conv)
+    if kind is not nn.Conv2d:
+        return f"is a {kind.__name__}, not exactly nn.Conv2d"
+    if own_forward(conv):
+        return "has a forward of its own"
     if conv.groups != 1:
         return f"has groups={conv.groups} (supported: 1)"
     if conv.padding_mode != "zeros":
         return f"has padding_mode={conv.padding_mode!r} (supported: 'zeros')"
-    if "weight" not in conv._parameters:
-        return "has a parametrised weight"
     return None
 
 
@@ -161,24 +177,89 @@ def _why_not_rigid(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def freeze(model: ModelT) -> ModelT:
+def freeze(model: ModelT, *, entry_costs: Mapping[str, float] | None = None) -> ModelT:
     """End the coarse stage: fix the topology of every LHCConv2d, in place, and return the model.
 
+    A warning says so where what the layers have learned ends far from their density target: by more than a
+    quarter of it, and by more than 0.02. Layers that are frozen already cause none.
+
+    Args:
+        model: a converted network.
+        entry_costs: what the TopologySchedule got, if it steered the live share of a cost to the target.
+
     Raises:
-        ValueError: the model has no LHCConv2d, or a layer's effects have NaN or infinity; no layer is
-            frozen then.
+        ValueError: the model has no LHCConv2d, a layer's effects have NaN or infinity, or the costs are not
+            those of the LHC layers; no layer is frozen then.
     """
     layers = lhc_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LHCConv2d: call convert() before freeze()")
+    costs = None if entry_costs is None else checked_costs(entry_costs, layers)
     for name, layer in layers.items():
         if not layer.frozen and not bool(torch.isfinite(layer.effects).all()):
             raise ValueError(
                 f"layer {name!r} has NaN or infinity in its effects: go back to an earlier checkpoint"
             )
+    _warn_where_far(layers, costs)
     for layer in layers.values():
         layer.freeze()
     return model
+
+
+def _warn_where_far(layers: Mapping[str, LHCConv2d], costs: Mapping[str, float] | None) -> None:
+    """Warn where the layers that learned, and all together, miss the density target to the same side.
+
+    The penalty steers all layers as one: what learned may lie off the target to make up for what was fixed.
+    """
+    found = _density_and_target(layers, costs)
+    learned = _density_and_target({n: layer for n, layer in layers.items() if not layer.frozen}, costs)
+    if found is None or learned is None:
+        return
+    gap, learned_gap = (density - target for density, target in (found, learned))
+    allowed = max(_FAR_SHARE * found[1], _FAR_LEAST)
+    if min(abs(gap), abs(learned_gap)) > allowed and (gap > 0) == (learned_gap > 0):
+        warnings.warn(
+            f"the density at freeze() is {found[0]:.3f}, far from its target {found[1]:.3f}. Likely causes:"
+            " an optimiser made before convert(), a loss without schedule.penalty(), too few epochs, or"
+            " blocks so large that the one entry each filter group keeps is above the target",
+            stacklevel=3,
+        )
+
+
+def _density_and_target(
+    layers: Mapping[str, LHCConv2d], costs: Mapping[str, float] | None
+) -> tuple[float, float] | None:
+    """Live share of the weights (or of their costs) in layers with a target, and the target; None without."""
+    steered = {name: layer for name, layer in layers.items() if layer.config.density is not None}
+    sizes = {n: layer.weight.numel() * (1.0 if costs is None else costs[n]) for n, layer in steered.items()}
+    whole = sum(sizes.values())
+    if whole == 0:
+        return None
+    live = sum(size * steered[name].density for name, size in sizes.items())
+    return live / whole, sum(size * (steered[n].config.density or 0.0) for n, size in sizes.items()) / whole
+
+
+def check_amount(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless a value is a finite number, 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}={value!r} is not a number: give a finite one, 0 or more")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}={value} is not supported: give a finite number, 0 or more")
+
+
+def checked_costs(costs: Mapping[str, float], layers: Mapping[str, LHCConv2d]) -> dict[str, float]:
+    """Return the costs of live weights in the order of the layers; ValueError or TypeError if they misfit."""
+    if set(costs) != set(layers):
+        missing, unknown = sorted(set(layers) - set(costs)), sorted(set(costs) - set(layers))
+        raise ValueError(
+            f"entry_costs lacks the layers {missing} and has unknown ones {unknown}: give one cost for each"
+            " LHC layer, by its name in lhc_layers(model)"
+        )
+    for name, cost in costs.items():
+        check_amount(f"entry_costs[{name!r}]", cost)
+    if not any(costs.values()):
+        raise ValueError("entry_costs are all 0: give at least one layer a cost")
+    return {name: float(costs[name]) for name in layers}
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .takeover import own_forward, take_over, why_not_taken_over
 from .topology import (
     LHCConfig,
     apply_mask,
@@ -61,6 +62,8 @@ class LHCConv2d(nn.Conv2d):
     topology: Tensor
     masked_filters: Tensor
     rigid: Tensor | None
+    config: LHCConfig
+    _frozen: bool
 
     def __init__(
         self,
@@ -107,8 +110,18 @@ class LHCConv2d(nn.Conv2d):
     def from_conv(cls, conv: nn.Conv2d, config: LHCConfig | None = None) -> LHCConv2d:
         """Return a layer that takes over the convolution's weight and bias: the same Parameter objects.
 
-        Device, dtype and training flag are kept; hooks are not carried over.
+        Device, dtype and training flag are kept. Hooks go over with the handles that remove them, and so do
+        attributes, buffers and parameters that were added. A torch.nn.utils.prune mask becomes permanent:
+        what it has pruned starts as 0 in a topology that does not know of it, and may grow.
+
+        Raises:
+            ValueError: something cannot be carried over: a weight that is computed (parametrised, weight
+                norm, spectral norm), a forward of the instance's own, a bound method as a hook, an attribute
+                with a name of this class.
         """
+        problem = cls.why_not_from(conv)
+        if problem is not None:
+            raise ValueError(f"the convolution {problem}")
         layer = cls(
             conv.in_channels,
             conv.out_channels,
@@ -123,10 +136,14 @@ class LHCConv2d(nn.Conv2d):
             dtype=conv.weight.dtype,
             config=config,
         )
-        layer.weight = conv.weight
-        layer.bias = conv.bias
+        take_over(conv, layer)
         layer._create_topology(conv.weight.device, conv.weight.dtype)
         return layer.train(conv.training)
+
+    @classmethod
+    def why_not_from(cls, conv: nn.Conv2d) -> str | None:
+        """Say what of a convolution `from_conv` cannot take over, and what to do about it, or None."""
+        return why_not_taken_over(conv, {*dir(cls), *cls.__annotations__})
 
     def _create_topology(self, device: torch.device, dtype: torch.dtype) -> None:
         grid = block_grid(self.out_channels, self.in_channels, self.config.in_block, self.config.out_block)
@@ -302,3 +319,29 @@ class LHCConv2d(nn.Conv2d):
             f"{super().extra_repr()}, in_block={config.in_block}, out_block={config.out_block},"
             f" shapes={config.shapes!r}{frozen}"
         )
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Return whether a module computes exactly what nn.Conv2d or LHCConv2d do.
+
+    It is one of them, with a parametrised weight or not, or of a subclass that overrides nothing of how they
+    compute.
+    """
+    if not isinstance(module, nn.Conv2d) or own_forward(module):
+        return False
+    kind = LHCConv2d if isinstance(module, LHCConv2d) else nn.Conv2d
+    names = ("__call__", "forward", "_conv_forward", "masked_weight")
+    return all(getattr(type(module), name, None) is getattr(kind, name, None) for name in names)
+
+
+def convolves_plainly(module: nn.Module) -> bool:
+    """Return whether a module computes just what nn.Conv2d or LHCConv2d computes with its weight and bias.
+
+    So do subclasses that leave the computation alone, parametrised layers among them: their weight is read
+    as an attribute.
+    """
+    if not isinstance(module, nn.Conv2d) or own_forward(module):
+        return False
+    base = LHCConv2d if isinstance(module, LHCConv2d) else nn.Conv2d
+    names = ("__call__", "forward", "_conv_forward", "masked_weight", "mask", "block_mask", "_learned_mask")
+    return all(getattr(type(module), name, None) is getattr(base, name, None) for name in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .conversion import lhc_layers, output_pixels
+from .conversion import check_amount, checked_costs, lhc_layers, output_pixels
 from .layers import LHCConv2d
 from .topology import pattern_distance
 
@@ -19,6 +20,8 @@ MAC_SHARE = 0.01
 RAMP_TOP = 4.0
 # Ours: the filters that should have a pattern in common where the penalty aims for fewer patterns.
 SHARED_FILTERS = 64
+# Ours: epochs with a penalty after which effects that learn have moved. One may hold no optimiser step.
+_EPOCHS_TO_MOVE = 2
 
 
 class TopologySchedule:
@@ -47,6 +50,9 @@ class TopologySchedule:
         schedule.start_epoch(epoch)
         loss = task_loss + schedule.penalty()
         schedule.end_epoch(task_loss=mean_loss)
+
+    A warning says so, once, where the effects have not moved at all over the first two epochs with a penalty:
+    no optimiser has them. Most often it was made before `convert`.
 
     Args:
         model: a converted network.
@@ -96,12 +102,12 @@ class TopologySchedule:
         pixels = output_pixels(model, example_input, (LHCConv2d,))
         if not any(pixels.values()):
             raise ValueError("example_input reaches no LHCConv2d of the model: give an input that does")
-        _check_amount("mac_share", mac_share)
+        check_amount("mac_share", mac_share)
         if mac_share >= 1:
             raise ValueError(
                 f"mac_share={mac_share} leaves nothing that steers the density: give less than 1"
             )
-        _check_amount("pattern_weight", pattern_weight)
+        check_amount("pattern_weight", pattern_weight)
         if pattern_weight > 0 and targets == {None}:
             raise ValueError(
                 f"pattern_weight={pattern_weight} has no penalty to join: give the layers a density target"
@@ -110,9 +116,10 @@ class TopologySchedule:
         self.penalty_epochs = penalty_epochs
         self.seed = seed
         self.target = targets.pop()
-        self.entry_costs = None if entry_costs is None else _checked_costs(entry_costs, layers)
+        self.entry_costs = None if entry_costs is None else checked_costs(entry_costs, layers)
         self.mac_share = float(mac_share)
         self.pattern_weight = float(pattern_weight)
+        self._names = list(layers)
         self._layers = list(layers.values())
         self._pixels = [pixels[name] for name in layers]
         self._weights = [layer.weight.numel() for layer in self._layers]
@@ -120,10 +127,12 @@ class TopologySchedule:
         self._total_macs = sum(w * p for w, p in zip(self._weights, self._pixels, strict=True))
         self._epoch: int | None = None
         self._first_loss: float | None = None
+        self._watch = _Watch()
 
     def start_epoch(self, epoch: int) -> None:
         """Begin epoch 0, 1, ...: draw which filters use their masks."""
         _check_count("epoch", epoch, 0)
+        self._warn_where_still()
         self._epoch = epoch
         for index, layer in enumerate(self._layers):
             if layer.frozen or epoch >= self.warmup_epochs:
@@ -157,7 +166,10 @@ class TopologySchedule:
         regulariser = self.mac_share * self._mac_share(live) + (1 - self.mac_share) * gap
         if self.pattern_weight > 0:
             regulariser = regulariser + self.pattern_weight * self._pattern_distance()
-        return (scale * self.ramp * regulariser).to(torch.float32)
+        penalty = (scale * self.ramp * regulariser).to(torch.float32)
+        if penalty.requires_grad:
+            self._watch.penalised(self._learning())
+        return penalty
 
     def end_epoch(self, task_loss: float | Tensor | None = None) -> None:
         """End the epoch; epoch 0 needs its mean task loss (penalty not included), others ignore it.
@@ -170,6 +182,23 @@ class TopologySchedule:
             raise RuntimeError("end_epoch() was called before start_epoch(): start an epoch first")
         if self._epoch == 0 and task_loss is not None:
             self._first_loss = _check_loss(float(task_loss))
+        self._warn_where_still()
+
+    def _learning(self) -> dict[str, Tensor]:
+        """The effects that a penalty should move, by layer."""
+        named = zip(self._names, self._layers, strict=True)
+        return {n: layer.effects for n, layer in named if not layer.frozen and layer.effects.requires_grad}
+
+    def _warn_where_still(self) -> None:
+        still = self._watch.still_after_epoch(self._learning())
+        if still:
+            names = ", ".join(map(repr, still[:3])) + (f" and {len(still) - 3} more" if still[3:] else "")
+            warnings.warn(
+                f"the effects of {names} have not moved at all in {_EPOCHS_TO_MOVE} epochs with a penalty:"
+                " their topology does not learn. Make the optimiser after convert(), over all of"
+                " model.parameters(), with a learning rate above 0",
+                stacklevel=3,
+            )
 
     def _live_weights(self) -> Tensor:
         """Live weights of each layer, float64 [layers], differentiable."""
@@ -284,6 +313,44 @@ class TopologySchedule:
             _check_loss(loss)
         self._epoch = epoch
         self._first_loss = None if loss is None else float(loss)
+        self._watch = _Watch()  # the effects may be of another run: what moved is seen anew
+
+
+class _Watch:
+    """Whether the effects move in the first epochs with a penalty.
+
+    Nothing of it is in the schedule's state: a run that goes on starts a watch of its own.
+    """
+
+    def __init__(self) -> None:
+        self.over = False
+        self.epochs = 0
+        self.in_force = False
+        self.before: dict[str, Tensor] = {}
+
+    def penalised(self, effects: Mapping[str, Tensor]) -> None:
+        """Note that this epoch has a penalty, and where the effects stand at the first one."""
+        if self.over:
+            return
+        self.in_force = True
+        if not self.before:
+            self.before = {name: value.detach().clone() for name, value in effects.items()}
+
+    def still_after_epoch(self, effects: Mapping[str, Tensor]) -> list[str]:
+        """Return the layers whose effects stand still, once, after enough epochs with a penalty."""
+        if not self.in_force:
+            return []
+        self.in_force = False
+        self.epochs += 1
+        still = [
+            name
+            for name, value in self.before.items()
+            if name in effects and torch.equal(value, effects[name].detach().to(value.device))
+        ]
+        if still and self.epochs < _EPOCHS_TO_MOVE:
+            return []
+        self.over, self.before = True, {}
+        return still
 
 
 def _check_count(name: str, value: Any, least: int) -> None:
@@ -291,28 +358,6 @@ def _check_count(name: str, value: Any, least: int) -> None:
         raise TypeError(f"{name}={value!r} is not an int: give {least} or more")
     if value < least:
         raise ValueError(f"{name}={value} is not supported: give {least} or more")
-
-
-def _check_amount(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}={value!r} is not a number: give a finite one, 0 or more")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}={value} is not supported: give a finite number, 0 or more")
-
-
-def _checked_costs(costs: Mapping[str, float], layers: Mapping[str, LHCConv2d]) -> dict[str, float]:
-    """The costs in the order of the layers."""
-    if set(costs) != set(layers):
-        missing, unknown = sorted(set(layers) - set(costs)), sorted(set(costs) - set(layers))
-        raise ValueError(
-            f"entry_costs lacks the layers {missing} and has unknown ones {unknown}: give one cost for each"
-            " LHC layer, by its name in lhc_layers(model)"
-        )
-    for name, cost in costs.items():
-        _check_amount(f"entry_costs[{name!r}]", cost)
-    if not any(costs.values()):
-        raise ValueError("entry_costs are all 0: give at least one layer a cost")
-    return {name: float(costs[name]) for name in layers}
 
 
 def _check_loss(loss: float) -> float:

@@ -12,12 +12,16 @@ SOURCES = {"lhc_triton": ROOT, "lhc_kernels": ROOT / "kernels", "lhc_bench": ROO
 OURS = tuple(SOURCES)
 
 # For every part, the parts it may import beside itself. The longest matching prefix rules.
-LEARN = {f"lhc_triton.{name}" for name in ("topology", "layers", "conversion", "handcrafted", "schedule")}
+LEARN = {
+    f"lhc_triton.{name}"
+    for name in ("topology", "takeover", "layers", "conversion", "handcrafted", "schedule")
+}
 RUN = LEARN | {"lhc_triton.planning", "lhc_triton.runtime", "lhc_kernels"}
 ALLOWED: dict[str, set[str]] = {
     "lhc_triton.topology": set(),
-    "lhc_triton.layers": {"lhc_triton.topology"},
-    "lhc_triton.conversion": {"lhc_triton.topology", "lhc_triton.layers"},
+    "lhc_triton.takeover": set(),
+    "lhc_triton.layers": {"lhc_triton.topology", "lhc_triton.takeover"},
+    "lhc_triton.conversion": {"lhc_triton.topology", "lhc_triton.takeover", "lhc_triton.layers"},
     "lhc_triton.handcrafted": {"lhc_triton.topology", "lhc_triton.layers", "lhc_triton.conversion"},
     "lhc_triton.schedule": {"lhc_triton.topology", "lhc_triton.layers", "lhc_triton.conversion"},
     "lhc_triton.models": LEARN,

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lhc_triton.conversion import convert, freeze, lhc_layers
+from lhc_triton.conversion import convert, lhc_layers
 from lhc_triton.models.architecture import Architecture
 from lhc_triton.models.weights import MAX_FILE_BYTES, read_state, read_tensors, write_tensors
 from lhc_triton.topology import LHCConfig, expand_mask
@@ -100,8 +100,8 @@ def load_network(path: str | Path) -> SavedNetwork:
         sketch = _build(architecture, document, "meta")
         state = _fitted(_unpacked(tensors, sketch), sketch.state_dict())
         model = _build(architecture, document, "cpu")
-        if lhc_layers(model):
-            freeze(model)
+        for layer in lhc_layers(model).values():
+            layer.freeze()  # the file brings the topology
         model.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())

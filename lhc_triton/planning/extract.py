@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lhc_triton.conversion import evaluating
-from lhc_triton.layers import LHCConv2d
+from lhc_triton.layers import LHCConv2d, convolves_plainly
+from lhc_triton.takeover import weight_in_force
 
 from .cost import CostModel, itemsize_of
 from .patterns import infer_blocks
@@ -44,7 +45,8 @@ def read_model(
 ) -> Reading:
     """Run a network once and read the topology of every convolution.
 
-    A convolution that is called several times is planned for its first call.
+    A convolution that is called several times is planned for its first call. Weights that are computed from
+    others (torch.nn.utils.prune, parametrisations) are read as the next call in eval mode would use them.
 
     Args:
         model: LHCConv2d layers bring their masks, nn.Conv2d layers their structured zeros.
@@ -70,22 +72,23 @@ def read_model(
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to plan")
     cost = cost or CostModel.for_device(tensors[0].device.type, backend)
     seen = _input_shapes(model, convs, inputs)
-    dtypes = {name: str(conv.weight.dtype).removeprefix("torch.") for name, conv in convs.items()}
-    dtype = next(dtypes[name] for name, conv in convs.items() if isinstance(conv, nn.Conv2d))
-    itemsize_of(dtype)
     topologies: list[LayerTopology] = []
     skipped: list[tuple[str, str]] = []
-    for name in [*seen, *(name for name in convs if name not in seen)]:
-        if name not in seen:
-            found: LayerTopology | str = "not called on the example input"
-        elif dtypes[name] != dtype:
-            found = f"its weight is {dtypes[name]}, the plan is for {dtype}"
-        else:
-            found = _read_layer(name, convs[name], seen[name])
-        if isinstance(found, str):
-            skipped.append((name, found))
-        else:
-            topologies.append(found)
+    with evaluating(model):  # to read a weight under spectral norm in training mode changes its state
+        dtypes = {name: str(conv.weight.dtype).removeprefix("torch.") for name, conv in convs.items()}
+        dtype = next(dtypes[name] for name, conv in convs.items() if isinstance(conv, nn.Conv2d))
+        itemsize_of(dtype)
+        for name in [*seen, *(name for name in convs if name not in seen)]:
+            if name not in seen:
+                found: LayerTopology | str = "not called on the example input"
+            elif dtypes[name] != dtype:
+                found = f"its weight is {dtypes[name]}, the plan is for {dtype}"
+            else:
+                found = _read_layer(name, convs[name], seen[name])
+            if isinstance(found, str):
+                skipped.append((name, found))
+            else:
+                topologies.append(found)
     return Reading(tuple(topologies), tuple(skipped), cost, dtype)
 
 
@@ -121,22 +124,22 @@ def _read_layer(name: str, conv: _ConvNd, shape: tuple[int, ...]) -> LayerTopolo
     """Return a layer's topology, or why it is not planned."""
     if not isinstance(conv, nn.Conv2d):
         return f"is a {type(conv).__name__}; only nn.Conv2d is planned"
-    if type(conv) not in (nn.Conv2d, LHCConv2d):
-        return f"is a {type(conv).__name__}, a subclass with behaviour of its own"
+    if not convolves_plainly(conv):
+        return f"is a {type(conv).__name__}, with behaviour of its own"
     if conv.groups != 1:
         return f"groups={conv.groups}; only groups=1 is planned"
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r}; only 'zeros' is planned"
     geometry = _geometry(conv, shape)
-    with torch.no_grad():
-        if bool(torch.isnan(conv.weight).any()):
-            raise ValueError(f"layer {name!r} has NaN in its weight; repair the model first")
-        if isinstance(conv, LHCConv2d):
-            mask: np.ndarray = conv.block_mask().bool().cpu().numpy()
-            config = conv.config
-            topology = LayerTopology.from_mask(name, geometry, config.in_block, config.out_block, mask)
-            return topology.split(MAX_BLOCK)
-        live: np.ndarray = (conv.weight != 0).cpu().numpy()
+    weight = weight_in_force(conv)
+    if bool(torch.isnan(weight).any()):
+        raise ValueError(f"layer {name!r} has NaN in its weight; repair the model first")
+    if isinstance(conv, LHCConv2d):
+        mask: np.ndarray = conv.block_mask().bool().cpu().numpy()
+        config = conv.config
+        topology = LayerTopology.from_mask(name, geometry, config.in_block, config.out_block, mask)
+        return topology.split(MAX_BLOCK)
+    live: np.ndarray = (weight != 0).cpu().numpy()
     if live.all():
         return "no zeros"
     blocks = infer_blocks(live)

@@ -185,7 +185,11 @@ class _Work:
                 self.load_best("coarse", rows, model)
                 if self.between_stages is not None:
                     self.between_stages(model)
-            freeze(model)
+            if begun or not self.world.is_main:  # a checkpoint brings the topology; one process warns
+                for layer in lhc_layers(model).values():
+                    layer.freeze()
+            else:
+                freeze(model, entry_costs=entry_costs(model, self.example(), config.penalty))
         if config.sync_batchnorm:
             self.world.synchronise_batch_norm(model)
         schedule = None

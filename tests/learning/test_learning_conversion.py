@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_what_cannot_be_converted_stays_dense():
         nn.Conv2d(4, 4, 3, groups=2),
         nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
         Special(4, 4, 3),
-        nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
+        nn.LazyConv2d(4, 3),
         nn.ConvTranspose2d(4, 4, 3),
         nn.Conv2d(4, 4, 2),
         nn.Conv2d(4, 4, 3),
@@ -199,6 +200,84 @@ def test_freeze_freezes_every_layer_and_keeps_the_output():
     assert freeze(model) is model
     assert all(layer.frozen for layer in lhc_layers(model).values())
     assert torch.equal(model(x), expected)
+
+
+def with_density(model, *densities):
+    """Set each layer's effects so that this share of each filter group's entries lives."""
+    for layer, density in zip(lhc_layers(model).values(), densities, strict=True):
+        with torch.no_grad():
+            effects = layer.effects.flatten(1)
+            effects.fill_(-1.0)
+            effects[:, : round(density * effects.shape[1])] = 1.0
+    return model
+
+
+def wide(density=0.1, **arguments):
+    """Two layers of equal size in blocks that divide them, so that a share of entries is one of weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 5), nn.Conv2d(32, 32, 5))
+    return convert(model, LHCConfig(density, in_block=1, out_block=4, **arguments))
+
+
+@pytest.mark.parametrize(
+    ("target", "densities"), [(0.1, (0.5, 0.5)), (0.1, (0.05, 0.05)), (0.5, (0.9, 0.8)), (0.4, (0.1, 0.2))]
+)
+def test_freeze_warns_where_the_density_is_far_from_its_target(target, densities):
+    model = with_density(wide(target), *densities)
+    mean = sum(densities) / 2
+    message = rf"the density at freeze\(\) is {mean:.2f}., far from its target {target:.3f}\."
+    with pytest.warns(
+        UserWarning, match=f"{message} Likely causes: an optimiser made before convert"
+    ) as told:
+        freeze(model)
+    assert len(told) == 1
+    assert "\n" not in str(told[0].message)
+    assert told[0].filename == __file__
+    assert all(layer.frozen for layer in lhc_layers(model).values())
+
+
+@pytest.mark.parametrize(
+    ("target", "densities"),
+    [
+        (0.1, (0.11, 0.1)),
+        (0.1, (0.18, 0.02)),
+        (0.02, (0.035, 0.03)),
+        (0.5, (0.6, 0.55)),
+        (1.0, (0.9, 1.0)),
+        (None, (0.5, 0.9)),
+    ],
+)
+def test_freeze_is_silent_near_the_target_or_without_one(target, densities):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        freeze(with_density(wide(target), *densities))
+
+
+def test_freeze_is_silent_about_layers_that_are_frozen_already():
+    model = wide()
+    first, second = lhc_layers(model).values()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first.set_topology(torch.ones_like(first.topology))
+        with_density(model, 1.0, 0.01)  # what learned makes up for it
+        freeze(model)
+        freeze(model)
+    second.reset_effects()
+    with pytest.warns(UserWarning, match="the density at freeze"):
+        freeze(model)
+
+
+def test_freeze_measures_the_share_that_was_steered():
+    model = with_density(wide(), 0.5, 0.05)
+    costs = {"1": 1.0, "2": 9.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        freeze(copy.deepcopy(model), entry_costs=costs)
+    with pytest.warns(UserWarning, match=r"is 0\.27., far from its target 0\.100"):
+        freeze(copy.deepcopy(model))
+    with pytest.raises(ValueError, match=r"entry_costs lacks the layers \['2'\]"):
+        freeze(model, entry_costs={"1": 1.0})
+    assert not any(layer.frozen for layer in lhc_layers(model).values())
 
 
 def test_freeze_refuses_a_model_without_lhc_layers():

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -377,3 +378,113 @@ def test_end_of_epoch_0_refuses_a_loss_that_cannot_scale(loss):
 def test_start_epoch_refuses(epoch, error):
     with pytest.raises(error, match="epoch="):
         TopologySchedule(network(), EXAMPLE).start_epoch(epoch)
+
+
+def train_epochs(model, schedule, parameters, epochs, steps=2):
+    """Train on the penalty and a task of its own, with an optimiser of these parameters."""
+    optimiser = torch.optim.SGD(parameters, lr=0.05)
+    for epoch in epochs:
+        schedule.start_epoch(epoch)
+        for step in range(steps):
+            x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(10 * epoch + step))
+            loss = model(x).square().mean()
+            model.zero_grad()
+            (loss + schedule.penalty()).backward()
+            optimiser.step()
+        schedule.end_epoch(task_loss=loss.item())
+
+
+def without_effects(model):
+    return [parameter for name, parameter in model.named_parameters() if not name.endswith("effects")]
+
+
+STILL = (
+    r"the effects of '2', '4', '5' have not moved at all in 2 epochs with a penalty.*optimiser after convert"
+)
+
+
+@pytest.mark.parametrize("shapes", ["free", "rigid"])
+def test_an_optimiser_without_the_effects_is_told_once_after_two_epochs_with_a_penalty(shapes):
+    model = network(shapes=shapes)
+    schedule = TopologySchedule(model, EXAMPLE, warmup_epochs=3, penalty_epochs=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_epochs(model, schedule, without_effects(model), range(2))
+    with pytest.warns(UserWarning, match=STILL) as told:
+        train_epochs(model, schedule, without_effects(model), range(2, 3))
+    assert len(told) == 1
+    assert "\n" not in str(told[0].message)
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_epochs(model, schedule, without_effects(model), range(3, 8))
+
+
+def test_layers_converted_after_the_optimiser_was_made_are_named():
+    model = network()
+    moving = [*without_effects(model), lhc_layers(model)["4"].effects]
+    with pytest.warns(UserWarning, match=r"the effects of '2', '5' have not moved"):
+        train_epochs(model, TopologySchedule(model, EXAMPLE), moving, range(4))
+
+
+def test_an_epoch_that_is_not_ended_is_seen_at_the_start_of_the_next():
+    model = network()
+    schedule = started(model, 1)
+    for epoch in (2, 3):
+        schedule.penalty().backward()
+        if epoch == 3:
+            with pytest.warns(UserWarning, match="have not moved"):
+                schedule.start_epoch(epoch)
+        else:
+            schedule.start_epoch(epoch)
+
+
+@pytest.mark.parametrize("shapes", ["free", "rigid"])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("target", [0.1, 0.5, 1.0])
+def test_effects_that_learn_cause_no_warning(shapes, steps, target):
+    model = network(target, shapes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_epochs(model, TopologySchedule(model, EXAMPLE, 2, 2), model.parameters(), range(5), steps)
+
+
+@pytest.mark.parametrize("why", ["no target", "frozen", "never asked", "without gradients", "not trained"])
+def test_effects_that_are_not_to_move_cause_no_warning(why):
+    model = network(None if why == "no target" else 0.1)
+    schedule = TopologySchedule(model, EXAMPLE)
+    layers = lhc_layers(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for epoch in range(5):
+            schedule.start_epoch(epoch)
+            if why == "frozen" and epoch == 2:
+                for layer in layers.values():
+                    layer.freeze()
+            if why == "not trained":
+                for layer in layers.values():
+                    layer.effects.requires_grad_(False)
+            if why != "never asked":
+                with torch.set_grad_enabled(why != "without gradients"):
+                    schedule.penalty()
+            schedule.end_epoch(task_loss=1.0)
+
+
+def test_a_resumed_run_is_watched_anew():
+    model = network()
+    schedule = TopologySchedule(model, EXAMPLE)
+    train_epochs(model, schedule, model.parameters(), range(4))
+    state = json.loads(json.dumps(schedule.state_dict()))
+    other = TopologySchedule(model, EXAMPLE)
+    train_epochs(model, other, without_effects(model), range(2))
+    other.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_epochs(model, other, without_effects(model), range(4, 5))
+    with pytest.warns(UserWarning, match=STILL):
+        train_epochs(model, other, without_effects(model), range(5, 6))
+    again = TopologySchedule(model, EXAMPLE)
+    again.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_epochs(model, again, model.parameters(), range(4, 8))

@@ -216,6 +216,7 @@ def test_a_topology_made_by_hand_is_trained_by_the_same_recipe(whole, tmp_path):
     assert result.density_reached
 
 
+@pytest.mark.filterwarnings("ignore:the effects of:UserWarning")  # nothing moves at a learning rate of 0
 def test_a_stage_ends_where_the_accuracy_has_stalled(tmp_path):
     rows: list[EpochMetrics] = []
     config = dataclasses.replace(CONFIG, early_stop=1, fine_epochs=20, lr=0.0)  # no gain but by chance

@@ -16,16 +16,18 @@ LEARN = {
     f"lhc_triton.{name}"
     for name in ("topology", "takeover", "layers", "conversion", "handcrafted", "schedule")
 }
-RUN = LEARN | {"lhc_triton.planning", "lhc_triton.runtime", "lhc_kernels"}
+FILES = "lhc_triton.files"
+RUN = LEARN | {FILES, "lhc_triton.planning", "lhc_triton.runtime", "lhc_kernels"}
 ALLOWED: dict[str, set[str]] = {
+    FILES: set(),
     "lhc_triton.topology": set(),
     "lhc_triton.takeover": set(),
     "lhc_triton.layers": {"lhc_triton.topology", "lhc_triton.takeover"},
     "lhc_triton.conversion": {"lhc_triton.topology", "lhc_triton.takeover", "lhc_triton.layers"},
     "lhc_triton.handcrafted": {"lhc_triton.topology", "lhc_triton.layers", "lhc_triton.conversion"},
     "lhc_triton.schedule": {"lhc_triton.topology", "lhc_triton.layers", "lhc_triton.conversion"},
-    "lhc_triton.models": LEARN,
-    "lhc_triton.training": LEARN | {"lhc_triton.models", "lhc_triton.planning"},
+    "lhc_triton.models": LEARN | {FILES},
+    "lhc_triton.training": LEARN | {FILES, "lhc_triton.models", "lhc_triton.planning"},
     "lhc_triton.planning": LEARN,
     "lhc_triton.runtime": RUN,
     "lhc_triton.artifact": RUN,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,29 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lhc_triton.files import open_regular, parse_json, write_beside
+
 MAX_FILE_BYTES = 4 << 30
 _KEY = "lhc_triton"
-
-
-def write_beside(path: str | Path, data: bytes) -> None:
-    """Write ``data`` into a temporary file in the folder of ``path``, then rename it: readers see old or new.
-
-    Raises:
-        OSError: the folder is missing or cannot be written.
-    """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
-            error.filename = str(path)
-        raise
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
@@ -66,12 +46,11 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
 
     Raises:
         FileNotFoundError: there is no such file.
+        OSError: it is a folder, a pipe or a device.
         ValueError: it is truncated, corrupt or too large; one line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    size = path.stat().st_size
+    with open_regular(path) as file:
+        size = file.seek(0, os.SEEK_END)
     if size > MAX_FILE_BYTES:
         raise ValueError(f"{path}: {size} bytes; up to {MAX_FILE_BYTES} are supported")
     try:
@@ -100,7 +79,7 @@ def read_tensors(path: str | Path, kind: str, version: int) -> tuple[dict[str, T
     """
     tensors, text = read_state(path)
     try:
-        document = json.loads(text) if text is not None else None
+        document = parse_json(text) if text is not None else None
     except ValueError as error:
         raise ValueError(f"{path}: its metadata are not JSON ({error})") from error
     found = document.get("kind") if isinstance(document, dict) else None

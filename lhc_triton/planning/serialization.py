@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
 from .cost import ITEMSIZES
+from .grouping import TILE_WIDTHS, candidate_widths
 from .planner import BACKENDS
 from .schema import ConvGeometry, LayerPlan, LayerTopology, Plan, Tile
 
@@ -16,6 +18,8 @@ PLAN_VERSION = 1
 # Limits of what is read, far above any real network, so that a small file cannot ask for much memory.
 MAX_SIZE = 2**24  # channels, images, pixels of a side
 MAX_CELLS = 2**28  # filter groups x entries of a layer: the bytes of its block mask
+MAX_PAIRS = 2**24  # live (filter group, entry) pairs of all layers, over which packing loops
+MAX_STEP = 2**12  # stride, dilation and border, in pixels
 MAX_TEXT = 2**28  # characters
 MAX_US = 1e18
 MAX_NAME = 1000
@@ -24,14 +28,18 @@ MAX_REASON = 2**16
 
 def plan_to_json(plan: Plan) -> str:
     """Return a plan as JSON text."""
-    document = {
+    return json.dumps(plan_to_data(plan))
+
+
+def plan_to_data(plan: Plan) -> dict[str, Any]:
+    """Return a plan as what JSON can hold, to be part of a larger document."""
+    return {
         "version": PLAN_VERSION,
         "device": plan.device,
         "dtype": plan.dtype,
         "skipped": [list(pair) for pair in plan.skipped],
         "layers": [_layer_document(layer) for layer in plan.layers],
     }
-    return json.dumps(document)
 
 
 def _layer_document(layer: LayerPlan) -> dict[str, Any]:
@@ -71,6 +79,11 @@ def plan_from_json(text: str) -> Plan:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:  # also a number with thousands of digits
         raise ValueError(f"the plan is not JSON: {error}") from None
+    return plan_from_data(document)
+
+
+def plan_from_data(document: Any) -> Plan:
+    """Read what `plan_to_data` returned; ValueError as in `plan_from_json`."""
     fields = _object(document, "the plan")
     if type(fields.get("version")) is not int or fields["version"] != PLAN_VERSION:
         raise ValueError(
@@ -87,6 +100,9 @@ def plan_from_json(text: str) -> Plan:
     names = [layer.name for layer in layers]
     if len(set(names)) < len(names):
         raise ValueError("the plan holds two layers of one name")
+    pairs = sum(_pairs(layer.topology) for layer in layers)
+    if pairs > MAX_PAIRS:
+        raise ValueError(f"the plan has {pairs} live blocks; up to {MAX_PAIRS} are read")
     device = _text(fields.get("device"), "the plan: device")
     dtype = _one_of(fields.get("dtype"), "the plan: dtype", tuple(ITEMSIZES))
     return Plan(layers, tuple(skipped), device, dtype)
@@ -95,7 +111,7 @@ def plan_from_json(text: str) -> Plan:
 def _layer(item: Any, place: int) -> LayerPlan:
     fields = _object(item, f"layer {place} of the plan")
     name = _text(fields.get("name"), f"layer {place} of the plan: name")
-    where = f"layer {name!r} of the plan"
+    where = f"layer {_short(name)} of the plan"
     geometry = _geometry(_object(fields.get("geometry"), f"{where}: geometry"), where)
     in_block, out_block, tile_width = (
         _whole(fields.get(key), f"{where}: {key}", 1) for key in ("in_block", "out_block", "tile_width")
@@ -120,6 +136,13 @@ def _layer(item: Any, place: int) -> LayerPlan:
     if len(set(patterns)) < len(patterns) or set(group_pattern) != set(range(len(patterns))):
         raise ValueError(f"{where}: the patterns must differ, and each one be used")
     topology = LayerTopology(name, geometry, in_block, out_block, patterns, group_pattern)
+    widest = max(TILE_WIDTHS[-1], candidate_widths(out_block, geometry.out_channels)[-1])
+    if tile_width > widest:
+        raise ValueError(
+            f"{where}: tile_width is {tile_width}; up to {widest} are used for blocks of {out_block} filters"
+        )
+    if _pairs(topology) > MAX_PAIRS:
+        raise ValueError(f"{where}: {_pairs(topology)} live blocks; up to {MAX_PAIRS} are read")
     tiles = tuple(_tile(tile, topology, tile_width, where) for tile in _list(fields, "tiles", where))
     if sorted(g for tile in tiles for g in tile.groups) != list(range(groups)):
         raise ValueError(f"{where}: the tiles must hold each of the {groups} filter groups once")
@@ -133,17 +156,28 @@ def _layer(item: Any, place: int) -> LayerPlan:
     return LayerPlan(topology, tiles, tile_width, backend, reason, times)
 
 
+def _pairs(topology: LayerTopology) -> int:
+    """Count the live (filter group, entry) pairs, without going over them."""
+    shared = Counter(topology.group_pattern)
+    return sum(groups * len(topology.patterns[pattern]) for pattern, groups in shared.items())
+
+
 def _geometry(fields: dict[str, Any], where: str) -> ConvGeometry:
     sizes: dict[str, Any] = {
         key: _whole(fields.get(key), f"{where}: {key}", 0 if key == "batch" else 1)
         for key in ("batch", "in_channels", "out_channels", "height", "width")
     }
     lists: dict[str, Any] = {}
-    for key, length, low in (("kernel", 2, 1), ("stride", 2, 1), ("padding", 4, 0), ("dilation", 2, 1)):
+    for key, length, low, high in (
+        ("kernel", 2, 1, MAX_SIZE),
+        ("stride", 2, 1, MAX_STEP),
+        ("padding", 4, 0, MAX_STEP),
+        ("dilation", 2, 1, MAX_STEP),
+    ):
         values = _list(fields, key, where)
         if len(values) != length:
             raise ValueError(f"{where}: {key} has {len(values)} items, {length} are needed")
-        lists[key] = tuple(_whole(value, f"{where}: {key}", low) for value in values)
+        lists[key] = tuple(_whole(value, f"{where}: {key}", low, high) for value in values)
     geometry = ConvGeometry(**sizes, **lists)
     if geometry.out_height < 1 or geometry.out_width < 1:
         raise ValueError(f"{where}: the kernel does not fit into the padded image")
@@ -160,9 +194,15 @@ def _tile(item: Any, topology: LayerTopology, tile_width: int, where: str) -> Ti
     if filters > tile_width:
         raise ValueError(f"{where}: a tile has {filters} filters and a width of {tile_width}")
     held = set(entries)
-    for group in groups:
-        if not held.issuperset(topology.pattern_of(group)):
+    used: set[int] = set()
+    # Groups of one pattern are looked at once: a small file can name one long pattern a million times.
+    first_of = {topology.group_pattern[group]: group for group in reversed(groups)}
+    for index, group in first_of.items():
+        if not held.issuperset(topology.patterns[index]):
             raise ValueError(f"{where}: a tile lacks entries of its filter group {group}")
+        used.update(topology.patterns[index])
+    if len(used) < len(held):
+        raise ValueError(f"{where}: a tile has entries that none of its filter groups has")
     return Tile(groups, entries)
 
 
@@ -193,7 +233,11 @@ def _one_of(value: Any, where: str, known: tuple[str, ...]) -> str:
 
 def _short(value: Any) -> str:
     """Return a value as one short piece of text, for a message."""
-    return ascii(value)[:60] if isinstance(value, str | int | float | None) else type(value).__name__
+    if isinstance(value, str):
+        return ascii(value[:60])[:60]
+    if isinstance(value, int) and abs(value) >= 10**60:
+        return "a number of more than 60 digits"
+    return ascii(value)[:60] if isinstance(value, int | float | None) else type(value).__name__
 
 
 def _whole(value: Any, where: str, low: int, high: int = MAX_SIZE) -> int:

@@ -8,27 +8,46 @@ import json
 import math
 import os
 import platform
+import tempfile
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from lhc_triton.files import open_regular, write_beside
 from lhc_triton.planning.schema import LayerPlan
 
 STORE_VERSION = 2
 MAX_BYTES = 64 * 2**20
+SHORTEST_US, LONGEST_US = 1e-3, 1e12
+"""What a measured time can be: no call takes less than a nanosecond, or more than eleven days."""
+
+LOCK_S = 10.0
+PAUSE_S = 600.0
+# Until when a store is not waited for, by path: a process that hangs with the lock (stopped, or on a dead
+# network drive) must not cost every write of every layer its waiting time.
+_stuck: dict[Path, float] = {}
 
 
 def default_path() -> Path:
-    """Return where measured times are kept: $LHC_TRITON_CACHE, else under the user's cache folder."""
+    """Return where measured times are kept: $LHC_TRITON_CACHE, else under the user's cache folder.
+
+    A user without a home has a folder of his own among the temporary files.
+    """
     folder = os.environ.get("LHC_TRITON_CACHE")
     if folder:
         return Path(folder) / "timings.json"
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(cache) / "lhc_triton" / "timings.json"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if cache:
+        return Path(cache) / "lhc_triton" / "timings.json"
+    try:
+        return Path.home() / ".cache" / "lhc_triton" / "timings.json"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"lhc_triton-{os.getuid()}" / "timings.json"
 
 
 def device_name(device: torch.device) -> str:
@@ -89,7 +108,8 @@ class TimingStore:
     Args:
         path: the file; default `default_path()`. It is made at the first `put`.
 
-    A file that cannot be read is skipped with a warning and replaced at the next `put`.
+    A file that cannot be read is skipped with a warning and replaced at the next `put`; so is a single time
+    that no call can take.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
@@ -103,33 +123,49 @@ class TimingStore:
         """Add records to what is stored under a key.
 
         Raises:
-            ValueError: if a record is neither a reason nor a positive finite time.
-            OSError: if the file cannot be written.
+            ValueError: if a record is neither a reason nor a time that a call can take.
+            OSError: if the file cannot be written, or another process does not give its lock back; then the
+                store is not waited for again for ten minutes.
         """
         for name, record in records.items():
-            if not _is_record(record):
-                raise ValueError(f"the time of {name!r} is {record}; it must be positive and finite")
+            if not (_is_record(record) and _is_sane(record)):
+                raise ValueError(
+                    f"the time of {name!r} is {record}; it must be from {SHORTEST_US} to {LONGEST_US} us"
+                )
+        if time.monotonic() < _stuck.get(self.path, 0.0):
+            raise TimeoutError(f"{self.path}: another process does not give its lock back")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self.path}.lock", timeout=30):
-            found = self.read()
-            found[key] = {**found.get(key, {}), **records}
-            # Only the lock's owner writes, so one name does; what a killed one left there is overwritten.
-            beside = self.path.with_name(f".{self.path.name}.tmp")
-            try:
-                beside.write_text(json.dumps({"version": STORE_VERSION, "records": found}, indent=1))
-                beside.replace(self.path)
-            finally:
-                beside.unlink(missing_ok=True)
+        try:
+            with FileLock(f"{self.path}.lock", timeout=LOCK_S):
+                found = self.read()
+                found[key] = {**found.get(key, {}), **records}
+                write_beside(
+                    self.path, json.dumps({"version": STORE_VERSION, "records": found}, indent=1).encode()
+                )
+        except Timeout:
+            _stuck[self.path] = time.monotonic() + PAUSE_S
+            raise TimeoutError(
+                f"{self.path}: another process has held its lock for {LOCK_S:.0f} s; measured times are not "
+                "kept in the next ten minutes"
+            ) from None
 
     def read(self) -> dict[str, dict[str, Record]]:
         """Return everything stored, by key and name; empty, with a warning, if the file is damaged."""
         try:
-            return self.read_checked()
+            found = self.read_checked()
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError) as error:
             warnings.warn(f"{self.path} is skipped: {error}; measured times start anew", stacklevel=3)
             return {}
+        sane = {k: {n: r for n, r in records.items() if _is_sane(r)} for k, records in found.items()}
+        odd = sum(map(len, found.values())) - sum(map(len, sane.values()))
+        if odd:
+            warnings.warn(
+                f"{self.path}: {odd} times are skipped, which are not from {SHORTEST_US} to {LONGEST_US} us",
+                stacklevel=3,
+            )
+        return sane
 
     def read_checked(self) -> dict[str, dict[str, Record]]:
         """Return everything stored, by key and name.
@@ -138,10 +174,12 @@ class TimingStore:
             OSError: the file cannot be read.
             ValueError: it is damaged, too large, or no store of this version.
         """
-        if self.path.stat().st_size > MAX_BYTES:
+        with open_regular(self.path) as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES} bytes")
         try:
-            return _checked(json.loads(self.path.read_text()))
+            return _checked(json.loads(text))
         except RecursionError:
             raise ValueError("nested too deep") from None
 
@@ -156,6 +194,10 @@ def _checked(document: Any) -> dict[str, dict[str, Record]]:
         if not isinstance(records, dict) or not all(map(_is_record, records.values())):
             raise ValueError("a record holds something other than a positive time or a reason")
     return found
+
+
+def _is_sane(record: Record) -> bool:
+    return isinstance(record, str) or SHORTEST_US <= record <= LONGEST_US
 
 
 def _is_record(value: Any) -> bool:

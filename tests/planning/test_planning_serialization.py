@@ -104,7 +104,11 @@ WRONG = [
     (put(*A, "predicted_us", "dense", value=-1), "predicted_us of 'dense' is -1; a time in us"),
     (put(*A, "predicted_us", "dense", value=float("nan")), "predicted_us of 'dense' is nan"),
     (put(*A, "predicted_us", "dense", value=float("inf")), "predicted_us of 'dense' is inf"),
-    (put(*A, "predicted_us", "dense", value=10**400), "predicted_us of 'dense' is 1000"),
+    (put(*A, "predicted_us", "dense", value=10**400), "predicted_us of 'dense' is a number of more than"),
+    (put(*A, "in_block", value=-(10**400)), "in_block is a number of more than 60 digits"),
+    (put(*A, "tile_width", value=2**24), "layer 'a' of the plan: tile_width is 16777216; up to 128 are used"),
+    (put(*A, "tiles", 1, "entries", value=[1, 2]), "a tile has entries that none of its filter groups has"),
+    (put(*GEOMETRY, "stride", value=[2**13, 1]), "layer 'a' of the plan: stride is 8192; a whole"),
 ]
 
 

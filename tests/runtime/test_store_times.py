@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import os
 import sys
+import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from op_problems import Problem
 
 from lhc_triton.planning.schema import ConvGeometry
@@ -65,7 +69,23 @@ def test_a_corrupt_file_is_skipped_with_a_warning_and_replaced(tmp_path, content
         assert store.get("k") == {"torch": 1.0}
 
 
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
+ODD = [5e-324, 1e-300, 1e-4, 1e13, 1e300, 10**400]
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_a_time_that_no_call_takes_is_skipped_and_the_others_stay(tmp_path, value):
+    path = tmp_path / "times.json"
+    records = {"k": {"torch": value, "dense": 3.0}, "other": {"dense": "failed"}}
+    path.write_text(json.dumps({"version": 2, "records": records}))
+    store = TimingStore(path)
+    with pytest.warns(UserWarning, match=r"times\.json: 1 times are skipped, which are not from 0.001 to"):
+        assert store.get("k") == {"dense": 3.0}
+    with pytest.warns(UserWarning, match="are skipped"):
+        store.put("k", {"torch": 1.0})
+    assert store.read() == {"k": {"torch": 1.0, "dense": 3.0}, "other": {"dense": "failed"}}
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), *ODD])
 def test_a_time_that_cannot_be_is_refused(tmp_path, value):
     with pytest.raises(ValueError, match="time of 'torch' is"):
         TimingStore(tmp_path / "t.json").put("k", {"torch": value})
@@ -82,7 +102,7 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
     path = tmp_path / "times.json"
     store = TimingStore(path)
     store.put("k", {"torch": 1.0})
-    monkeypatch.setattr("lhc_triton.runtime.store.json.dumps", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(os, "replace", lambda *paths: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         store.put("k", {"torch": 2.0})
     monkeypatch.undo()
@@ -102,6 +122,42 @@ def test_writers_at_once_lose_nothing(tmp_path):
         list(pool.map(put_many, range(4)))
     store = TimingStore(path)
     assert all(store.get(f"{w}/{i}") == {"torch": i + 1} for w in range(4) for i in range(15))
+
+
+def test_a_lock_that_is_not_given_back_is_waited_for_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("lhc_triton.runtime.store.LOCK_S", 0.1)
+    path = tmp_path / "times.json"
+    TimingStore(path).put("k", {"torch": 1.0})
+    waits = []
+    with FileLock(f"{path}.lock"):
+        acquire = FileLock.acquire
+        monkeypatch.setattr(FileLock, "acquire", lambda *a, **k: waits.append(1) or acquire(*a, **k))
+        for _ in range(5):
+            with pytest.raises(TimeoutError, match=r"times\.json: another process"):
+                TimingStore(path).put("k", {"torch": 2.0})
+    assert len(waits) == 1
+    assert TimingStore(path).get("k") == {"torch": 1.0}
+    TimingStore(tmp_path / "another.json").put("k", {"torch": 3.0})
+
+
+def test_links_and_pipes_under_the_names_of_a_store_are_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / ".times.json.tmp").symlink_to(tmp_path / "precious")
+    TimingStore(tmp_path / "times.json").put("k", {"torch": 1.0})
+    assert (tmp_path / "precious").read_text() == "mine"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.warns(UserWarning, match="pipe is skipped: .* is a pipe"):
+        assert TimingStore(tmp_path / "pipe").get("k") == {}
+
+
+def test_a_user_without_a_home_has_a_folder_among_the_temporary_files(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LHC_TRITON_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert default_path() == Path(tempfile.gettempdir()) / f"lhc_triton-{os.getuid()}" / "timings.json"
 
 
 def test_the_default_path_follows_the_environment(tmp_path, monkeypatch):

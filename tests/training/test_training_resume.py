@@ -230,7 +230,7 @@ def test_a_disk_that_is_full_at_the_end_gives_the_same_line(whole, tmp_path, mon
 
     shutil.copytree(whole[0], tmp_path / "run")
     written = (tmp_path / "run" / "lhc.safetensors").read_bytes()
-    monkeypatch.setattr(weights.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"run: cannot be written \(No space left on device\).*make room"):
         train(CONFIG, tmp_path / "run", progress=False, data=tiny_data())
     with pytest.raises(OSError, match="No space") as caught:

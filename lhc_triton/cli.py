@@ -37,6 +37,7 @@ app = typer.Typer(
 USER_MISTAKE = 2
 INTERRUPTED = 130
 MAX_BATCH = 4096  # planning runs the network once on so many images
+NOTES = 4  # of a suite, that are printed
 SHIPPED = ("lhc", "dense")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
@@ -105,11 +106,13 @@ def train(
 ) -> None:
     """Train a network with learned topology and its dense twin, in two stages, resumable."""
     from lhc_triton.training import train as run_training
+    from lhc_triton.training.networks import check_settings
     from lhc_triton.training.presets import choose_config
 
     given = {"data_folder": data, "seed": seed, "device": device, "density": density}
     changes = [f"{name}={value}" for name, value in given.items() if value is not None]
     name, chosen = choose_config(preset, config, [*changes, *(settings or [])])
+    check_settings(chosen)
     if show_config:
         print_json(chosen.to_dict()) if as_json else typer.echo(chosen.to_toml())
         return
@@ -278,7 +281,8 @@ def bench(
     suite: Annotated[
         str,
         typer.Option(
-            help="quick, cpu-layers, cpu-models, cpu-scaling, gpu-layers, gpu-models, gpu-questions, loading."
+            help="quick, cpu-layers, cpu-models, cpu-scaling, cpu-engines, gpu-layers, gpu-models, "
+            "gpu-questions, loading."
         ),
     ] = "quick",
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv and the plots.")] = Path(
@@ -288,30 +292,40 @@ def bench(
         str, typer.Option(help="Measure only what has this in its name, for example vgg16-imagenet.")
     ] = "",
     seed: Annotated[int, typer.Option(help="Of masks, weights and inputs.")] = 0,
+    deepsparse_python: Annotated[
+        Path | None, typer.Option(help="For cpu-engines: a Python with deepsparse==1.8.0 and numpy<2.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time the backends against the best dense convolution, paired and interleaved, and draw the curves.
 
-    The suite "loading" times how fast image files become batches instead.
+    The suite "cpu-engines" compares with other inference engines, those that are installed (the extra
+    "peers"). The suite "loading" times how fast image files become batches instead.
     """
     from lhc_bench import loading
+    from lhc_bench.engines import Engines, engines_table
     from lhc_bench.plots import draw
     from lhc_bench.suites import run_suite
 
+    engines = None if deepsparse_python is None else Engines(deepsparse_python)
     with counting(f"suite {suite}") as progress:
-        if suite == loading.SUITE:
+        if suite == loading.SUITE and engines is None:
             results = loading.run_loading(out, progress, seed, only=only)
         else:
-            results = run_suite(suite, out, progress, seed, only=only)
+            results = run_suite(suite, out, progress, seed, only=only, engines=engines)
     pictures = draw(out / "results.json", out)
     if as_json:
         print_json(results)
         return
     paths = [out / "results.json", out / "results.csv", *pictures]
     typer.echo(f"Written: {', '.join(map(str, paths))}")
-    if notes := results["env"]["notes"]:
-        typer.echo(f"Not measured: {len(notes)}, the first one being {notes[0]}")
+    for note in (notes := results["env"]["notes"])[:NOTES]:
+        typer.echo(f"Not measured: {note}")
+    if len(notes) > NOTES:
+        typer.echo(f"Not measured: {len(notes) - NOTES} more, see results.json")
     show_loading(results["rows"]) if suite == loading.SUITE else show_summary(results["summary"])
+    if found := results["summary"].get("engines"):
+        print_table(*engines_table(found))
 
 
 @app.command(epilog="Example: `lhc-triton plot out/bench/results.json --out out/bench`")

@@ -13,6 +13,10 @@ from typing import Any
 
 import typer
 
+from .files import printable
+
+_LONGEST = 1000  # characters of a line or a cell: names may come out of a file, and be long or worse
+
 
 @contextmanager
 def stages() -> Iterator[Any]:
@@ -242,14 +246,14 @@ def _kernel_cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Print a table; its cells are taken as they are."""
+    """Print a table; its cells are taken as text, of which control characters are escaped."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        table.add_row(*(printable(cell, _LONGEST).replace("[", r"\[") for cell in row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -260,6 +264,7 @@ def tell_once(line: str) -> None:
     mark there first speaks. It need not be rank 0: torchrun ends that one as soon as another has ended, and a
     mistake may be another's alone. Where there is no such folder, rank 0 speaks.
     """
+    line = printable(line, _LONGEST)
     if _is_first_to_tell(line):
         typer.echo(line, err=True)
 

@@ -70,6 +70,20 @@ def open_regular(path: StrPath) -> IO[bytes]:
     return os.fdopen(handle, "rb")
 
 
+def read_regular(path: StrPath, most: int) -> bytes:
+    """Return the bytes of a regular file.
+
+    Raises:
+        OSError: as ``open_regular``.
+        ValueError: it has more than ``most`` bytes.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"it has {size} bytes; up to {most} are supported")
+        return file.read(size)  # no more, even where it is growing
+
+
 def _kind(mode: int) -> str | None:
     """Say what a file that is no regular one is."""
     if stat.S_ISREG(mode):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lhc_triton.files import open_regular, parse_json, printable, write_beside
+from lhc_triton.files import open_regular, parse_json, printable, read_regular, write_beside
 
 
 def names(folder: Path) -> list[str]:
@@ -106,6 +106,17 @@ def test_nothing_but_files_is_replaced_or_opened(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_beside(tmp_path / "missing" / "f", b"x")
     assert names(tmp_path) == ["link", "pipe"]
+
+
+def test_a_file_is_read_up_to_a_size(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"12345")
+    assert read_regular(tmp_path / "f", 5) == b"12345"
+    with pytest.raises(ValueError, match="it has 5 bytes; up to 4 are supported"):
+        read_regular(tmp_path / "f", 4)
+    with open(tmp_path / "f", "wb") as file:
+        file.truncate(2**40)  # takes no room, as long as nobody reads it
+    with pytest.raises(ValueError, match="it has 1099511627776 bytes"):
+        read_regular(tmp_path / "f", 2**30)
 
 
 @pytest.mark.parametrize(

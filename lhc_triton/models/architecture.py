@@ -15,7 +15,7 @@ _RESNET_BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck]] = {
     "resnet34": BasicBlock,
     "resnet50": Bottleneck,
 }
-_MAX_LAYERS, _MAX_SIZE = 64, 8192
+MAX_LAYERS, MAX_SIZE = 64, 8192
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ class Architecture:
         if self.network not in get_args(NetworkName):
             raise ValueError(f"network {self.network!r} is not one of {', '.join(get_args(NetworkName))}")
         check_images(self.images)
-        if not isinstance(self.widths, list | tuple) or not 1 <= len(self.widths) <= _MAX_LAYERS:
-            raise ValueError(f"widths {self.widths!r} are no list of 1 to {_MAX_LAYERS} entries")
+        if not isinstance(self.widths, list | tuple) or not 1 <= len(self.widths) <= MAX_LAYERS:
+            raise ValueError(f"widths {self.widths!r} are no list of 1 to {MAX_LAYERS} entries")
         object.__setattr__(self, "widths", tuple(self.widths))
         sizes = [width for width in self.widths if width != "M"]
         for size in (*sizes, self.in_channels, self.num_classes, self.image_size):
             if isinstance(size, bool) or not isinstance(size, int):
                 raise TypeError(f"size {size!r} is not a whole number")
-            if not 1 <= size <= _MAX_SIZE:
-                raise ValueError(f"size {size} is outside [1, {_MAX_SIZE}]")
+            if not 1 <= size <= MAX_SIZE:
+                raise ValueError(f"size {size} is outside [1, {MAX_SIZE}]")
         if self.network not in _RESNET_BLOCKS and self.image_size >> self.widths.count("M") == 0:
             raise ValueError(
                 f"{self.network} pools {self.widths.count('M')} times, too often for images of "

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from lhc_triton.files import open_regular, write_beside
+from lhc_triton.files import read_regular, write_beside
 from lhc_triton.planning.schema import LayerPlan
 
 STORE_VERSION = 2
@@ -174,12 +174,8 @@ class TimingStore:
             OSError: the file cannot be read.
             ValueError: it is damaged, too large, or no store of this version.
         """
-        with open_regular(self.path) as file:
-            text = file.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise ValueError(f"larger than {MAX_BYTES} bytes")
         try:
-            return _checked(json.loads(text))
+            return _checked(json.loads(read_regular(self.path, MAX_BYTES)))
         except RecursionError:
             raise ValueError("nested too deep") from None
 

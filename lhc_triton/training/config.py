@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +13,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from lhc_triton.models.architecture import NetworkName
+from lhc_triton.files import printable
+from lhc_triton.models.architecture import MAX_LAYERS, MAX_SIZE, NetworkName
 from lhc_triton.models.vgg import SMALL_WIDTHS
 from lhc_triton.schedule import MAC_SHARE
 from lhc_triton.topology import LHCConfig, ShapeFamily
@@ -39,6 +41,11 @@ OF_TARGET: Mapping[str, Any] = {"penalty": "weights", "mac_share": MAC_SHARE, "p
 
 NOTHING = "none"  # how a file and the command line write None
 _MAX_FILE_BYTES = 1 << 20
+_MANY = 10**9  # images
+_LONG = 100_000  # epochs
+_MAX_BATCH = 1 << 16
+_MAX_TEXT = 4096
+_DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -76,9 +83,11 @@ class TrainConfig:
     ] = None
     on_bad_file: Annotated[OnBadFile, Setting("an image that cannot be read: fail or skip")] = "fail"
     train_images: Annotated[
-        int | None, Setting("images to train on, class-balanced; none: all that validation leaves")
+        int | None, Setting("images to train on, class-balanced; none: all that validation leaves", 2, _MANY)
     ] = None
-    validation_images: Annotated[int, Setting("training images held out to choose the best epoch", 10)] = 1200
+    validation_images: Annotated[
+        int, Setting("training images held out to choose the best epoch", 10, _MANY)
+    ] = 1200
 
     network: Annotated[NetworkName, Setting("small-vgg, vgg16, vgg19, resnet34 or resnet50")] = "small-vgg"
     stem: Annotated[
@@ -101,14 +110,14 @@ class TrainConfig:
         ),
     ] = "learned"
     parts: Annotated[
-        int, Setting("of a topology made by hand: how many groups, or 1 in how many it keeps", 1)
+        int, Setting("of a topology made by hand: how many groups, or 1 in how many it keeps", 1, MAX_SIZE)
     ] = 4
     pointwise_layers: Annotated[bool, Setting("whether 1x1 convolutions learn a topology too")] = True
     density: Annotated[
         float | None, Setting("share of the weights to keep; none: accuracy alone decides", 0, 1)
     ] = 0.1
-    in_block: Annotated[int, Setting("adjacent input channels that share a mask bit")] = 32
-    out_block: Annotated[int, Setting("adjacent filters that share a pattern")] = 16
+    in_block: Annotated[int, Setting("adjacent input channels that share a mask bit", 1, MAX_SIZE)] = 32
+    out_block: Annotated[int, Setting("adjacent filters that share a pattern", 1, MAX_SIZE)] = 16
     block_rule: Annotated[
         Literal["fixed", "width"],
         Setting("fixed: the two blocks in every layer; width: chosen for each layer by its channels"),
@@ -129,15 +138,21 @@ class TrainConfig:
         float, Setting("weight of the aim for fewer patterns in a layer; 0: none", 0, 100)
     ] = 0.0
 
-    coarse_epochs: Annotated[int, Setting("epochs in which weights and topology learn", 2)] = 12
-    fine_epochs: Annotated[int, Setting("epochs in which weights learn on, the topology frozen", 1)] = 6
+    coarse_epochs: Annotated[int, Setting("epochs in which weights and topology learn", 2, _LONG)] = 12
+    fine_epochs: Annotated[
+        int, Setting("epochs in which weights learn on, the topology frozen", 1, _LONG)
+    ] = 6
     warmup_epochs: Annotated[
         int | None,
-        Setting("epochs of both warm-ups (masks, penalty); none: a third of the coarse ones, at most 20", 1),
+        Setting(
+            "epochs of both warm-ups (masks, penalty); none: a third of the coarse ones, at most 20", 1, _LONG
+        ),
     ] = None
-    batch_size: Annotated[int, Setting("images in a step of the optimiser, over all processes", 2)] = 128
+    batch_size: Annotated[
+        int, Setting("images in a step of the optimiser, over all processes", 2, _MAX_BATCH)
+    ] = 128
     accumulate: Annotated[
-        int, Setting("parts of a step that are computed one after the other, to save memory", 1)
+        int, Setting("parts of a step that are computed one after the other, to save memory", 1, _MAX_BATCH)
     ] = 1
     lr: Annotated[float, Setting("highest learning rate of the dense and the coarse stage", 0, 10)] = 0.1
     coarse_floor: Annotated[float, Setting("cosine: the coarse stage ends at this share of lr", 0, 1)] = 0.1
@@ -149,9 +164,9 @@ class TrainConfig:
         Literal["cosine", "plateau"],
         Setting("cosine: half a cosine over a stage; plateau: a tenth after plateau_patience"),
     ] = "cosine"
-    plateau_patience: Annotated[int, Setting("epochs without gain until the rate falls", 1)] = 20
+    plateau_patience: Annotated[int, Setting("epochs without gain until the rate falls", 1, _LONG)] = 20
     early_stop: Annotated[
-        int | None, Setting("epochs without gain that end a stage; none: it is not ended", 1)
+        int | None, Setting("epochs without gain that end a stage; none: it is not ended", 1, _LONG)
     ] = None
     momentum: Annotated[float, Setting("of SGD, by Nesterov's rule", 0, 0.999)] = 0.9
     weight_decay: Annotated[
@@ -291,7 +306,7 @@ def _fields() -> dict[str, tuple[Any, Setting]]:
 
 def _check_known(name: str) -> None:
     if name not in _fields():
-        raise ValueError(f"unknown training setting {name!r}; known: {', '.join(_fields())}")
+        raise ValueError(f"unknown training setting {_shown(name)}; known: {', '.join(_fields())}")
 
 
 def _told(make: Any, values: Mapping[str, Any]) -> TrainConfig:
@@ -318,7 +333,7 @@ def _from_text(name: str, text: str) -> Any:
         return text
     try:
         found = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no TOML, or a number of thousands of digits
         return _number(text) if kind is float or float in get_args(kind) else text
     return found["value"] if len(found) == 1 else text  # a line break would let other keys in
 
@@ -331,6 +346,11 @@ def _number(text: str) -> float | str:
         return text
 
 
+def _shown(value: Any) -> str:
+    """A value as a message can quote it: what a file holds may be long, or move the cursor."""
+    return printable(repr(value), 200)
+
+
 def _checked(name: str, value: Any, kind: Any, setting: Setting) -> Any:
     """A field's value in its type and range."""
     instead = ""
@@ -341,19 +361,21 @@ def _checked(name: str, value: Any, kind: Any, setting: Setting) -> Any:
         kind = next(choice for choice in get_args(kind) if choice is not NoneType)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise ValueError(f"{name} {value!r} is not one of {', '.join(get_args(kind))}")
+            raise ValueError(f"{name} {_shown(value)} is not one of {', '.join(get_args(kind))}")
         return value
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
-            raise TypeError(f"{name} {value!r} is not a list")
+            raise TypeError(f"{name} {_shown(value)} is not a list")
         return tuple(value)
     fits = isinstance(value, int | float if kind is float else kind)
     if not fits or (kind is not bool and isinstance(value, bool)):
-        raise TypeError(f"{name} {value!r} is not {_KINDS[kind]}{instead}")
+        raise TypeError(f"{name} {_shown(value)} is not {_KINDS[kind]}{instead}")
     if value == "":
         raise ValueError(f"{name} is empty; give {_KINDS[kind]}{instead}")
+    if kind is str and (len(value) > _MAX_TEXT or not value.isprintable()):
+        raise ValueError(f"{name} {_shown(value)} is not supported: up to {_MAX_TEXT} printable characters")
     if kind in (int, float) and not setting.low <= value <= setting.high:
-        raise ValueError(f"{name} {value} is outside [{setting.low}, {setting.high}]")
+        raise ValueError(f"{name} {_shown(value)} is outside [{setting.low}, {setting.high}]")
     return float(value) if kind is float else value
 
 
@@ -378,20 +400,32 @@ def _check_together(config: TrainConfig) -> None:
                     f"{name} {value} needs a learned topology with a density target; leave it at {usual}, "
                     f"or set topology to learned and density to a number"
                 )
+    if not _DEVICE.fullmatch(config.device):
+        raise ValueError(f"device {_shown(config.device)} is not one of cpu, cuda, cuda:N")
     if config.momentum == 0:
         raise ValueError("momentum 0 is outside (0, 0.999]: Nesterov's rule needs some")
     if config.ema in (0, 1):
         raise ValueError(f"ema {config.ema} is outside (0, 1); 0.999 is usual, none is off")
     if config.network == "small-vgg" and config.stem == "imagenet":
         raise ValueError("small-vgg has one stem, for images of any size; leave stem at auto")
+    _check_widths(config)
+
+
+def _check_widths(config: TrainConfig) -> None:
     widths = config.widths
     if config.network != "small-vgg" and widths != SMALL_WIDTHS:
         raise ValueError(
-            f"widths {widths} are small-vgg's, {config.network} has its own, times width: leave widths out, "
-            "or start from a preset without them"
+            f"widths {_shown(widths)} are small-vgg's, {config.network} has its own, times width: leave "
+            "widths out, or start from a preset without them"
         )
+    if len(widths) > MAX_LAYERS:
+        raise ValueError(f"widths have {len(widths)} entries; up to {MAX_LAYERS} are supported")
     for width in widths:
-        if width != "M" and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
-            raise ValueError(f'widths {widths} hold {width!r}; numbers of filters and "M" are supported')
+        whole = isinstance(width, int) and not isinstance(width, bool)
+        if width != "M" and not (whole and 1 <= int(width) <= MAX_SIZE):
+            raise ValueError(
+                f"widths {_shown(widths)} hold {_shown(width)}; numbers of filters up to {MAX_SIZE} and "
+                '"M" are supported'
+            )
     if "M" in widths[:1] or sum(width != "M" for width in widths) < 2:
-        raise ValueError(f"widths {widths} need two convolutions: the first stays dense")
+        raise ValueError(f"widths {_shown(widths)} need two convolutions: the first stays dense")

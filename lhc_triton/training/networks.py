@@ -15,7 +15,7 @@ from lhc_triton.models.pretrained import load_initial
 from lhc_triton.models.resnet import WIDTHS
 from lhc_triton.models.vgg import VGG16_WIDTHS, VGG19_WIDTHS, Images
 from lhc_triton.training.config import TrainConfig
-from lhc_triton.training.data import ImageFormat
+from lhc_triton.training.data import ImageFormat, expected_format, most_images
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -89,6 +89,24 @@ def check_topology(config: TrainConfig, format: ImageFormat) -> None:
     """
     with torch.device("meta"):
         apply_topology(architecture_of(config, format).build(), config)
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Refuse settings that no files of the data set can make a run of, before any is read.
+
+    Raises:
+        ValueError: the data set has no images of the size, or too few of them; they are too small for the
+            network; no convolution can have the topology; one line.
+    """
+    check_topology(config, expected_format(config.data, config.image_size))
+    most = most_images(config.data, config.data_folder is None)
+    wanted = max(config.train_images or 0, config.batch_size)
+    if most is not None and most - config.validation_images < wanted:
+        name = "train_images" if wanted == config.train_images else "batch_size"
+        raise ValueError(
+            f"{name} {wanted} and validation_images {config.validation_images} are more than the {most} "
+            f"training images that {config.data} has{' in the package' if config.data_folder is None else ''}"
+        )
 
 
 def apply_topology(model: ModelT, config: TrainConfig) -> ModelT:

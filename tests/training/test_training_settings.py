@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import math
 import shlex
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -230,6 +231,57 @@ def test_the_command_of_a_run_names_no_place():
 def test_a_wrong_setting_is_named_with_its_value(changes, error, said):
     with pytest.raises(error, match=said):
         TrainConfig(**changes)
+
+
+def numbers():
+    """Every setting that is a number, with its bounds; None beside them, where it may be nothing."""
+    for name, hint in get_type_hints(TrainConfig, include_extras=True).items():
+        kinds = {hint.__origin__, *get_args(hint.__origin__)}
+        if kinds & {int, float} and name != "widths":
+            yield name, int if int in kinds else float, hint.__metadata__[0]
+
+
+def test_every_number_has_bounds_and_is_refused_outside_them():
+    found = list(numbers())
+    assert len(found) > 25
+    for name, kind, setting in found:
+        assert -math.inf < setting.low < setting.high < math.inf, name
+        outside = [setting.low - 1, setting.high + 1, *([] if kind is int else [math.nan, math.inf])]
+        for value in (*outside, 10**400, -(10**400)):
+            with pytest.raises(ValueError, match=rf"{name} .* is outside \[") as caught:
+                TrainConfig(**{name: value})
+            assert len(str(caught.value)) < 300
+        with pytest.raises(TypeError, match=f"{name} '1' is not a"):
+            TrainConfig(**{name: "1"})
+
+
+def test_texts_are_short_and_printable():
+    for name in ("data_folder", "pretrained", "dense_twin"):
+        for text in ("\x1b[2J", "a\nb", "x" * 5000, "\x00"):
+            with pytest.raises(ValueError, match=f"{name} .* is not supported") as caught:
+                TrainConfig(**{name: text})
+            assert str(caught.value).isprintable()
+            assert len(str(caught.value)) < 400
+    for device in ("sofa", "cuda:", "cuda:1234", "cuda:-1", "cpu:0", "CPU", " cpu"):
+        with pytest.raises(ValueError, match=r"device .* is not one of cpu, cuda, cuda:N"):
+            TrainConfig(device=device)
+    assert [TrainConfig(device=name).device for name in ("cpu", "cuda", "cuda:7")] == [
+        "cpu",
+        "cuda",
+        "cuda:7",
+    ]
+
+
+def test_long_values_are_cut_in_messages():
+    for text in (
+        f"lr = {'9' * 4000}",
+        f"seed = {'9' * 5000}",
+        f'network = "{"x" * 9000}"',
+        f"{'x' * 9000} = 1",
+    ):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 (each has its own message)
+            TrainConfig.from_toml(text)
+        assert len(str(caught.value)) < 1500
 
 
 def test_lists_nested_too_deeply_are_a_wrong_text():

@@ -2,7 +2,7 @@
 
 from lhc_triton.training.data.fashion import open_fashion
 from lhc_triton.training.data.memory import ImageSet
-from lhc_triton.training.data.opening import DataName, OnBadFile, open_data
+from lhc_triton.training.data.opening import DataName, OnBadFile, expected_format, most_images, open_data
 from lhc_triton.training.data.source import Augmentation, BadFile, Batch, Data, ImageFormat, Source
 from lhc_triton.training.data.splits import balanced_indices, validation_split
 
@@ -17,6 +17,8 @@ __all__ = [
     "OnBadFile",
     "Source",
     "balanced_indices",
+    "expected_format",
+    "most_images",
     "open_data",
     "open_fashion",
     "validation_split",

@@ -82,6 +82,13 @@ _STDS = {"cifar10": (0.2470, 0.2435, 0.2616), "cifar100": (0.2673, 0.2564, 0.276
 _CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
+def image_side(name: str, image_size: int | None) -> int:
+    """Return the side of the images in pixels; ValueError for another one."""
+    if image_size not in (None, SIDE):
+        raise ValueError(f"image_size {image_size}: {name} images are {SIDE}x{SIDE}; that alone is supported")
+    return SIDE
+
+
 def open_cifar(
     name: Literal["cifar10", "cifar100"], folder: str | Path, image_size: int | None = None
 ) -> Data:
@@ -102,8 +109,7 @@ def open_cifar(
         FileNotFoundError: there is none of these, or a file in it is missing; the message names it.
         ValueError: a file is damaged; the message names it; or another image size.
     """
-    if image_size not in (None, SIDE):
-        raise ValueError(f"image_size {image_size}: {name} images are {SIDE}x{SIDE}; that alone is supported")
+    image_side(name, image_size)
     layout, place = _find(Path(folder), name)
     content = _unpacked(place, layout) if place.is_dir() else _packed(place, layout)
     where = {file: place / file if place.is_dir() else Path(f"{place}:{file}") for file in layout.files}

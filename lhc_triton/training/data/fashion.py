@@ -38,6 +38,16 @@ FORMAT = ImageFormat(1, SIDE, CLASSES, mean=(0.2860,), std=(0.3530,))
 _LARGEST = 256
 
 
+def image_side(image_size: int | None) -> int:
+    """Return the side of the images in pixels; ValueError for one that they cannot have."""
+    size = SIDE if image_size is None else image_size
+    if not SIDE <= size <= _LARGEST:
+        raise ValueError(
+            f"image_size {size}: fashion-mnist images are {SIDE}x{SIDE}; {SIDE} to {_LARGEST} are supported"
+        )
+    return size
+
+
 def open_fashion(folder: str | Path | None = None, image_size: int | None = None) -> Data:
     """Read Fashion-MNIST.
 
@@ -56,11 +66,7 @@ def open_fashion(folder: str | Path | None = None, image_size: int | None = None
         ValueError: a file is damaged, or its images and labels do not go together; the message names it; or
             an image size below 28 or above 256.
     """
-    size = SIDE if image_size is None else image_size
-    if not SIDE <= size <= _LARGEST:
-        raise ValueError(
-            f"image_size {size}: fashion-mnist images are {SIDE}x{SIDE}; {SIDE} to {_LARGEST} are supported"
-        )
+    size = image_side(image_size)
     train, test = read_fashion(PACKAGED_FOLDER if folder is None else folder, size)
     return Data("fashion-mnist", train.format, train, None, test)
 

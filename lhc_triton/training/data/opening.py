@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, get_args
 
+from lhc_triton.training.data import cifar, fashion, tree
 from lhc_triton.training.data.cifar import open_cifar
 from lhc_triton.training.data.fashion import open_fashion
-from lhc_triton.training.data.source import Data
+from lhc_triton.training.data.source import Data, ImageFormat
 from lhc_triton.training.data.tree import open_folder
 
 DataName = Literal["fashion-mnist", "cifar10", "cifar100", "imagenet", "folder"]
@@ -52,3 +53,38 @@ def open_data(
             return open_folder(name, folder, image_size, on_bad_file)
         case _:
             return open_cifar(name, folder, image_size)
+
+
+def expected_format(name: DataName, image_size: int | None = None) -> ImageFormat:
+    """Return what a data set's images will have in common, before its files are read.
+
+    Of "folder" the classes are not known: the least number stands for them. Mean and deviation are stand-ins.
+
+    Args:
+        name: as in open_data.
+        image_size: as in open_data.
+
+    Raises:
+        ValueError: the data set's images cannot have that size.
+    """
+    if name == "fashion-mnist":
+        return _stand_in(1, fashion.image_side(image_size), 10)
+    if name in ("cifar10", "cifar100"):
+        return _stand_in(3, cifar.image_side(name, image_size), 10 if name == "cifar10" else 100)
+    return _stand_in(3, tree.image_side(image_size), 1000 if name == "imagenet" else 2)
+
+
+def _stand_in(channels: int, size: int, classes: int) -> ImageFormat:
+    return ImageFormat(channels, size, tuple(map(str, range(classes))), (0.5,) * channels, (0.25,) * channels)
+
+
+def most_images(name: DataName, packaged: bool) -> int | None:
+    """Return how many training images a data set has at most, those held out included; None if not known.
+
+    Args:
+        name: as in open_data.
+        packaged: whether it is the part that comes with the package.
+    """
+    if name == "fashion-mnist":
+        return 12_000 if packaged else 60_000
+    return 50_000 if name in ("cifar10", "cifar100") else None

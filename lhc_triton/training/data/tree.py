@@ -25,6 +25,14 @@ _Tree = dict[str, list[tuple[str, int]]]
 """Names and sizes of the files of each class."""
 
 
+def image_side(image_size: int | None) -> int:
+    """Return the side that images are brought to; ValueError for one that is not supported."""
+    size = DEFAULT_SIZE if image_size is None else image_size
+    if not _SMALLEST <= size <= _LARGEST:
+        raise ValueError(f"image_size {size}; {_SMALLEST} to {_LARGEST} are supported")
+    return size
+
+
 def open_folder(
     name: Literal["imagenet", "folder"],
     folder: str | Path,
@@ -54,9 +62,7 @@ def open_folder(
     """
     if on_bad_file not in ("fail", "skip"):
         raise ValueError(f"on_bad_file {on_bad_file!r} is not one of fail, skip")
-    size = DEFAULT_SIZE if image_size is None else image_size
-    if not _SMALLEST <= size <= _LARGEST:
-        raise ValueError(f"image_size {size}; {_SMALLEST} to {_LARGEST} are supported")
+    size = image_side(image_size)
     root = Path(folder)
     parts = _parts(root)
     trees = {part: _scan(root / part) for part in parts}

@@ -1,9 +1,9 @@
 """Building the native kernel with the machine's own C++ compiler, once for each source, compiler and CPU.
 
-The library lies in a folder named after a digest of all that it depends on, so nothing is ever rebuilt or
-overwritten. Builders of one folder wait for each other under a lock that the system drops with the process
-that holds it; a library appears under its name only when it is whole. A build that is killed therefore leaves
-nothing but a file that the next one removes.
+The library lies in a folder named after a digest of all that it depends on. Builders of one folder wait for
+each other under a lock that the system drops with the process that holds it; a library appears under its name
+only when it is whole and on the disk, its digest beside it, and is compared with that before it is loaded. A
+build that is killed leaves nothing but a folder that the next one removes; a damaged library is built again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,8 +28,9 @@ COMPILERS = ("c++", "g++", "clang++")
 TARGET_FLAGS = ("-march=native",)
 # Never -ffast-math: linking with it makes the whole process flush denormals.
 # NDEBUG as in torch's own build: without it, some structures of its headers have another layout.
-FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
+FLAGS = ("-std=c++20", "-O2", "-DNDEBUG", "-fno-math-errno", "-ffp-contract=fast", "-fPIC")
 LIBRARY = "lhc_native.so"
+DIGEST = "lhc_native.sha256"
 TIMEOUT_S = 300
 
 
@@ -39,9 +42,9 @@ def find_compiler() -> list[str]:
     """Return the command of the C++ compiler: $CXX, else the first of c++, g++ and clang++ on the PATH.
 
     Raises:
-        BuildError: there is none.
+        BuildError: there is none, or CXX is no command.
     """
-    chosen = shlex.split(os.environ.get("CXX", ""))
+    chosen = _words("CXX") or []
     if chosen:
         if shutil.which(chosen[0]) is None:
             raise BuildError(f"CXX names the compiler {chosen[0]!r}, which is not on the PATH; correct CXX")
@@ -53,17 +56,30 @@ def find_compiler() -> list[str]:
 
 
 def target_flags() -> list[str]:
-    """Return the flags that name the CPU: $LHC_TRITON_NATIVE_FLAGS, else those for this machine."""
-    given = os.environ.get("LHC_TRITON_NATIVE_FLAGS")
-    return list(TARGET_FLAGS) if given is None else shlex.split(given)
+    """Return the flags that name the CPU: $LHC_TRITON_NATIVE_FLAGS, else those for this machine.
+
+    Raises:
+        BuildError: the variable cannot be split into flags.
+    """
+    given = _words("LHC_TRITON_NATIVE_FLAGS")
+    return list(TARGET_FLAGS) if given is None else given
 
 
 def cache_folder() -> Path:
-    """Return where built libraries are kept: $LHC_TRITON_CACHE/native, else under the user's cache folder."""
+    """Return where built libraries are kept: $LHC_TRITON_CACHE/native, else under the user's cache folder.
+
+    Raises:
+        BuildError: no variable says where, and the user has no home.
+    """
     folder = os.environ.get("LHC_TRITON_CACHE")
     if folder:
         return Path(folder) / "native"
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    except RuntimeError as error:
+        raise BuildError(
+            "this user has no home for the native kernel; set LHC_TRITON_CACHE"
+        ) from error
     return Path(cache) / "lhc_triton" / "native"
 
 
@@ -75,13 +91,17 @@ def digest(compiler: list[str], target: list[str]) -> str:
     """
     # The predefined macros hold the compiler's version and every instruction set that the flags turn on.
     macros = _run([*compiler, *target, "-dM", "-E", "-x", "c++", os.devnull])
-    parts = [" ".join([*compiler, *target, *FLAGS]), macros, torch.__version__]
-    parts += [path.name + path.read_text() for path in _sources()]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    name = hashlib.sha256("\0".join([*compiler, *target, *FLAGS, macros, torch.__version__]).encode())
+    for path in _sources():
+        name.update(b"\0" + path.name.encode() + path.read_bytes())
+    return name.hexdigest()[:24]
 
 
 def build() -> Path:
     """Return the path of the native library, after building it if this machine has not yet.
+
+    Warns:
+        RuntimeWarning: the library in the cache was damaged, and is built again.
 
     Raises:
         BuildError: there is no compiler, it fails, or the cache folder cannot be written.
@@ -89,12 +109,15 @@ def build() -> Path:
     compiler, target = find_compiler(), target_flags()
     folder = cache_folder() / digest(compiler, target)
     library = folder / LIBRARY
-    if library.is_file():
-        return library
     try:
+        if _is_intact(library):
+            return library
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / "lock"):
-            if not library.is_file():
+            if not _is_intact(library):
+                if library.exists():
+                    message = f"the native kernel {library} is damaged; it is built again"
+                    warnings.warn(message, RuntimeWarning, stacklevel=2)
                 _compile(compiler, target, library)
     except OSError as error:
         raise BuildError(
@@ -104,28 +127,43 @@ def build() -> Path:
     return library
 
 
+def _is_intact(library: Path) -> bool:
+    try:
+        return hashlib.sha256(library.read_bytes()).hexdigest() == library.with_name(DIGEST).read_text()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False
+
+
 def _compile(compiler: list[str], target: list[str], library: Path) -> None:
     """Compile beside the library and rename; the caller holds the lock."""
     for leftover in library.parent.glob("*.tmp"):  # of a build that was killed
-        leftover.unlink()
-    descriptor, name = tempfile.mkstemp(".tmp", dir=library.parent)
-    os.close(descriptor)
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(suffix=".tmp", dir=library.parent) as work:
+        sources = _sources(".cpp")
+        objects = [f"{work}/{source.stem}.o" for source in sources]
+
+        def compile_one(source: Path, output: str) -> str:
+            return _run([*compiler, *FLAGS, *target, *_torch_flags(), "-c", str(source), "-o", output])
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, sources, objects))
+        made, digest_file = Path(work) / LIBRARY, Path(work) / DIGEST
+        _run([*compiler, *target, "-shared", *objects, *_torch_libraries(), "-o", str(made)])
+        digest_file.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+        # Whole on the disk before they have their names; the digest first, so that no whole library lacks it.
+        for path, mode, name in ((digest_file, 0o644, DIGEST), (made, 0o755, LIBRARY)):
+            path.chmod(mode)
+            _sync(path)
+            os.replace(path, library.parent / name)
+        _sync(library.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        _run(
-            [
-                *compiler,
-                *FLAGS,
-                *target,
-                *_torch_flags(),
-                *map(str, _sources(".cpp")),
-                "-o",
-                name,
-                *_torch_libraries(),
-            ]
-        )
-        os.replace(name, library)
+        os.fsync(descriptor)
     finally:
-        Path(name).unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _torch_flags() -> list[str]:
@@ -142,10 +180,21 @@ def _sources(*suffixes: str) -> list[Path]:
     return sorted(path for path in SOURCES.iterdir() if path.suffix in (suffixes or (".cpp", ".h")))
 
 
+def _words(variable: str) -> list[str] | None:
+    """Return a variable of the environment, split as a shell would; None if it is not set."""
+    value = os.environ.get(variable)
+    try:
+        return None if value is None else shlex.split(value)
+    except ValueError as error:
+        raise BuildError(f"{variable}={value!r} cannot be split into words: {error}; correct it") from error
+
+
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False
+        )
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"the C++ compiler {command[0]!r} does not run: {error}") from error
     if done.returncode:
         lines = done.stderr.strip().splitlines()

@@ -1,0 +1,122 @@
+// An indirect convolution (M. Dukhan, arXiv 1907.02129) over live entries only: filters are the lanes of vectors,
+// pixels are pointers. One unit of a step costs a vector of weights, and for each pixel a broadcast and a product; all
+// sums stay in registers over a tile's steps. What a unit is, and how it is multiplied, is up to `Math`.
+#pragma once
+
+#include <array>
+#include <type_traits>
+
+#include "cells.h"
+
+namespace lhc {
+namespace {
+
+typedef float UnalignedFloat __attribute__((aligned(1), may_alias));
+typedef int32_t UnalignedInt __attribute__((aligned(1), may_alias));
+
+// Adds `kUnits` units of every pixel.
+template <class Math, int L, int V, int P, int kUnits>
+[[gnu::always_inline]] inline void add_units(const uintptr_t* pixels, uintptr_t shift, const char* weight,
+                                             int64_t row_step, Vec<L> (&sums)[P * V]) {
+  Vec<L> weights[kUnits * V];
+  unrolled<kUnits * V>([&](auto i) LHC_INLINE {
+    weights[i] = load<L>(reinterpret_cast<const float*>(weight + i / V * row_step + i % V * (4 * L)));
+  });
+  unrolled<P>([&](auto p) LHC_INLINE {
+    const char* x = reinterpret_cast<const char*>(pixels[p] + shift);
+    unrolled<kUnits>([&](auto u) LHC_INLINE {
+      if constexpr (V == 1) {
+        sums[p] = Math::template add<L>(sums[p], weights[u], x + 4 * u);
+      } else {
+        const Vec<L> factor = Math::template factor<L>(x + 4 * u);
+        unrolled<V>([&](auto v) LHC_INLINE {
+          sums[p * V + v] = Math::template add<L>(sums[p * V + v], weights[u * V + v], factor);
+        });
+      }
+    });
+  });
+}
+
+template <class Math, int L, int V, int P>
+[[gnu::always_inline]] inline void add_step(const Cell& cell, const Step& step, Vec<L> (&sums)[P * V]) {
+  // Units at once: one pixel's address serves them all. Their weights take the registers that the sums leave.
+  constexpr int kUnits = kRegisters == 32 && V == 1 ? (L == kLanes ? 4 : 2) : 1;
+  const char* weight = step.weight + cell.column_shift;
+  uintptr_t shift = step.shift + cell.shift;
+  int64_t units = step.units;
+  for (; units >= kUnits; units -= kUnits) {
+    add_units<Math, L, V, P, kUnits>(cell.x, shift, weight, cell.row_step, sums);
+    shift += 4 * kUnits, weight += kUnits * cell.row_step;
+  }
+  if constexpr (kUnits > 1)
+    for (; units > 0; --units) {
+      add_units<Math, L, V, P, 1>(cell.x, shift, weight, cell.row_step, sums);
+      shift += 4, weight += cell.row_step;
+    }
+}
+
+template <int L, int V, int P>
+[[gnu::always_inline]] inline void finish(const Cell& cell, const Vec<L> (&sums)[P * V]) {
+  const Vec<L> floor = broadcast<L>(cell.floor);
+  const auto write = [&](auto with_residual) LHC_INLINE {
+    unrolled<P * V>([&](auto i) LHC_INLINE {
+      constexpr int p = i / V, v = i % V;
+      Vec<L> value = sums[i];
+      if constexpr (with_residual) value += load<L>(cell.residual + cell.residual_at[p] + cell.filters[v]);
+      store<L>(cell.y + cell.out[p] + cell.filters[v], at_least<L>(value, floor));
+    });
+  };
+  if (cell.residual)
+    write(std::true_type{});
+  else
+    write(std::false_type{});
+}
+
+template <class Math, int L, int V, int P>
+void run(const Cell& cell) {
+  Vec<L> sums[P * V];
+  unrolled<P * V>([&](auto i) LHC_INLINE { sums[i] = load<L>(cell.bias + i % V * L); });
+  for (const Step* step = cell.steps; step != cell.end; ++step) {
+    const bool inside = step->row >= cell.rows[0] && step->row < cell.rows[1] && step->column >= cell.columns[0] &&
+                        step->column < cell.columns[1];
+    if (inside) add_step<Math, L, V, P>(cell, *step, sums);
+  }
+  // A copy, since what refers to the sums themselves from here on could keep them out of registers above.
+  Vec<L> totals[P * V];
+  unrolled<P * V>([&](auto i) LHC_INLINE { totals[i] = sums[i]; });
+  if constexpr (Math::kFinishes)
+    if (!cell.sums) return finish<L, V, P>(cell, totals);
+  unrolled<P * V>([&](auto i) LHC_INLINE { store<L>(cell.sums + i * L, totals[i]); });
+}
+
+// How many pixels there are kernels for: multiples of these. Fewer than four sums at a time would take as long, for
+// each product waits for the one before.
+template <int L, int V>
+constexpr int rounded(int pixels) {
+  constexpr int kStep = max_pixels(V) / (L < kLanes ? 2 : kRegisters == 32 ? 7 : 3);
+  return (pixels + kStep - 1) / kStep * kStep;
+}
+
+template <class Math, int L, int V>
+Kernel find(int pixels) {
+  constexpr int kMax = max_pixels(V);
+  static constexpr auto kKernels = []<int... I>(std::integer_sequence<int, I...>) {
+    return std::array<Kernel, kMax>{Kernel{&run<Math, L, V, rounded<L, V>(I + 1)>, rounded<L, V>(I + 1)}...};
+  }(std::make_integer_sequence<int, kMax>{});
+  return kKernels[static_cast<size_t>(pixels - 1)];
+}
+
+template <class Math>
+Kernel find(int lanes, int vectors, int pixels) {
+  if (lanes == kLanes) {
+    if constexpr (kMaxVectors == 4)
+      if (vectors == 4) return find<Math, kLanes, 4>(pixels);
+    return vectors == 2 ? find<Math, kLanes, 2>(pixels) : find<Math, kLanes, 1>(pixels);
+  }
+  if constexpr (kLanes == 16)
+    if (lanes == 8) return find<Math, 8, 1>(pixels);
+  return find<Math, 4, 1>(pixels);
+}
+
+}  // namespace
+}  // namespace lhc

@@ -1,0 +1,113 @@
+#include "layer.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cells.h"
+
+namespace lhc {
+namespace {
+
+// What finishing a cell costs, in units of the products of one channel.
+constexpr int64_t kEpilogue = 16;
+
+std::vector<Panel> cut(int64_t width) {
+  std::vector<Panel> panels;
+  int64_t column = 0, place = 0;
+  const auto add = [&](int lanes, int vectors) {
+    panels.push_back({lanes, vectors, column, place});
+    column += lanes * vectors, place += lanes * vectors;
+  };
+  for (int vectors = kMaxVectors; vectors >= 1; vectors /= 2)
+    while (width - column >= kLanes * vectors) add(kLanes, vectors);
+  if (column < width) {
+    int lanes = kLanes;
+    while (lanes > 4 && lanes / 2 >= width - column) lanes /= 2;
+    add(lanes, 1);
+  }
+  return panels;
+}
+
+}  // namespace
+
+Layer::Layer(const Conv& conv) : panels(cut(conv.tile_width)) {
+  padded_width = panels.back().place + panels.back().lanes * panels.back().vectors;
+  row_step = conv.tile_width * 4;
+  read_entries(conv);
+  read_filters(conv);
+}
+
+void Layer::read_entries(const Conv& conv) {
+  const int64_t entries = conv.tile_ptr[conv.tiles], in_blocks = (conv.channels - 1) / conv.in_block + 1;
+  const int64_t unit = conv.pairs ? 2 : 1, value_bytes = conv.pairs ? 2 : 4;
+  const int64_t entry_bytes = conv.in_block / unit * row_step;
+  const auto* weight = static_cast<const char*>(conv.weight);
+  // The last vector of a row may begin in it and end in the next one; behind the last row there is none.
+  const char* last = weight + (entries - 1) * entry_bytes;
+  if (padded_width > conv.tile_width && entries) {
+    last_entry_.resize(static_cast<size_t>(entry_bytes + (padded_width - conv.tile_width) * 4));
+    std::memcpy(last_entry_.data(), last, static_cast<size_t>(entry_bytes));
+    last = last_entry_.data();
+  }
+
+  steps.reserve(static_cast<size_t>(entries));
+  first_step.reserve(static_cast<size_t>(conv.tiles) + 1);
+  cost.reserve(static_cast<size_t>(conv.tiles) + 1);
+  first_step.push_back(0), cost.push_back(0);
+  for (int64_t tile = 0; tile < conv.tiles; ++tile) {
+    int64_t tap_begin = 0, previous = -1, row = 0, column = 0, units = 0;
+    for (int64_t e = conv.tile_ptr[tile]; e < conv.tile_ptr[tile + 1]; ++e) {
+      const int64_t entry = conv.entries[e];
+      if (entry < tap_begin || entry >= tap_begin + in_blocks) {
+        const int64_t tap = entry / in_blocks;
+        tap_begin = tap * in_blocks, row = tap / conv.kernel[1], column = tap % conv.kernel[1];
+      }
+      const int64_t first = (entry - tap_begin) * conv.in_block;
+      const int64_t count = std::min(conv.in_block, conv.channels - first) / unit;
+      const bool adjacent = entry == previous + 1 && entry > tap_begin;
+      previous = entry;
+      units += count;
+      if (adjacent && e + 1 < entries) {  // the last entry's weights may lie elsewhere
+        steps.back().units += count;
+        continue;
+      }
+      const auto shift = static_cast<uintptr_t>(row * conv.dilation[0] - conv.top) *
+                             static_cast<uintptr_t>(conv.row_step) +
+                         static_cast<uintptr_t>(column * conv.dilation[1] - conv.left) *
+                             static_cast<uintptr_t>(conv.column_step) +
+                         static_cast<uintptr_t>(first * value_bytes);
+      steps.push_back({e + 1 < entries ? weight + e * entry_bytes : last, shift, static_cast<int32_t>(row),
+                       static_cast<int32_t>(column), count});
+    }
+    first_step.push_back(static_cast<int64_t>(steps.size()));
+    cost.push_back(cost.back() + units + kEpilogue);
+  }
+}
+
+void Layer::read_filters(const Conv& conv) {
+  const auto all = static_cast<size_t>(conv.tiles * padded_width);
+  filters.assign(all, -1), bias.assign(all, 0.0f);
+  if (conv.scale) scale.assign(all, 1.0f);
+  filled.reserve(static_cast<size_t>(conv.tiles) * panels.size());
+  for (int64_t tile = 0; tile < conv.tiles; ++tile) {
+    int32_t* to = filters.data() + tile * padded_width;
+    std::copy_n(conv.filters + tile * conv.tile_width, conv.tile_width, to);
+    for (int64_t i = 0; i < conv.tile_width; ++i) {
+      if (to[i] < 0) continue;
+      const auto at = static_cast<size_t>(tile * padded_width + i);
+      if (conv.bias) bias[at] = conv.bias[to[i]];
+      if (conv.scale) scale[at] = conv.scale[to[i]];
+    }
+    for (const Panel& panel : panels) {
+      Filled found{0, true};
+      for (int64_t i = 0; i < panel.lanes * panel.vectors; ++i) {
+        const int32_t* f = to + panel.place + i;
+        if (*f >= 0) found.columns = i + 1;
+        found.adjacent = found.adjacent && *f >= 0 && (i % panel.lanes == 0 || *f == f[-1] + 1);
+      }
+      filled.push_back(found);
+    }
+  }
+}
+
+}  // namespace lhc

@@ -1,0 +1,53 @@
+// A call's tables and vectors, decoded into what the inner loops read.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "conv.h"
+
+namespace lhc {
+
+// Adjacent input channels of one tap: one entry, or several whose blocks follow each other.
+struct Step {
+  const char* weight;   // of the first of these channels, for the tile's column 0
+  uintptr_t shift;      // from a block's pixel address to the first channel; modulo the address space
+  int32_t row, column;  // of the kernel
+  int64_t units;        // channels, or pairs of them
+};
+
+// Columns of a tile that one call of a kernel computes: `vectors` vectors of `lanes` filters.
+struct Panel {
+  int lanes, vectors;
+  int64_t column;       // in the packed weight
+  int64_t place;        // in the padded vectors below
+};
+
+class Layer {
+ public:
+  explicit Layer(const Conv& conv);
+
+  std::vector<Step> steps;
+  std::vector<int64_t> first_step;  // of each tile, and the end
+  std::vector<int64_t> cost;        // of all tiles before each tile, and of all: units of steps, and the epilogue
+  std::vector<Panel> panels;
+  // For each tile, padded to whole vectors: zero, one and -1 where a column has no filter.
+  int64_t padded_width;
+  std::vector<float> bias, scale;
+  std::vector<int32_t> filters;
+  // For each tile and panel: columns up to the last filter; and whether each vector's filters are adjacent.
+  struct Filled {
+    int64_t columns;
+    bool adjacent;
+  };
+  std::vector<Filled> filled;
+  int64_t row_step;                 // bytes from one unit of the weight to the next
+
+ private:
+  void read_entries(const Conv& conv);
+  void read_filters(const Conv& conv);
+
+  std::vector<char> last_entry_;    // where a vector of the last row of the weight would reach past its end
+};
+
+}  // namespace lhc

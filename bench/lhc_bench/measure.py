@@ -12,7 +12,9 @@ from torch import Tensor
 from lhc_triton.runtime.store import TimingStore
 from lhc_triton.runtime.timing import Timing
 
+from .engines import OpenEngines
 from .graphs import replayed
+from .remote_engine import DEEPSPARSE, EngineError
 from .rows import Row
 
 Call = Callable[[], Any]
@@ -36,8 +38,9 @@ class Setting:
         compiled: whether the dense peers include torch.compile.
         timer: called as `time_paired`; another one in tests.
         store: the times by which "auto" chooses, and the launch configs of GPU kernels.
-        rivals: other ways to save the same work, each with a row: "narrow", "bsr", "2:4".
+        rivals: other ways to save the same work, each with a row: "narrow", "bsr", "2:4", and engines.
         budget_s: seconds after which a timing begins no further round; None: no limit.
+        engines: where the rivals that are other engines run; None without them.
     """
 
     device: str
@@ -50,6 +53,7 @@ class Setting:
     store: TimingStore
     rivals: tuple[str, ...] = ()
     budget_s: float | None = None
+    engines: OpenEngines | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -242,7 +246,12 @@ def measure(
         if reason is not None:
             notes.append((place, f"{name}: timed with its launches, not as a CUDA graph: {reason}"))
 
-    times = setting.time(calls)
+    try:
+        times = setting.time(calls)
+    except EngineError as error:  # its process has ended: the others are timed without it
+        notes.append((place, f"{DEEPSPARSE}: {error}"))
+        right.remove(DEEPSPARSE)
+        times = setting.time({name: call for name, call in calls.items() if owners[name] != DEEPSPARSE})
 
     def fastest(owner: str) -> str:
         return min((name for name in times if owners[name] == owner), key=lambda n: times[n].median_us)

@@ -19,6 +19,7 @@ from lhc_triton.runtime.accelerate import accelerate
 from lhc_triton.runtime.backends import unavailable
 
 from .cases import IMAGE_SIZE
+from .engines import ENGINES
 from .graphs import reason_of
 from .masks import random_mask
 from .measure import LIMITS, Call, Contender, Setting, Sparse
@@ -112,9 +113,9 @@ class NetworkSubject:
     def prepare(cls, case: NetworkCase, setting: Setting) -> NetworkSubject:
         """Draw weights and images, and build the dense peers.
 
-        They are the network with its batch norm folded, in the memory format that is faster here, and
-        compiled with frozen weights in each format. On the CPU the folded ones are recorded like the sparse
-        ones. CUDA graphs are not theirs but those of the measurement, so nobody copies inputs or outputs.
+        They are the network with its batch norm folded, recorded like the sparse ones on the CPU, and in each
+        memory format as it is (on the CPU) and compiled with frozen weights. CUDA graphs are not theirs but
+        those of the measurement, so nobody copies inputs or outputs.
         """
         dense = _drawn(case, setting)
         x = case.image(case.batch, setting)
@@ -127,9 +128,13 @@ class NetworkSubject:
         skipped: dict[str, str] = {}
         if setting.compiled:
             reset_compiler()
-        for name, layout in layouts(setting.device).items() if setting.compiled else ():
+        for name, layout in layouts(setting.device).items():
             laid = x.contiguous(memory_format=layout)
-            model = model.to(memory_format=layout)  # type: ignore[call-overload]
+            model = copy.deepcopy(model).to(memory_format=layout)  # type: ignore[call-overload]
+            if setting.device == "cpu":
+                peers[f"eager {name}"] = _bound(model, laid)
+            if not setting.compiled:
+                continue
             compiled, reason = compiled_or_reason(model, laid)
             if compiled is None:
                 skipped[f"compiled {name}"] = reason or ""
@@ -157,7 +162,8 @@ class NetworkSubject:
     def under(self, block: tuple[int, int], density: float, setting: Setting) -> Sparse:
         """Put random masks on all but the first convolution, and accelerate for each backend.
 
-        The rival "narrow" is the dense network with its channels scaled to about the same MACs, folded.
+        The rival "narrow" is the dense network with its channels scaled to about the same MACs, folded. Other
+        engines get the masked network itself.
         """
         sparse = self._masked(block, density, setting)
         with torch.inference_mode():
@@ -181,6 +187,17 @@ class NetworkSubject:
             contenders[backend] = self._contender(fast, expected, counts.total.live_macs * images)
         if "narrow" in setting.rivals and density < 1:
             contenders["narrow"] = self._narrow(counts.total, setting)
+        names = [name for name in setting.rivals if name in ENGINES]
+        if setting.engines is not None and names:
+            loaded = setting.engines.load(sparse, self.x, names, torch.get_num_threads())
+            left_out |= loaded.left_out
+            for name, run in loaded.runs.items():
+                if (found := loaded.outputs[name]).shape != expected.shape:
+                    left_out[name] = f"output {tuple(found.shape)} in place of {tuple(expected.shape)}"
+                    continue
+                contenders[name] = Contender(
+                    {"engine": run}, norm_error(found, expected), counts.total.live_macs * images
+                )
         parts = _parts(counts, self.x, expected)
         return Sparse(contenders, counts.converted.density, parts, left_out, self.memory_mb)
 

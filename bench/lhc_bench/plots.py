@@ -1,4 +1,4 @@
-"""Pictures of a results file, never of a live run: curves over density, bars by layer, scaling, loading."""
+"""Pictures of a results file, never of a live run: curves over density, bars by layer or engine, and more."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .curves_picture import peak_figure, speedup_figure
+from .engines_picture import engines_figure, has_engines
 from .layers_picture import layers_figure
 from .loading import is_loading, read_loading
 from .loading_picture import loading_figure
@@ -30,7 +31,7 @@ def draw(results_path: str | Path, out_dir: str | Path, svg: bool = False) -> li
     Returns:
         The paths of the pictures: speedup.png and layers.png; peak.png (the share of the machine's peak)
         where single layers were measured; for several batches or thread counts scaling.png alone;
-        loading.png for the suite of that name.
+        engines.png alone where other engines were measured; loading.png for the suite of that name.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -51,6 +52,8 @@ def _figures(path: str | Path) -> dict[str, Callable[[], Figure]]:
     results = read_results(path)
     if not results.rows:
         raise ValueError(f"{path} holds no rows: there is nothing to draw")
+    if has_engines(results):
+        return {"engines": partial(engines_figure, results)}
     if scales(results):
         return {"scaling": partial(scaling_figure, results)}
     figures = {"speedup": partial(speedup_figure, results), "layers": partial(layers_figure, results)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from lhc_triton.runtime.store import TimingStore
 from lhc_triton.runtime.timing import Timing, time_paired
 
+from . import engines as other
 from .cases import LayerCase, batch_of, cpu_cases, gpu_cases, question_cases, quick_cases
 from .files import check_writable
 from .layers import LayerSubject
@@ -81,6 +82,16 @@ def cpu_networks() -> tuple[NetworkCase, ...]:
     )
 
 
+def engine_networks() -> tuple[NetworkCase, ...]:
+    """Networks that every engine takes whole, VGG16 at the size of photographs without its classifier."""
+    return (
+        NetworkCase("vgg16", "cifar", 8),
+        NetworkCase("vgg16", "imagenet", 1, "features"),
+        NetworkCase("resnet34", "imagenet", 1),
+        NetworkCase("resnet50", "imagenet", 1),
+    )
+
+
 def scaled_networks() -> tuple[NetworkCase, ...]:
     """One and all threads on two networks, then a curve over the batch."""
     threads = sorted({1, torch.get_num_threads()})
@@ -106,6 +117,17 @@ SUITES = {
     "cpu-layers": Suite(*CPU, ("narrow",), cpu_cases, PAPER, CPU_DENSITIES, 20, budget_s=5.0),
     "cpu-models": Suite(*CPU, ("narrow",), cpu_networks, PAPER, (0.1, 0.25), 20, budget_s=15.0),
     "cpu-scaling": Suite(*CPU[:2], ("native", "auto"), (), scaled_networks, PAPER, (0.1,), 20, budget_s=15.0),
+    other.SUITE: Suite(
+        *CPU[:2],
+        (other.OURS,),
+        other.ENGINES,
+        engine_networks,
+        PAPER,
+        (0.1,),
+        20,
+        budget_s=60.0,
+        limit_s=2400.0,
+    ),
     "gpu-layers": Suite(*GPU, ("narrow", "bsr", "2:4"), gpu_cases, SHARED, GPU_DENSITIES, 30, budget_s=3.0),
     "gpu-questions": Suite(
         *GPU[:2], QUESTIONED, (), question_cases, SHARED, (0.1, 0.2, 0.5), 30, budget_s=3.0, compiled=False
@@ -124,6 +146,7 @@ def run_suite(
     compiled: bool = True,
     timer: Timer = time_paired,
     only: str = "",
+    engines: other.Engines | None = None,
 ) -> dict[str, Any]:
     """Run a suite and write results.json and results.csv.
 
@@ -137,6 +160,8 @@ def run_suite(
         compiled: also compare with torch.compile, which takes seconds a layer.
         timer: measures as `lhc_triton.runtime.timing.time_paired` does.
         only: measure the cases whose names contain this.
+        engines: for the suite "cpu-engines", which ones; by default those that are installed here. Their rows
+            are named after them, and the summary has our speed-ups over them under "engines".
 
     Returns:
         What results.json holds: {"env", "rows", "summary"}. A backend that could not run, or whose result
@@ -145,9 +170,12 @@ def run_suite(
 
     Raises:
         ValueError: an unknown suite, a suite for a GPU where there is none, no case with that name, rounds
-            below 1, a negative seed or a density outside (0, 1]; nothing is written then.
+            below 1, a negative seed, a density outside (0, 1], engines for another suite, or an interpreter
+            without its engine; nothing is written then.
         OSError: if the folder cannot be written.
     """
+    if engines is not None and name != other.SUITE:
+        raise ValueError(f"suite {name!r} compares with no other engine; the suite {other.SUITE!r} does")
     suite = _checked_suite(name)
     rounds = suite.rounds if rounds is None else rounds
     wanted = tuple(suite.densities if densities is None else densities)
@@ -157,14 +185,18 @@ def run_suite(
         known = "; ".join(case.name for case in suite.cases())
         raise ValueError(f"no case of suite {name!r} has {only!r} in its name; the cases are {known}")
     out = Path(out_dir)
-    check_writable(out)
-
-    with tempfile.TemporaryDirectory() as cache:
+    with ExitStack() as stack:
+        opened = None
+        if set(suite.rivals) & set(other.ENGINES):
+            opened = stack.enter_context((engines or other.Engines()).open())
+            timer = partial(timer, clock=opened.clock)
+        check_writable(out)
+        cache = stack.enter_context(tempfile.TemporaryDirectory())
         # A GPU's launch configs come from the user's tuning; on a CPU, earlier runs have no say.
         store = TimingStore(None if suite.device == "cuda" else Path(cache) / "timings.json")
         setting = Setting(
             suite.device, suite.dtype, suite.backends, rounds, seed, compiled and suite.compiled, timer,
-            store, suite.rivals, suite.budget_s,
+            store, suite.rivals, suite.budget_s, opened,
         )  # fmt: skip
         run = _Run(suite, cases, setting, wanted, progress)
         # cuDNN's own search is part of the best dense a GPU has.
@@ -179,9 +211,13 @@ def run_suite(
         densities=list(wanted),
         skipped_peers=run.skipped,
         notes=run.notes,
+        **({} if opened is None else {"engines": opened.versions}),
         **asdict(run.machine()),
     )
-    results = Results(env, tuple(run.rows), summarise(run.rows, wanted))
+    summary = summarise(run.rows, wanted)
+    if opened is not None:
+        summary["engines"] = other.ours_over(run.rows)
+    results = Results(env, tuple(run.rows), summary)
     write_results(out, results)
     return results.to_dict()
 

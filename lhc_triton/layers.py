@@ -321,19 +321,6 @@ class LHCConv2d(nn.Conv2d):
         )
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Return whether a module computes exactly what nn.Conv2d or LHCConv2d do.
-
-    It is one of them, with a parametrised weight or not, or of a subclass that overrides nothing of how they
-    compute.
-    """
-    if not isinstance(module, nn.Conv2d) or own_forward(module):
-        return False
-    kind = LHCConv2d if isinstance(module, LHCConv2d) else nn.Conv2d
-    names = ("__call__", "forward", "_conv_forward", "masked_weight")
-    return all(getattr(type(module), name, None) is getattr(kind, name, None) for name in names)
-
-
 def convolves_plainly(module: nn.Module) -> bool:
     """Return whether a module computes just what nn.Conv2d or LHCConv2d computes with its weight and bias.
 

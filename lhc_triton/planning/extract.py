@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,14 +97,22 @@ def _input_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Return the shape of each convolution's first input, in calling order."""
     seen: dict[str, tuple[int, ...]] = {}
-    names = {module: name for name, module in convs.items()}
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = args[0] if args else kwargs.get("input")
-        if isinstance(value, Tensor):
-            seen.setdefault(names[module], tuple(value.shape))  # type: ignore[index]
+    def recording(name: str, conv: _ConvNd) -> Callable[..., Any]:
+        original = conv.forward
 
-    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in convs.values()]
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            value = args[0] if args else kwargs.get("input")
+            if isinstance(value, Tensor):
+                seen.setdefault(name, tuple(value.shape))
+            return original(*args, **kwargs)
+
+        return forward
+
+    # Not by hooks: a network may call ``layer.forward(x)``.
+    own = {conv: vars(conv).get("forward") for conv in convs.values()}
+    for name, conv in convs.items():
+        vars(conv)["forward"] = recording(name, conv)
     try:
         with evaluating(model):
             model(*inputs)
@@ -115,8 +123,10 @@ def _input_shapes(
             f"{type(model).__name__} does not run on inputs of shape {shapes}: {line}"
         ) from error
     finally:
-        for handle in handles:
-            handle.remove()
+        for conv, forward in own.items():
+            vars(conv).pop("forward")
+            if forward is not None:
+                vars(conv)["forward"] = forward
     return seen
 
 

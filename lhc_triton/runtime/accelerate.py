@@ -6,42 +6,33 @@ import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from lhc_triton.planning import plan as make_plan
+from lhc_triton.planning.cost import CostModel
 from lhc_triton.planning.schema import LayerPlan, Plan
-from lhc_triton.runtime.accelerated import AcceleratedModel, LayerRow, Record, make_row
+from lhc_triton.runtime.accelerated import (
+    AcceleratedModel,
+    LayerRow,
+    Record,
+    make_row,
+    plain_attributes,
+    public_names,
+)
 from lhc_triton.runtime.calibration import cost_model
-from lhc_triton.runtime.checks import (
-    check_convs,
-    check_inputs,
-    check_names,
-    fitting_plan,
-    run_model,
-    strip_hooks,
-    working_copy,
-)
+from lhc_triton.runtime.checks import check_convs, check_inputs, check_names, fitting_plan
+from lhc_triton.runtime.copying import carry_hooks, has_hooks, preserved, unwrapped, working_copy, wrappers
 from lhc_triton.runtime.dispatch import choose_backend, launch_config, passed_over, supports
-from lhc_triton.runtime.epilogue import LAYOUTS, layer_layout
 from lhc_triton.runtime.fusion import fuse, swapped
-from lhc_triton.runtime.graph import Site, direct_readers, find_sites, is_fusible, rewrite
+from lhc_triton.runtime.graph import Site, find_sites, is_fusible, rewrite
 from lhc_triton.runtime.modules import FusedConv2d
-from lhc_triton.runtime.planes import REASON, plan_plane_writers
-from lhc_triton.runtime.timing import time_paired
-from lhc_triton.runtime.tracing import Shapes, TraceError, record_shapes, trace
+from lhc_triton.runtime.tracing import TraceError, record_formats, record_shapes, trace
+from lhc_triton.runtime.trials import Observed, observe_model
 from lhc_triton.runtime.tuning import deterministic
-from lhc_triton.runtime.verify import (
-    Findings,
-    compare_calls,
-    compare_sites,
-    layer_tolerance,
-    network_tolerance,
-    norm_error,
-)
+from lhc_triton.runtime.verify import Findings, Judge, compare_calls, compare_sites, network_tolerance
 
 
 @dataclass(frozen=True)
@@ -53,14 +44,67 @@ class Choice:
     measured_us: float | None = None
 
 
-def _layout_between(choices: Mapping[str, Choice]) -> str:
-    """Return the memory format between the layers; on the CPU tune="full" tries the other ones as well.
+Choices = Mapping[str, Choice]
 
-    Without the native kernel, the small VGG ran up to twice as fast on channels_last as on contiguous tensors
-    on two CPU cores, dense and sparse alike.
+
+@dataclass(frozen=True)
+class Case:
+    """What is to be accelerated, and what is known of it; nothing here changes any more.
+
+    Attributes:
+        work: the copy of the model, in eval mode.
+        convs: its convolutions that can be replaced, by name.
+        inputs: the example.
+        observed: what the model itself does.
+        judge: holds networks against that.
+        plan: of the convolutions.
+        tune, requested: what ``accelerate`` was asked for.
     """
-    native = any(choice.backend == "native" for choice in choices.values())
-    return "mixed" if native else "channels_last"
+
+    work: nn.Module
+    convs: Mapping[str, nn.Conv2d]
+    inputs: tuple[Tensor, ...]
+    observed: Observed
+    judge: Judge
+    plan: Plan
+    tune: str
+    requested: str
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A network as a graph: its sites, and the memory formats of its values (see ``formats``)."""
+
+    graph: fx.GraphModule
+    sites: tuple[Site, ...]
+    formats: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A network in which convolutions are replaced.
+
+    Attributes:
+        network: the network.
+        traced: whether its epilogues are fused.
+        sites: the calls that were replaced.
+        choices: who runs each layer now.
+        findings: of the comparison layer by layer.
+        notes: what people should know.
+        replaced: whether they are; else the network is the model as it is.
+        error: of its outputs on the example.
+        problem: how it differs from the model, in one phrase, or None.
+    """
+
+    network: nn.Module
+    traced: bool
+    sites: tuple[Site, ...]
+    choices: Choices
+    findings: Findings
+    notes: tuple[str, ...]
+    replaced: bool = True
+    error: float = 0.0
+    problem: str | None = None
 
 
 def accelerate(
@@ -75,11 +119,17 @@ def accelerate(
 
     Convolutions with a topology (LHCConv2d, or nn.Conv2d with structured zeros) go to a sparse backend where
     it is faster, the others stay dense. Where torch.fx can trace the model, batch norm is folded and bias,
-    residual, ReLU and 2x2 max pool run in the convolutions' epilogues. Every layer, and then the whole
-    output, is compared with the model's on ``example_input``; what differs is put back to dense, and
-    ``explain()`` says so. The model is copied and left as it was; its hooks are not carried over. Where
-    backend="auto" has to do without the device's fastest kernel (no C++ compiler, for example), a warning
-    and a note give the reason.
+    residual, ReLU and 2x2 max pool run in the convolutions' epilogues; activations are channels_last inside,
+    and outputs have the memory format that the model gives them.
+
+    Every layer is compared with the model's on ``example_input``; what differs is put back to dense. The
+    whole network then runs beside the untouched model on the example, on other values of its kind, and on
+    another batch and image size where the model takes them, the last one twice; every output is compared.
+    What differs is given up: first the traced network, for convolutions that are swapped in place, then the
+    sparse backends, then everything. ``explain()`` tells why. The model is copied and left as it was. Its
+    forward hooks go with the copy; where modules inside have hooks, convolutions are swapped in place. Where
+    backend="auto" has to do without the device's fastest kernel (no C++ compiler, for example), a warning and
+    a note give the reason.
 
     Args:
         model: any module; run in eval mode.
@@ -95,295 +145,319 @@ def accelerate(
 
     Raises:
         ValueError: the model has no convolution, NaN weights or an unfinished mask warm-up; it does not take
-            the example; the plan is for another model; a forced backend cannot serve a layer.
+            the example; it cannot be copied, or a copy computes something else; the plan is for another
+            model; a forced backend cannot serve a layer, or the network.
         TypeError: an argument has another type.
     """
     check_names(tune, backend)
-    if deterministic():
-        tune = "off"
+    tune = "off" if deterministic() else tune
     inputs = check_inputs(model, example_input)
-    work = working_copy(model)
-    convs = check_convs(work)
-    reference = run_model(work, inputs)
-    notes = []
-    if strip_hooks(work):
-        notes.append("the model's forward hooks are not carried over")
-
-    weight = next(module.weight for module in work.modules() if isinstance(module, nn.Conv2d))
-    if plan is None:
-        cost = cost_model(backend, weight.dtype, weight.device, tune)
-        plan = make_plan(work, inputs, backend=backend, cost=cost)
-    else:
-        plan = fitting_plan(plan, convs)
-    choices = _choose_all(plan, convs, tune, backend)
-    notes += _remarks(work, plan, convs)
-    if backend == "auto" and plan.layers:
+    case, choices, notes = _read(model, inputs, plan, tune, backend)
+    if backend == "auto" and case.plan.layers:
+        weight = next(iter(case.convs.values())).weight
         slower = passed_over(weight.dtype, weight.device)
         if slower is not None:
             notes.append(f"the fastest sparse kernel is left out: {slower}")
             warnings.warn(notes[-1], stacklevel=2)
-    job = _Job(work, inputs, reference, plan, choices, tune, backend, notes)
-    return job.run(graphs)
+    built = _agreeing(case, choices, notes)
+    record = Record(
+        type(case.work).__name__,
+        backend,
+        built.traced,
+        "channels_last",
+        built.sites if built.replaced else (),
+        _rows(case, built),
+        tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs),
+        built.error,
+        tuple(notes),
+    )
+    pure = built.traced or not (case.observed.varies or case.observed.stateful)
+    plan = _plan_in_force(case.plan, built.choices)
+    fast = AcceleratedModel(
+        built.network, plan, record, graphs and pure, plain_attributes(case.work), public_names(case.work)
+    )
+    _check_replays(fast, case)
+    return fast
 
 
-class _Job:
-    """One acceleration on its way from choices to a checked network."""
+def _read(
+    model: nn.Module, inputs: tuple[Tensor, ...], plan: Plan | None, tune: str, requested: str
+) -> tuple[Case, dict[str, Choice], list[str]]:
+    """Learn what the model does and how its layers shall run; return that, the choices and notes."""
+    copies: dict[int, Any] = {}
+    work = working_copy(model, copies)
+    convs = check_convs(work)
+    model = unwrapped(model)
+    observed = observe_model(model, inputs, copies)
+    everything = [m.weight for m in work.modules() if isinstance(m, nn.Conv2d)]
+    weight = everything[0]
+    judge = Judge(model, observed, network_tolerance(observed.dtypes or {weight.dtype}, weight.device))
+    if plan is None:
+        cost = cost_model(requested, weight.dtype, weight.device, tune)
+        plan = _plan_copy(work, model, judge, inputs, requested, cost)
+    else:
+        plan = fitting_plan(plan, convs)
+    case = Case(work, convs, inputs, observed, judge, plan, tune, requested)
+    return case, _choose_all(case), _remarks(case, wrappers(model))
 
-    def __init__(
-        self,
-        work: nn.Module,
-        inputs: tuple[Tensor, ...],
-        reference: Any,
-        plan: Plan,
-        choices: dict[str, Choice],
-        tune: str,
-        requested: str,
-        notes: list[str],
-    ) -> None:
-        self.work = work
-        self.inputs = inputs
-        self.reference = reference
-        self.plan = plan
-        self.layers = {layer.name: layer for layer in plan.layers}
-        self.choices = choices
-        self.tune = tune
-        self.requested = requested
-        self.notes = notes
-        self.changed = False
-        self.readers: Mapping[str, frozenset[str]] = {}
-        self.modules_by_name = dict(work.named_modules())
-        weight = next(m.weight for m in work.modules() if isinstance(m, nn.Conv2d))
-        self.layer_tolerance = layer_tolerance(weight.dtype, weight.device)
-        self.tolerance = network_tolerance(weight.dtype, weight.device)
-        self.device = weight.device
 
-    def run(self, graphs: bool) -> AcceleratedModel:
-        traced, sites = self._trace()
-        layout = _layout_between(self.choices)
-        fused = {site.module: self._fuse(site, layout) for site in sites}
-        findings = self._compare(traced, sites, fused)
-        if traced is None:
-            sites = tuple(site for site in sites if site.module in findings.pixels)
-        for site in sites:
-            problem = findings.problem(site.module, self.layer_tolerance)
-            if problem is not None and self.choices[site.layer].backend != "dense":
-                self._put_back(site.layer, problem)
-        fused = self._refresh(sites, fused, layout)
-        network, error = self._assemble(traced, sites, fused)
-        if error > self.tolerance and any(c.backend != "dense" for c in self.choices.values()):
-            for name, choice in self.choices.items():
-                if choice.backend != "dense":
-                    self._put_back(name, f"the network's output differs from the model's by {error:.1e}")
-            fused = self._refresh(sites, fused, layout)
-            network, error = self._assemble(traced, sites, fused)
-        if self.changed:
-            findings = self._compare(traced, sites, fused)
-        rows = self._rows(sites, findings)
-        if self.tune == "full" and self.device.type == "cpu" and error <= self.tolerance:
-            network, error, layout = self._faster_layout(traced, sites, network, error, layout)
-        if error > self.tolerance:
-            self.notes.append(
-                f"even with dense layers the rewritten network's output differs from the model's by "
-                f"{error:.1e}: the model runs as it is"
-            )
-            network, error = self.work, norm_error(run_model(self.work, self.inputs), self.reference)
-            sites, traced = (), None
-        record = Record(
-            type(self.work).__name__,
-            self.requested,
-            traced is not None,
-            layout,
-            sites,
-            rows,
-            tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in self.inputs),
-            error,
-            tuple(self.notes),
-        )
-        fast = AcceleratedModel(network, self._plan_in_force(), record, graphs)
-        self._check_graphs(fast)
-        return fast
+def _plan_copy(
+    work: nn.Module, model: nn.Module, judge: Judge, inputs: Sequence[Tensor], requested: str, cost: CostModel
+) -> Plan:
+    """Plan the copy of a model; ValueError if it does not run by itself, as the model did."""
+    originals = set(model.modules())
+    strangers: list[nn.Module] = []
 
-    def _check_graphs(self, fast: AcceleratedModel) -> None:
-        """Capture the example's graph where graphs are used, and give them up if it computes otherwise."""
-        if fast.graphs is not None and fast.graphs.capture(fast.network, self.inputs):
-            error = norm_error(fast(*self.inputs), self.reference)
-            if error > self.tolerance:
-                fast.graphs.refuse(f"replayed, the output differs from the model's by {error:.1e}")
+    def look(module: nn.Module, args: object, output: object) -> None:
+        if module in originals:
+            strangers.append(module)
 
-    def _trace(self) -> tuple[fx.GraphModule | None, tuple[Site, ...]]:
-        """Return the traced network with its sites, or None with one plain site per convolution."""
+    handle = nn.modules.module.register_module_forward_hook(look)
+    try:
+        with preserved(work):
+            plan = make_plan(work, tuple(x.clone() for x in inputs), backend=requested, cost=cost)
+    except ValueError as error:
+        problem = judge.verdict(work).problem
+        if problem is not None:
+            raise ValueError(_unlike_its_copy(model, problem)) from error
+        raise
+    finally:
+        handle.remove()
+    if strangers:
+        raise ValueError(_unlike_its_copy(model, "it calls the layers of the given model"))
+    return plan
+
+
+def _unlike_its_copy(model: nn.Module, problem: str) -> str:
+    return (
+        f"a copy of {type(model).__name__} does not do what the model does: {problem}; it may keep state "
+        "outside of itself (a closure, a global, another object), which has to become its own"
+    )
+
+
+def _agreeing(case: Case, choices: Choices, notes: list[str]) -> Built:
+    """Return the fastest network that does what the model does; why not a faster one goes to the notes."""
+    problem = _why_not_traced(case)
+    if problem is None:
         try:
-            traced = trace(self.work, len(self.inputs))
-            shapes, output = record_shapes(traced, self.inputs)
-            error = norm_error(output, self.reference)
-            if error > self.tolerance:
-                raise TraceError(f"the traced network's output differs from the model's by {error:.1e}")
-            sites = find_sites(traced, shapes)
-            self.readers = direct_readers(traced, sites)
-            if self.requested == "auto":
-                self._let_native_write_planes(traced, sites, shapes)
-            return traced, sites
+            built = _judged(case, _build(case, choices, _trace(case)))
         except TraceError as failure:
-            self.notes.append(
-                f"torch.fx could not trace the model ({failure}): convolutions are swapped in place, "
-                "nothing is fused"
+            problem = f"torch.fx could not trace the model ({failure})"
+        else:
+            problem = built.problem
+            if problem is None:
+                notes += built.notes
+                return built
+    notes.append(f"{problem}: convolutions are swapped in place, nothing is fused")
+    built = _judged(case, _build(case, choices, None))
+    problem = built.problem
+    draws = case.observed.varies and not case.observed.stateful
+    if problem is not None and draws and case.judge.verdict(built.network, values=False).problem is None:
+        # The layers were compared one by one. What is left may be the same numbers in another order.
+        notes += [*built.notes, "drawn in another order, the random numbers keep outputs from being compared"]
+        return built
+    sparse = {name: choice for name, choice in built.choices.items() if choice.backend != "dense"}
+    if problem is not None and sparse:
+        if case.requested != "auto":
+            raise ValueError(
+                f"{type(case.work).__name__} cannot run on the forced backend {case.requested!r}: {problem}; "
+                'use backend="auto"'
             )
-            names = (name for name, module in self.modules_by_name.items() if is_fusible(module))
-            return None, tuple(Site(name, name) for name in names)
+        dense = {n: Choice("dense", f"put back from {c.backend}: {problem}") for n, c in sparse.items()}
+        notes += [*built.notes, f"every layer was put back to dense: {problem}"]
+        built = _judged(case, _build(case, {**built.choices, **dense}, None))
+        problem = built.problem
+    notes += built.notes
+    if problem is None:
+        return built
+    notes.append(f"even with dense layers {problem}: the model runs as it is")
+    verdict = case.judge.verdict(case.work)
+    if verdict.problem is not None:
+        raise ValueError(_unlike_its_copy(case.work, verdict.problem))
+    return dataclasses.replace(built, network=case.work, replaced=False, error=verdict.error, problem=None)
 
-    def _let_native_write_planes(self, traced: fx.GraphModule, sites: Sequence[Site], shapes: Shapes) -> None:
-        """Let the native kernel run small dense layers that only native layers read."""
-        backends = {name: choice.backend for name, choice in self.choices.items()}
-        if "native" not in backends.values():
-            return
-        dtype = next(iter(shapes.values()))[1]
-        cost = cost_model("native", dtype, self.device, self.tune)
-        found = plan_plane_writers(traced, sites, shapes, backends, cost)
-        for name, layer in found.items():
-            self.layers[name] = layer
-            self.choices[name] = Choice("native", REASON)
-        order = {site.layer: place for place, site in enumerate(sites)}
-        layers = sorted(self.layers.values(), key=lambda layer: order.get(layer.name, len(order)))
-        skipped = tuple(pair for pair in self.plan.skipped if pair[0] not in found)
-        self.plan = dataclasses.replace(self.plan, layers=tuple(layers), skipped=skipped)
 
-    def _faster_layout(
-        self,
-        traced: fx.GraphModule | None,
-        sites: Sequence[Site],
-        network: nn.Module,
-        error: float,
-        layout: str,
-    ) -> tuple[nn.Module, float, str]:
-        """Try the other formats between the layers of a network that works; return the fastest one."""
-        networks = {layout: (network, error)}
-        for other in LAYOUTS:
-            if other == layout:
-                continue
-            fused = {site.module: self._fuse(site, other) for site in sites}
-            rival, rival_error = self._assemble(traced, sites, fused)
-            if rival_error <= self.tolerance:
-                networks[other] = (rival, rival_error)
-        calls = {name: partial(rival, *self.inputs) for name, (rival, _) in networks.items()}
-        with torch.no_grad():
-            times = time_paired(calls, rounds=7, warmup=2, device=self.device)
-        fastest = min(times, key=lambda name: times[name].median_us)
-        return *networks[fastest], fastest
+def _why_not_traced(case: Case) -> str | None:
+    """Say why the model's own code has to run, where a graph would miss part of what it does."""
+    hooked = [name for name, module in case.work.named_modules() if name and has_hooks(module)]
+    if hooked:
+        return f"module {hooked[0]!r} has forward hooks, which are kept"
+    if case.observed.varies:
+        return "two runs of the model on one input differ (random numbers, or state that it keeps)"
+    return "forward switches autocast on" if case.observed.autocast else None
 
-    def _fuse(self, site: Site, layout: str) -> FusedConv2d:
-        conv = self.modules_by_name[site.layer]
-        assert isinstance(conv, nn.Conv2d)
-        backend = self.choices[site.layer].backend
-        readers = [self.choices[name].backend for name in self.readers.get(site.module, ())]
-        return fuse(
-            conv,
-            self.modules_by_name[site.norm] if site.norm else None,
-            layer=self.layers.get(site.layer),
-            backend=backend,
-            activation=site.activation,
-            pool=site.pool,
-            layout=layer_layout(layout, backend, readers),
-            tune=self.tune,
-        )
 
-    def _refresh(
-        self, sites: Sequence[Site], fused: Mapping[str, FusedConv2d], layout: str
-    ) -> dict[str, FusedConv2d]:
-        """Rebuild the modules whose backend changed, and drop those without a site."""
+def _trace(case: Case) -> Traced:
+    """Trace the model; TraceError if it cannot be."""
+    traced = trace(case.work, len(case.inputs))
+    shapes, _ = record_shapes(traced, case.inputs)
+    small = case.observed.trials[-1].inputs
+    return Traced(traced, find_sites(traced, shapes), record_formats(traced, shapes, case.inputs, small))
+
+
+def _build(case: Case, choices: Choices, traced: Traced | None) -> Built:
+    """Replace the convolutions, and put back to dense those whose output differs from the model's."""
+    if traced is not None:
+        sites = traced.sites
+    else:
+        sites = tuple(Site(name, name) for name in case.convs)
+
+    def fused(choices: Choices, earlier: Mapping[str, FusedConv2d]) -> dict[str, FusedConv2d]:
         return {
-            site.module: fused[site.module]
-            if fused[site.module].backend == self.choices[site.layer].backend
-            else self._fuse(site, layout)
+            site.module: earlier[site.module]
+            if site.module in earlier and earlier[site.module].backend == choices[site.layer].backend
+            else _fuse(case, site, choices[site.layer].backend, traced is None)
             for site in sites
         }
 
-    def _compare(
-        self, traced: fx.GraphModule | None, sites: Sequence[Site], fused: Mapping[str, FusedConv2d]
-    ) -> Findings:
+    def compare(modules: Mapping[str, FusedConv2d]) -> Findings:
         if traced is not None:
-            return compare_sites(traced, sites, fused, self.inputs)
-        return compare_calls(self.work, fused, self.inputs)
+            return compare_sites(traced.graph, sites, modules, case.inputs)
+        return compare_calls(case.work, modules, case.inputs)
 
-    def _put_back(self, name: str, problem: str) -> None:
-        """Let a layer run dense, or refuse where the user forced its backend."""
-        backend = self.choices[name].backend
-        if self.requested != "auto":
+    modules = fused(choices, {})
+    findings = compare(modules)
+    notes = []
+    if traced is None:
+        notes = [
+            f"layer {site.layer!r} is left as it is: not called on the example"
+            for site in sites
+            if site.module not in findings.pixels
+        ]
+        sites = tuple(site for site in sites if site.module in findings.pixels)
+    back = _put_back(case, choices, sites, findings)
+    if back:
+        notes += [
+            f"layer {n!r} was put back to dense from {choices[n].backend}: {p}" for n, p in back.items()
+        ]
+        reasons = {n: Choice("dense", f"put back from {choices[n].backend}: {p}") for n, p in back.items()}
+        choices = {**choices, **reasons}
+        modules = fused(choices, modules)
+        findings = compare(modules)
+    modules = {site.module: modules[site.module] for site in sites}
+    network: nn.Module
+    if traced is not None:
+        network = rewrite(traced.graph, sites, modules, traced.formats)
+        carry_hooks(case.work, network)
+    else:
+        network = swapped(case.work, modules)
+    return Built(network, traced is not None, sites, choices, findings, tuple(notes))
+
+
+def _put_back(case: Case, choices: Choices, sites: Sequence[Site], findings: Findings) -> dict[str, str]:
+    """Return the layers that have to run dense and why; ValueError where the user forced their backend."""
+    back = {}
+    for site in sites:
+        problem, backend = findings.problems.get(site.module), choices[site.layer].backend
+        if problem is None or backend == "dense":
+            continue
+        if case.requested != "auto":
             raise ValueError(
-                f"layer {name!r} cannot run on the forced backend {backend!r}: {problem}; "
+                f"layer {site.layer!r} cannot run on the forced backend {backend!r}: {problem}; "
                 'use backend="auto" to leave it dense'
             )
-        self.changed = True
-        self.choices[name] = Choice("dense", f"put back from {backend}: {problem}")
-        self.notes.append(f"layer {name!r} was put back to dense from {backend}: {problem}")
-
-    def _assemble(
-        self, traced: fx.GraphModule | None, sites: Sequence[Site], fused: Mapping[str, FusedConv2d]
-    ) -> tuple[nn.Module, float]:
-        """Build the network and return it with its output's error."""
-        if traced is not None:
-            network: nn.Module = rewrite(traced, sites, fused)
-        else:
-            network = swapped(self.work, fused)
-        try:
-            with torch.no_grad():
-                output = network(*[value.clone() for value in self.inputs])
-        except Exception as failure:  # a model that looks into its convolutions may trip over ours
-            self.notes.append(f"the rewritten network does not run ({type(failure).__name__}: {failure})")
-            return network, float("inf")
-        return network, norm_error(output, self.reference)
-
-    def _plan_in_force(self) -> Plan:
-        layers = []
-        for layer in self.plan.layers:
-            choice = self.choices.get(layer.name)
-            if choice is not None:
-                layer = dataclasses.replace(layer, backend=choice.backend, reason=choice.reason)
-            layers.append(layer)
-        return dataclasses.replace(self.plan, layers=tuple(layers))
-
-    def _rows(self, sites: Sequence[Site], findings: Findings) -> tuple[LayerRow, ...]:
-        rows: dict[str, LayerRow] = {}
-        for site in sites:
-            if site.module in rows:
-                continue
-            choice = self.choices[site.layer]
-            conv = self.modules_by_name[site.layer]
-            assert isinstance(conv, nn.Conv2d)
-            rows[site.module] = make_row(
-                site,
-                self.layers.get(site.layer),
-                choice.backend,
-                choice.reason,
-                conv.weight.numel() * findings.pixels[site.module],
-                findings.errors.get(site.module),
-                choice.measured_us,
-            )
-        return tuple(rows.values())
+        back[site.layer] = problem
+    return back
 
 
-def _choose_all(plan: Plan, convs: Mapping[str, nn.Conv2d], tune: str, requested: str) -> dict[str, Choice]:
+def _judged(case: Case, built: Built) -> Built:
+    """Hold a network against its model."""
+    verdict = case.judge.verdict(built.network)
+    how = "the traced network" if built.traced else "the network"
+    problem = None if verdict.problem is None else f"{how} differs from the model: {verdict.problem}"
+    return dataclasses.replace(built, error=verdict.error, problem=problem)
+
+
+def _fuse(case: Case, site: Site, backend: str, in_place: bool) -> FusedConv2d:
+    norm = dict(case.work.named_modules())[site.norm] if site.norm else None
+    return fuse(
+        case.convs[site.layer],
+        norm,
+        layer=next((layer for layer in case.plan.layers if layer.name == site.layer), None),
+        backend=backend,
+        activation=site.activation,
+        pool=site.pool,
+        tune=case.tune,
+        in_place=in_place,
+    )
+
+
+def _check_replays(fast: AcceleratedModel, case: Case) -> None:
+    """Record the example's signature where replays are used; give them up if they compute otherwise."""
+    trials = case.observed.trials
+    same = (i for i, t in enumerate(trials) if i and _signature(t.inputs) == _signature(case.inputs))
+    other = next(same, 0)
+    for replays in (fast.graphs, fast.tapes):
+        if replays is None or not replays.applies(case.inputs):
+            continue
+        order = [0, other, 0]  # plain, recorded, and replayed with other values
+        if replays is fast.graphs and not fast.graphs.capture(fast.network, case.inputs):
+            continue
+        with preserved(fast.network):
+            problem = case.judge.verdict(fast.forward, order).problem
+        if problem is not None:
+            replays.refuse(f"replayed, {problem}")
+        elif replays is fast.tapes:
+            replays.clear()  # what people call their network with is for them to say
+
+
+def _signature(inputs: Sequence[Tensor]) -> list[torch.Size]:
+    return [x.shape for x in inputs]
+
+
+def _plan_in_force(plan: Plan, choices: Choices) -> Plan:
+    layers = [
+        dataclasses.replace(layer, backend=choices[layer.name].backend, reason=choices[layer.name].reason)
+        if layer.name in choices
+        else layer
+        for layer in plan.layers
+    ]
+    return dataclasses.replace(plan, layers=tuple(layers))
+
+
+def _rows(case: Case, built: Built) -> tuple[LayerRow, ...]:
+    layers = {layer.name: layer for layer in case.plan.layers}
+    rows: dict[str, LayerRow] = {}
+    for site in built.sites:
+        choice = built.choices[site.layer]
+        rows[site.module] = make_row(
+            site,
+            layers.get(site.layer),
+            choice.backend,
+            choice.reason,
+            case.convs[site.layer].weight.numel() * built.findings.pixels[site.module],
+            built.findings.errors.get(site.module),
+            choice.measured_us,
+        )
+    return tuple(rows.values())
+
+
+def _choose_all(case: Case) -> dict[str, Choice]:
     """Choose a backend for every fusible convolution; ValueError where a forced one cannot serve."""
-    planned = {layer.name: layer for layer in plan.layers}
-    skipped = dict(plan.skipped)
+    planned = {layer.name: layer for layer in case.plan.layers}
+    skipped = dict(case.plan.skipped)
     choices = {}
-    for name, conv in convs.items():
+    for name, conv in case.convs.items():
         if name not in planned:
             choices[name] = Choice("dense", skipped.get(name, "not in the plan"))
             continue
         weight = conv.weight
-        choices[name] = choose(planned[name], weight.dtype, weight.device, tune, requested)
+        choices[name] = choose(planned[name], weight.dtype, weight.device, case.tune, case.requested)
     return choices
 
 
-def _remarks(work: nn.Module, plan: Plan, convs: Mapping[str, nn.Conv2d]) -> list[str]:
+def _remarks(case: Case, unwrapped_names: Sequence[str]) -> list[str]:
     """Say which convolutions are left as they are, and whether any could run sparse at all."""
-    skipped = dict(plan.skipped)
+    skipped = dict(case.plan.skipped)
     notes = [
-        f"layer {name!r} is left as it is: {skipped.get(name, f'a {type(module).__name__}')}"
-        for name, module in work.named_modules()
-        if isinstance(module, nn.Conv2d) and name not in convs
+        f"what wraps module {name!r} (torch.compile, DataParallel) is left out" for name in unwrapped_names
     ]
-    if not plan.layers:
+    notes += [
+        f"layer {name!r} is left as it is: {skipped.get(name, f'a {type(module).__name__}')}"
+        for name, module in case.work.named_modules()
+        if isinstance(module, nn.Conv2d) and not is_fusible(module)
+    ]
+    if not case.plan.layers:
         notes.append("no convolution has a topology or structured zeros: everything runs dense")
     return notes
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lhc_triton.planning.schema import LayerPlan, Plan
 from lhc_triton.runtime.graph import Site
 from lhc_triton.runtime.graphs import Graphs
 from lhc_triton.runtime.modules import FusedConv2d, check_move
-from lhc_triton.runtime.tapes import Tapes, recordable
+from lhc_triton.runtime.tapes import Tapes, why_not_recordable
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,10 @@ class Record:
 class AcceleratedModel(nn.Module):
     """A network for inference whose convolutions run as planned; made by ``accelerate`` and ``load``.
 
-    It takes what the model took, any batch and image size included. It stays in eval mode and has no
-    gradients. Calls are recorded and replayed, so that Python costs nothing between the layers: on a GPU in
+    It takes what the model took, by position or by name, any batch and image size included; a traced network
+    takes as many arguments as its example had. Attributes of the model that are plain data (numbers, texts,
+    lists and dicts of them) can be read from it, and not be set. It stays in eval mode and has no gradients.
+    Calls are recorded and replayed, so that Python costs nothing between the layers: on a GPU in
     CUDA graphs, see `graphs.Graphs` for who owns the output (the caller) and what concurrent callers get
     (turns); on the CPU by `tapes.Tapes`, where the native kernel could be built and the graph is one of
     common operations.
@@ -97,21 +101,43 @@ class AcceleratedModel(nn.Module):
         network: the rewritten network.
         plan: the plan in force.
         record: how it was made.
+        attributes: plain data that the model had as attributes, by name.
         graphs: its CUDA graphs; None to launch every kernel by itself.
         tapes: its recordings on the CPU; None to call every layer from Python.
     """
 
-    def __init__(self, network: nn.Module, plan: Plan, record: Record, graphs: bool = True) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        plan: Plan,
+        record: Record,
+        graphs: bool = True,
+        attributes: Mapping[str, Any] | None = None,
+        fixed: Collection[str] = (),
+    ) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)
         self.plan = plan
         self.record = record
+        self.attributes = dict(attributes or {})
+        self._parameters_of_forward = _parameters(network)
         self.graphs = Graphs() if graphs else None
-        self.tapes = Tapes() if graphs and recordable(network) else None
+        self._unrecordable = why_not_recordable(network) if graphs else None
+        self.tapes = Tapes() if graphs and self._unrecordable is None else None
         self.train(False)
+        self._fixed = frozenset({*self.attributes, *fixed} - {*vars(self), *dir(type(self))})
 
-    def forward(self, *inputs: Any) -> Any:
-        """Run the network on what the model would take."""
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Run the network on what the model would take.
+
+        Raises:
+            TypeError: a traced network is given more arguments than its example had, or others.
+        """
+        if isinstance(self.network, fx.GraphModule):
+            if named or len(inputs) > len(self._parameters_of_forward):
+                inputs, named = self._bound(inputs, named), {}
+        elif named:
+            return self.network(*inputs, **named)
         if torch.compiler.is_compiling():
             return self.network(*inputs)
         # Under no_grad an operator whose backward is written in Python, as ours is, would still spend 10 us
@@ -122,6 +148,50 @@ class AcceleratedModel(nn.Module):
                 if replays is not None and replays.applies(inputs):
                     return replays.run(self.network, inputs)
             return self.network(*inputs)
+
+    def _bound(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return named arguments in their places."""
+        names = self._parameters_of_forward
+        given = dict(zip(names, inputs, strict=False))
+        odd = [f"argument {len(names) + 1}"] if len(inputs) > len(names) else []
+        odd += [f"{name!r}" for name in named if name not in names]
+        if odd:
+            raise TypeError(
+                f"{self.record.model} was accelerated for the arguments {', '.join(names)}, with defaults "
+                f"for all others; {odd[0]} is none of them: give it in example_input, and accelerate again"
+            )
+        twice = [name for name in named if name in given]
+        missing = [name for name in names if name not in given and name not in named]
+        if twice or missing:
+            what = f"{twice[0]!r} is given twice" if twice else f"{missing[0]!r} is missing"
+            raise TypeError(f"{self.record.model} takes the arguments {', '.join(names)}; {what}")
+        return tuple({**given, **named}[name] for name in names)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_fixed", ()):
+            if isinstance(self.network, fx.GraphModule):
+                raise AttributeError(
+                    f"{name!r} is fixed in the accelerated network: set it on the model, and accelerate again"
+                )
+            setattr(self.network, name, value)
+            self.attributes.pop(name, None)
+            return
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "network" not in self._modules:
+                raise
+        if name in self.attributes:
+            return self.attributes[name]
+        if not isinstance(self.network, fx.GraphModule) and hasattr(self.network, name):
+            return getattr(self.network, name)
+        raise AttributeError(
+            f"an accelerated network has no {name!r}: it has the computation of {self.record.model}, and its "
+            f"attributes that are plain data; take {name!r} from the model itself"
+        )
 
     def train(self, mode: bool = True) -> AcceleratedModel:
         """Stay in eval mode, whatever ``mode`` says: train the model, then accelerate it again."""
@@ -146,7 +216,8 @@ class AcceleratedModel(nn.Module):
         measured_us, rel_err), notes.
         """
         record = self.record
-        tensor = next((t for t in self.network.buffers() if t.is_floating_point()), torch.empty(0))
+        state = (*self.network.parameters(), *self.network.buffers())
+        tensor = next((t for t in state if t.is_floating_point()), torch.empty(0))
         macs = sum(row.macs for row in record.rows)
         planned = sum(row.planned_macs for row in record.rows)
         return {
@@ -173,7 +244,10 @@ class AcceleratedModel(nn.Module):
 
     def _replay_notes(self) -> list[str]:
         means = (("CUDA graphs are", self.graphs), ("recording on the CPU is", self.tapes))
-        return [f"{name} off: {used.problem}" for name, used in means if used is not None and used.problem]
+        notes = [f"{name} off: {used.problem}" for name, used in means if used is not None and used.problem]
+        if self._unrecordable is not None and not any(t.is_cuda for t in self.network.parameters()):
+            notes.append(f"recording on the CPU is off: {self._unrecordable}")
+        return notes
 
     def explain(self) -> str:
         """Return ``report`` as a plain table for people."""
@@ -246,6 +320,42 @@ def make_row(
         rel_err,
         site.epilogue,
     )
+
+
+def _parameters(network: nn.Module) -> tuple[str, ...]:
+    """Return the names of a network's arguments."""
+    if isinstance(network, fx.GraphModule):
+        return tuple(str(n.target).lstrip("*") for n in network.graph.nodes if n.op == "placeholder")
+    return tuple(inspect.signature(network.forward).parameters)
+
+
+def plain_attributes(model: nn.Module) -> dict[str, Any]:
+    """Return copies of a model's public attributes that are plain data, those of its class included."""
+    values = {name: value for kind in reversed(type(model).__mro__) for name, value in vars(kind).items()}
+    values |= vars(model)
+    return {
+        name: copy.deepcopy(values[name])
+        for name in public_names(model)
+        if _is_plain(values.get(name, model))
+    }
+
+
+def public_names(model: nn.Module) -> set[str]:
+    """Return the public names that a model has beyond those of every module."""
+    every = {*dir(nn.Module), *vars(nn.Module()), "training"}
+    own = {*vars(model), *model._modules, *model._parameters, *model._buffers}
+    own |= {name for kind in type(model).__mro__ for name in vars(kind)}
+    return {name for name in own - every if not name.startswith("_")}
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.Size):
+        return True
+    if depth > 8:
+        return False
+    if isinstance(value, dict):
+        return all(_is_plain(item, depth + 1) for pair in value.items() for item in pair)
+    return isinstance(value, list | tuple | set) and all(_is_plain(item, depth + 1) for item in value)
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

@@ -1,10 +1,9 @@
-"""What ``accelerate`` asks of its arguments, and the copy it works on."""
+"""What ``accelerate`` asks of its arguments."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,18 +13,10 @@ from lhc_triton.layers import LHCConv2d
 from lhc_triton.planning.schema import LayerTopology, Plan
 from lhc_triton.runtime.backends import BACKENDS
 from lhc_triton.runtime.dispatch import TUNES
-from lhc_triton.runtime.errors import first_line
 from lhc_triton.runtime.fusion import border, conv_weight
 from lhc_triton.runtime.graph import is_fusible
 
 REQUESTS = ("auto", "dense", *BACKENDS)
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
 
 
 def check_names(tune: str, backend: str) -> None:
@@ -62,35 +53,6 @@ def check_inputs(model: nn.Module, example_input: Any) -> tuple[Tensor, ...]:
     return tuple(value.detach() for value in values)
 
 
-def working_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of the model in eval mode; a bare convolution comes wrapped, as layer "0".
-
-    Weights that a forward hook computed (torch.nn.utils.prune) are copied as they stand.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses these
-                memo[id(value)] = value.detach().clone()
-    try:
-        work = copy.deepcopy(model, memo)
-    except Exception as error:  # a model may hold anything, and any of it may refuse
-        raise ValueError(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
-    return (nn.Sequential(work) if isinstance(work, nn.Conv2d) else work).eval()
-
-
-def strip_hooks(model: nn.Module) -> bool:
-    """Remove all forward hooks, in place; return whether there were any."""
-    found = False
-    for module in model.modules():
-        for name in _HOOKS:
-            hooks = getattr(module, name, None)
-            if hooks:
-                found = True
-                hooks.clear()
-    return found
-
-
 def check_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
     """Return the convolutions that can be replaced, by name.
 
@@ -110,18 +72,6 @@ def check_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
                 f"layer {name!r} is in its mask warm-up, some filters still run dense; call lhc.freeze(model)"
             )
     return {name: conv for name, conv in everything.items() if is_fusible(conv)}
-
-
-def run_model(model: nn.Module, inputs: Sequence[Tensor]) -> Any:
-    """Run the model on copies of the example; ValueError if it refuses them."""
-    try:
-        with torch.no_grad():
-            return model(*[value.clone() for value in inputs])
-    except Exception as error:  # foreign code: whatever it raises, the user sees one line
-        shapes = ", ".join(f"{tuple(value.shape)} {value.dtype}" for value in inputs)
-        raise ValueError(
-            f"{type(model).__name__} does not take example_input {shapes}: {first_line(error)}"
-        ) from error
 
 
 def fitting_plan(plan: Any, convs: Mapping[str, nn.Conv2d]) -> Plan:

@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 ACTIVATIONS = ("none", "relu", "silu")
 POOLS = ("none", "max2x2")
@@ -90,6 +91,36 @@ def with_layout(y: Tensor, layout: str) -> Tensor:
     """Return ``y`` [N, C, H, W] with exactly the strides that ``layout`` gives a new tensor."""
     # Not is_contiguous(): sizes of 1 satisfy it in both layouts, with strides that differ.
     return y if _has_layout(y, layout) else _empty(y.shape, y, layout).copy_(y)
+
+
+def format_of(tensor: Tensor) -> str:
+    """Return "contiguous", "channels_last" or "other"; strides decide where the sizes leave it open."""
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if stride != expected:
+            break
+        expected *= size
+    else:
+        return "contiguous"
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return "channels_last"
+    return "contiguous" if tensor.is_contiguous() else "other"
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Return whether torch's convolutions take a tensor for channels_last, and answer in that format.
+
+    That is a question of strides alone: a slice of a channels_last tensor is taken for one, and an image of
+    one channel is not.
+    """
+    return suggest_memory_format(tensor) == torch.channels_last
+
+
+def like_format(value: Tensor, other: Tensor) -> Tensor:
+    """Return ``value`` [N, C, H, W], or [C, H, W], in the memory format of ``other``."""
+    if value.dim() == 4 and is_channels_last(other):
+        return value.contiguous(memory_format=torch.channels_last)
+    return value.contiguous()
 
 
 def _has_layout(y: Tensor, layout: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 
 from lhc_triton.layers import LHCConv2d
 from lhc_triton.planning.schema import LayerPlan
+from lhc_triton.runtime.copying import duplicate
+from lhc_triton.runtime.epilogue import is_channels_last
 from lhc_triton.runtime.modules import DenseConv2d, FusedConv2d, GroupedConv2d
 
 
@@ -62,8 +63,8 @@ def fuse(
     backend: str,
     activation: str,
     pool: str,
-    layout: str,
     tune: str = "cached",
+    in_place: bool = False,
 ) -> FusedConv2d:
     """Build the fused module of one convolution.
 
@@ -74,15 +75,17 @@ def fuse(
         backend: "dense", or the sparse backend that runs the plan.
         activation: "none" or "relu".
         pool: "none" or "max2x2".
-        layout: the output's memory format.
         tune: "off" for the kernels' heuristic configs, see GroupedConv2d.
+        in_place: whether the model's own code will call it: then it writes the memory format that the
+            convolution would.
 
     Raises:
         ValueError: the backend cannot serve the weight's type and device.
     """
     weight, bias = folded(conv, norm)
+    fused: FusedConv2d
     if layer is None or backend == "dense":
-        return DenseConv2d(
+        fused = DenseConv2d(
             weight,
             bias,
             stride=conv.stride,
@@ -91,17 +94,24 @@ def fuse(
             groups=conv.groups,
             activation=activation,
             pool=pool,
-            layout=layout,
         )
-    return GroupedConv2d.from_weight(
-        layer, weight, bias, backend=backend, activation=activation, pool=pool, layout=layout, tune=tune
-    )
+    else:
+        fused = GroupedConv2d.from_weight(
+            layer, weight, bias, backend=backend, activation=activation, pool=pool, tune=tune
+        )
+    if in_place:
+        # torch's convolution writes channels_last where its weight has that format, whatever its input has
+        fused.keeps_format = not is_channels_last(weight)
+    return fused
 
 
 def swapped(work: nn.Module, fused: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a copy of the module tree, sharing tensors, with convolutions replaced wherever they are."""
+    """Return a copy of the module tree, sharing tensors, with convolutions replaced wherever they are.
+
+    What takes a convolution's place has its forward hooks.
+    """
     named = dict(work.named_modules())
     # Everything but the replaced modules is shared with the original by way of deepcopy's memo.
     memo: dict[int, Any] = {id(named[name]): module for name, module in fused.items()}
     memo.update({id(t): t for t in (*work.parameters(), *work.buffers())})
-    return copy.deepcopy(work, memo)
+    return duplicate(work, memo)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,48 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lhc_triton.layers import LHCConv2d
-from lhc_triton.runtime.tracing import Shapes
+from lhc_triton.layers import convolves_plainly
+from lhc_triton.runtime.aliasing import Aliases
+from lhc_triton.runtime.formats import restore_formats
+from lhc_triton.runtime.tracing import Seen, Shapes
 
 _ADDS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add})
 _RELUS: frozenset[Any] = frozenset({F.relu, torch.relu, torch.relu_, F.relu_})
-_IN_PLACE: frozenset[Any] = frozenset(
-    {
-        operator.iadd,
-        operator.isub,
-        operator.imul,
-        operator.itruediv,
-        operator.ifloordiv,
-        operator.imod,
-        operator.ipow,
-        operator.iand,
-        operator.ior,
-        operator.ixor,
-        operator.setitem,
-    }
-)
-_FRESH_MODULES = (
-    nn.Conv2d,
-    nn.Linear,
-    nn.BatchNorm2d,
-    nn.ReLU,
-    nn.SiLU,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-)
-_FRESH_FUNCTIONS: frozenset[Any] = frozenset(
-    {
-        operator.add,
-        operator.sub,
-        operator.mul,
-        torch.add,
-        torch.mul,
-        torch.cat,
-        F.relu,
-        F.max_pool2d,
-        F.avg_pool2d,
-    }
-)
 _FOLDABLE_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -100,8 +65,8 @@ class Site:
 
 
 def is_fusible(module: nn.Module) -> bool:
-    """Return whether we can rebuild a convolution: exactly nn.Conv2d or LHCConv2d, with zero borders."""
-    return type(module) in (nn.Conv2d, LHCConv2d) and module.padding_mode == "zeros"
+    """Return whether we can rebuild a convolution: a plain one with zero borders."""
+    return convolves_plainly(module) and module.padding_mode == "zeros"
 
 
 def find_sites(traced: fx.GraphModule, shapes: Shapes) -> tuple[Site, ...]:
@@ -133,31 +98,13 @@ def find_sites(traced: fx.GraphModule, shapes: Shapes) -> tuple[Site, ...]:
     return tuple(sites)
 
 
-def direct_readers(traced: fx.GraphModule, sites: Sequence[Site]) -> dict[str, frozenset[str]]:
-    """Return, by fused module, the layers that read its output; none where anything else reads it, too."""
-    owner = {node: site.layer for site in sites for node in site.nodes}
-    nodes = {node.name: node for node in traced.graph.nodes}
-    readers: dict[str, list[str | None]] = {}
-    for site in sites:
-        users = [owner.get(user.name) for user in nodes[site.nodes[-1]].users]
-        readers.setdefault(site.module, []).extend(users)
-    return {
-        module: frozenset(name for name in found if name is not None) if None not in found else frozenset()
-        for module, found in readers.items()
-    }
-
-
 class _Finder:
     """Grows one site at a time; holds what it must know about the whole graph."""
 
     def __init__(self, traced: fx.GraphModule, seen: Shapes) -> None:
         self.traced = traced
         self.seen = seen
-        self.order = list(traced.graph.nodes)
-        self.position = {node: index for index, node in enumerate(self.order)}
-        self.roots: dict[fx.Node, frozenset[fx.Node]] = {}
-        for node in self.order:
-            self.roots[node] = self._roots(node)
+        self.aliases = Aliases(traced)
 
     def grow(self, conv: fx.Node, absorbed: set[str]) -> Site:
         """Return the longest site that starts at this convolution."""
@@ -166,13 +113,13 @@ class _Finder:
         add: fx.Node | None = None
         residual = 1
         activation = pool = "none"
-        read = self.roots[conv_input(conv)]
+        read = self.aliases.roots[conv_input(conv)]
 
         def follow() -> fx.Node | None:
             users = list(nodes[-1].users)
             if len(users) != 1 or users[0].name in absorbed:
                 return None
-            return None if self._mutated_between(read, nodes[-1], users[0], nodes) else users[0]
+            return None if self.aliases.written_between(read, nodes[-1], users[0], nodes) else users[0]
 
         user = follow()
         if user is not None and self._is_foldable_norm(user, conv):
@@ -183,7 +130,7 @@ class _Finder:
             nodes.append(user)
             add, residual = user, operand
             # from the addition on, the residual must hold still as well
-            read = read | self.roots[user.args[residual]]  # type: ignore[index]
+            read = read | self.aliases.roots[user.args[residual]]  # type: ignore[index]
             user = follow()
         if user is not None and self._is_relu(user, nodes[-1]):
             nodes.append(user)
@@ -205,7 +152,7 @@ class _Finder:
         )
 
     def _is_foldable_norm(self, node: fx.Node, conv: fx.Node) -> bool:
-        module = self._module(node)
+        module = self.aliases.module(node)
         return (
             type(module) in _FOLDABLE_NORMS
             and _takes_only(node, conv)
@@ -225,17 +172,17 @@ class _Finder:
         first, second = node.args
         if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or first is second:
             return None
-        if self.seen.get(first.name) is None or self.seen.get(first.name) != self.seen.get(second.name):
+        if _unlike(self.seen.get(first.name), self.seen.get(second.name)):
             return None
         operand = 1 if first is value else 0
-        in_place = self._mutated(node) is not None
-        if operand == 0 and in_place and (len(first.users) > 1 or self.roots[first] != {first}):
+        in_place = bool(self.aliases.written(node))
+        if operand == 0 and in_place and (len(first.users) > 1 or self.aliases.roots[first] != {first}):
             return None  # somebody else would have seen the residual change
         return operand
 
     def _is_relu(self, node: fx.Node, value: fx.Node) -> bool:
         if node.op == "call_module":
-            return type(self._module(node)) is nn.ReLU and _takes_only(node, value)
+            return type(self.aliases.module(node)) is nn.ReLU and _takes_only(node, value)
         if node.op == "call_method":
             return node.target in ("relu", "relu_") and _takes_only(node, value)
         if node.op != "call_function" or node.target not in _RELUS or set(node.kwargs) - {"inplace", "input"}:
@@ -244,7 +191,7 @@ class _Finder:
 
     def _is_max2x2(self, node: fx.Node, value: fx.Node) -> bool:
         if node.op == "call_module":
-            module = self._module(node)
+            module = self.aliases.module(node)
             return (
                 type(module) is nn.MaxPool2d
                 and _takes_only(node, value)
@@ -270,53 +217,9 @@ class _Finder:
             and not given.get("return_indices", False)
         )
 
-    def _module(self, node: fx.Node) -> Any:
-        return self.traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    def _mutated_between(
-        self, read: frozenset[fx.Node], after: fx.Node, until: fx.Node, chain: list[fx.Node]
-    ) -> bool:
-        """Return whether a value in ``read`` may change between two nodes, so that no read can be put off."""
-        between = self.order[self.position[after] + 1 : self.position[until]]
-        changed = [self._mutated(node) for node in between if node not in chain]
-        return any(node is not None and self.roots[node] & read for node in changed)
-
-    def _mutated(self, node: fx.Node) -> fx.Node | None:
-        """Return the value a node changes in place, or None."""
-        out = node.kwargs.get("out")
-        if isinstance(out, fx.Node):
-            return out
-        in_place = False
-        if node.op == "call_function":
-            name = getattr(node.target, "__name__", "")
-            in_place = (
-                node.target in _IN_PLACE
-                or (name.endswith("_") and not name.endswith("__"))
-                or node.kwargs.get("inplace") is True
-                or (
-                    node.target not in _FRESH_FUNCTIONS - {F.relu}
-                    and any(arg is True for arg in node.args[1:])
-                )
-            )
-        elif node.op == "call_method":
-            in_place = str(node.target).endswith("_") and not str(node.target).endswith("__")
-        elif node.op == "call_module":
-            in_place = bool(getattr(self._module(node), "inplace", False))
-        if not in_place:
-            return None
-        first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
-        return first if isinstance(first, fx.Node) else None
-
-    def _roots(self, node: fx.Node) -> frozenset[fx.Node]:
-        """Return the nodes whose memory a value may share: itself, and its inputs' unless it is fresh."""
-        fresh = False
-        if node.op == "call_function":
-            fresh = node.target in _FRESH_FUNCTIONS
-        elif node.op == "call_module":
-            fresh = isinstance(self._module(node), _FRESH_MODULES)
-        if fresh and self._mutated(node) is None:
-            return frozenset({node})
-        return frozenset({node}).union(*(self.roots[source] for source in node.all_input_nodes))
+def _unlike(a: Seen | None, b: Seen | None) -> bool:
+    return a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype)
 
 
 def conv_input(node: fx.Node) -> fx.Node:
@@ -336,7 +239,10 @@ def _pair(value: Any) -> tuple[Any, Any] | None:
 
 
 def rewrite(
-    traced: fx.GraphModule, sites: Sequence[Site], modules: Mapping[str, nn.Module]
+    traced: fx.GraphModule,
+    sites: Sequence[Site],
+    modules: Mapping[str, nn.Module],
+    formats: Mapping[str, str] | None = None,
 ) -> fx.GraphModule:
     """Return a network in which each site is one call of its fused module.
 
@@ -345,7 +251,11 @@ def rewrite(
         sites: in the graph's order.
         modules: the fused modules by ``Site.module``; called with the input and, where the site adds a
             residual, the residual.
+        formats: the memory formats of the model's own values, see ``tracing.record_formats``; by default none
+            is restored. They are kept as ``meta["formats"]`` of the network.
     """
+    own = dict(formats or {})
+    formats = dict(own)
     graph = copy.deepcopy(traced.graph)
     named = {node.name: node for node in graph.nodes}
     for site in sites:
@@ -357,6 +267,8 @@ def rewrite(
             # inserted as a plain node: the module arrives once the graph stands on its own
             fused = graph.create_node("call_module", site.module, tuple(arguments))
         chain[-1].replace_all_uses_with(fused)
+        if chain[-1].name in formats:
+            formats[fused.name] = formats[chain[-1].name]
         for node in reversed(chain):
             graph.erase_node(node)
     root = nn.Module()
@@ -368,41 +280,29 @@ def rewrite(
                 target, modules[target] if target in modules else traced.get_submodule(target)
             )
         elif node.op == "get_attr":
-            _copy_attribute(traced, shell, str(node.target))
+            node.target = _copy_attribute(traced, shell, str(node.target), modules)
     shell.graph = graph
-    _share_planes(shell)
     shell.eval()
+    restore_formats(shell, formats)
+    shell.meta["formats"] = own  # for a file, from which the same network is to be made again
     return shell
 
 
-def _share_planes(network: fx.GraphModule) -> None:
-    """Bring a value that several native layers read into planes once, rather than in each of them."""
-    native = {n for n, m in network.named_modules() if getattr(m, "backend", None) == "native"}
-    finder = _Finder(network, {})
-    for node in finder.order:
-        readers = [user for user in node.users if user.op == "call_module" and user.target in native]
-        if len(readers) < 2 or node.target in native:
-            continue
-        last = max(readers, key=finder.position.__getitem__)
-        if finder._mutated_between(finder.roots[node], node, last, []):
-            continue  # later readers see another value
-        with network.graph.inserting_after(node):
-            planes = network.graph.call_method("contiguous", (node,))
-        for reader in readers:
-            reader.replace_input_with(node, planes)
-    network.recompile()
+def _copy_attribute(source: nn.Module, target: nn.Module, name: str, replaced: Collection[str]) -> str:
+    """Give ``target`` the tensor that ``source`` holds under a dotted name; return its name there.
 
-
-def _copy_attribute(source: nn.Module, target: nn.Module, name: str) -> None:
-    """Give ``target`` the tensor that ``source`` holds under a dotted name."""
-    *path, last = name.split(".")
-    for part in path:
-        source = getattr(source, part)
+    A weight that the graph reads from a convolution is kept beside what replaces the convolution.
+    """
+    value = operator.attrgetter(name)(source)
+    home, _, last = name.rpartition(".")
+    if home in replaced:
+        home, last = "", f"read_{name.replace('.', '_')}"
+    for part in home.split(".") if home else ():
         if not hasattr(target, part):
             target.add_module(part, nn.Module())
         target = getattr(target, part)
-    value = getattr(source, last)
     if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
         target.register_buffer(last, value)
     else:
         setattr(target, last, value)
+    return f"{home}.{last}" if home else last

@@ -52,14 +52,15 @@ class _Graph:
 
 
 class Graphs:
-    """Runs a network through CUDA graphs, one for each signature (shapes, types and device) of its inputs.
+    """Runs a network through CUDA graphs, one for each signature of its inputs.
 
-    A signature's first call runs as it is, which also warms up; from the second one on a graph is replayed.
-    The most recently used `limit` graphs are kept, in one memory pool. The caller owns what it gets: outputs
-    are copies, no later call changes them. Calls from several threads or streams are safe; they take turns,
-    for the graphs' inputs and memory are shared. All graphs are dropped when the network changes (see
-    `watch.Watch`). As it is the network runs on other devices, inside another capture, under autocast or a
-    dispatch mode (a FLOP counter, for example), with hooks, and where gradients are asked for.
+    A signature is their shapes, strides, types and device. Its first call runs as it is, which also warms up;
+    from the second one on a graph is replayed. The most recently used `limit` graphs are kept, in one memory
+    pool. The caller owns what it gets: outputs are copies, no later call changes them. Calls from several
+    threads or streams are safe; they take turns, for the graphs' inputs and memory are shared. All graphs are
+    dropped when the network changes (see `watch.Watch`). As it is the network runs on other devices, inside
+    another capture, under autocast or a dispatch mode (a FLOP counter, for example), with hooks, and where
+    gradients are asked for.
 
     Args:
         limit: graphs to keep.
@@ -167,7 +168,7 @@ class Graphs:
 
 
 def _signature(inputs: tuple[Tensor, ...]) -> Signature:
-    return tuple((x.shape, x.dtype, x.device) for x in inputs)
+    return tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs)
 
 
 def keep_latest(cache: OrderedDict[Signature, Any], signature: Signature, value: Any, limit: int) -> None:

@@ -13,7 +13,14 @@ import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
 from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime import prepacked
 from lhc_triton.runtime.backends import unavailable
-from lhc_triton.runtime.epilogue import ACTIVATIONS, LAYOUTS, MEMORY_FORMATS, POOLS
+from lhc_triton.runtime.epilogue import (
+    ACTIVATIONS,
+    LAYOUTS,
+    MEMORY_FORMATS,
+    POOLS,
+    is_channels_last,
+    with_layout,
+)
 from lhc_triton.runtime.packing import blocks_from_weight, pack_blocks, weight_from_blocks
 from lhc_triton.runtime.tuning import look_up, pixel_bucket
 
@@ -27,11 +34,14 @@ class FusedConv2d(nn.Module):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in nn.Conv2d, except
             that padding is (top, bottom, left, right).
         activation: "none", "relu" or "silu"; pool: "none" or "max2x2"; layout: memory format of the output.
-        bias: [O] or None, a persistent buffer; batch norm is already folded into it.
+        bias: [O] or None, a parameter without gradient; batch norm is already folded into it.
+        keeps_format: whether the output has the memory format that nn.Conv2d would give it, which follows its
+            input's; for networks whose own code reads the output.
     """
 
     backend = "dense"
-    bias: Tensor | None
+    keeps_format = False
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -67,7 +77,7 @@ class FusedConv2d(nn.Module):
         self.activation = activation
         self.pool = pool
         self.layout = layout
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.bias = None if bias is None else _frozen(bias.detach().clone())
         super().train(False)
 
     def train(self, mode: bool = True) -> FusedConv2d:
@@ -77,23 +87,37 @@ class FusedConv2d(nn.Module):
     def check_move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raise ValueError if the layer could not run on this device in this type."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Run the layer.
 
         Args:
-            x: [N, C, H, W] in the layer's type.
+            input: [N, C, H, W], or [C, H, W], in the layer's type; under autocast in any.
             residual: [N, O, OH, OW], added before the activation; None for none.
 
         Raises:
-            ValueError: ``x`` is not 4-dimensional or has another number of channels.
+            ValueError: ``input`` has other dimensions, another number of channels, or another type.
         """
+        x = input
+        if x.dim() == 3:
+            with_batch = None if residual is None else residual.unsqueeze(0)
+            return self.forward(x.unsqueeze(0), with_batch).squeeze(0)
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"the input has shape {tuple(x.shape)}, expected [N, {self.in_channels}, H, W]")
+        if x.dtype != self.dtype and not _autocasts(x):
+            raise ValueError(f"the input is {x.dtype}, the layer computes in {self.dtype}; convert the input")
         if residual is not None and residual.shape != self._sum_shape(x):
             # equal on the example, but not here: the addition broadcasts, which no epilogue does
             y = self._convolve(x, None, "none", "none") + residual
             return self._finish(y, None, self.activation, self.pool)
-        return self._convolve(x, residual, self.activation, self.pool)
+        y = self._convolve(x, residual, self.activation, self.pool)
+        if self.keeps_format and not is_channels_last(x):
+            y = with_layout(y, "contiguous")
+        return y
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the layer's weights have."""
+        raise NotImplementedError
 
     def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, pool: str) -> Tensor:
         raise NotImplementedError
@@ -124,6 +148,15 @@ class FusedConv2d(nn.Module):
         )
 
 
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    """Return a parameter without gradient: what ``next(network.parameters())`` should find."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _autocasts(x: Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 class DenseConv2d(FusedConv2d):
     """A dense convolution with its epilogue; for the layers that sparsity would not speed up.
 
@@ -137,7 +170,7 @@ class DenseConv2d(FusedConv2d):
             follow.
     """
 
-    weight: Tensor
+    weight: nn.Parameter
 
     def __init__(
         self,
@@ -168,8 +201,13 @@ class DenseConv2d(FusedConv2d):
         )
         with torch.inference_mode(False):  # a tensor made in inference mode could not be kept prepacked
             kept = weight.detach().clone(memory_format=MEMORY_FORMATS[layout])
-        self.register_buffer("weight", kept)
-        self._prepacked: tuple[Tensor, int, Tensor] | None = None
+            self.weight = _frozen(kept)
+        self._prepacked: tuple[Tensor, tuple[int, int], Tensor] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the layer's weights have."""
+        return self.weight.dtype
 
     def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, pool: str) -> Tensor:
         top, bottom, left, right = self.padding
@@ -188,12 +226,12 @@ class DenseConv2d(FusedConv2d):
         """Return the prepacked weight, made again whenever the weight is another one or was written to."""
         weight, kept = self.weight, self._prepacked
         # A tensor of inference mode does not tell when it was written to.
-        version = None if weight.is_inference() else weight._version
-        if version is not None and kept is not None and kept[0] is weight and kept[1] == version:
+        state = None if weight.is_inference() else (weight._version, weight.data_ptr())
+        if state is not None and kept is not None and kept[0] is weight and kept[1] == state:
             return kept[2]
         packed = prepacked.prepack(weight, self.stride, border, self.dilation, self.groups, x.shape)
-        if version is not None:
-            self._prepacked = (weight, version, packed)
+        if state is not None:
+            self._prepacked = (weight, state, packed)
         return packed
 
     @property
@@ -208,7 +246,7 @@ class DenseConv2d(FusedConv2d):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         # assign=True brings the file's format, and another format may round otherwise
-        self.weight = self.weight.contiguous(memory_format=MEMORY_FORMATS[self.layout])
+        self.weight = _frozen(self.weight.detach().contiguous(memory_format=MEMORY_FORMATS[self.layout]))
 
 
 class GroupedConv2d(FusedConv2d):
@@ -232,7 +270,7 @@ class GroupedConv2d(FusedConv2d):
         ValueError: the backend cannot serve the blocks' type and device, or sizes do not fit the plan.
     """
 
-    blocks: Tensor
+    blocks: nn.Parameter
     packed: Tensor
     tile_ptr: Tensor
     entries: Tensor
@@ -268,7 +306,7 @@ class GroupedConv2d(FusedConv2d):
         self.backend = backend
         self.tune = tune
         self._configs: dict[tuple[int, int, int], list[int]] = {}
-        self.register_buffer("blocks", blocks.detach().clone())
+        self.blocks = _frozen(blocks.detach().clone())
         for name in _PACKED:
             self.register_buffer(name, None, persistent=False)
         self.check_move(blocks.device, blocks.dtype)
@@ -285,6 +323,16 @@ class GroupedConv2d(FusedConv2d):
         """Return the weight [O, I, kh, kw], zero outside the topology."""
         return weight_from_blocks(self.layer.topology, self.blocks)
 
+    @property
+    def weight(self) -> Tensor:
+        """``dense_weight()``, for a network's code that asks a convolution for its weight's type or shape."""
+        return self.dense_weight()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the layer's weights have."""
+        return self.blocks.dtype
+
     def check_move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raise ValueError if the backend could not run on this device in this type."""
         if device.type == "meta":
@@ -297,10 +345,13 @@ class GroupedConv2d(FusedConv2d):
             )
 
     def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, pool: str) -> Tensor:
-        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        if _autocasts(x):
             # Dense layers run in autocast's type; this one's weights are packed in its own.
-            x = x.to(self.packed.dtype)
-            residual = None if residual is None else residual.to(self.packed.dtype)
+            result = torch.get_autocast_dtype(x.device.type)
+            with torch.autocast(x.device.type, enabled=False):
+                x = x.to(self.dtype)
+                residual = None if residual is None else residual.to(self.dtype)
+                return self._convolve(x, residual, activation, pool).to(result)
         config: list[int] = []
         if self.backend == "triton":
             images, _, height, width = self._sum_shape(x)

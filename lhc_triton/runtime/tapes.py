@@ -33,15 +33,18 @@ MAX_SEEN = 64
 _TENSOR = object()
 
 
-def recordable(network: nn.Module) -> bool:
-    """Return whether a network is a graph of listed operations, of which a recording shows everything."""
+def why_not_recordable(network: nn.Module) -> str | None:
+    """Say why a recording would not show everything that a network does; None if it would.
+
+    It does for a graph of listed operations.
+    """
     if not isinstance(network, fx.GraphModule):
-        return False
+        return "the model was not traced"
     try:
         store_graph(network)
-    except GraphError:
-        return False
-    return True
+    except GraphError as error:
+        return str(error)
+    return None
 
 
 def can_record() -> bool:

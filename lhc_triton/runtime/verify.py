@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from lhc_triton.conversion import evaluating
+from lhc_triton.runtime.copying import preserved
 from lhc_triton.runtime.errors import one_line
 from lhc_triton.runtime.graph import Site, conv_input
+from lhc_triton.runtime.outputs import Outcome, differences, error_of, worst_error
+from lhc_triton.runtime.trials import Observed, Trial, observe
 
 _LAYER_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _TF32_TOLERANCE = 5e-3
 _NETWORK_FACTOR = 3.0
+
+_SHAKES = 4  # runs on inputs that are changed by about as much as rounding changes a layer
+_ROUNDING = 0.1  # of a layer's tolerance
+_TIES = 4  # places that may flip, for each one that the model's own rounding flips
 
 
 def layer_tolerance(dtype: torch.dtype, device: torch.device) -> float:
@@ -27,63 +38,135 @@ def layer_tolerance(dtype: torch.dtype, device: torch.device) -> float:
     return _LAYER_TOLERANCE.get(dtype, 1e-2)
 
 
-def network_tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the norm error up to which two runs of a network count as equal: errors of layers add up."""
-    return _NETWORK_FACTOR * layer_tolerance(dtype, device)
+def network_tolerance(dtypes: Collection[torch.dtype], device: torch.device) -> float:
+    """Return the norm error up to which two runs of a network count as equal: errors of layers add up.
 
-
-def norm_error(y: Any, reference: Any) -> float:
-    """Return ||y - reference|| / ||reference|| over all floating-point tensors of two outputs.
-
-    NaN and infinity count as equal where both sides have the same; where only one has, or where shapes or
-    structure differ, the error is infinite. Other values (class indices, for example) are not compared: equal
-    numbers up to rounding may still order differently.
+    Args:
+        dtypes: of its convolutions' results; the coarsest counts.
+        device: where it runs.
     """
-    mine, theirs = dict(_leaves(y)), dict(_leaves(reference))
-    if set(mine) != set(theirs):
-        return float("inf")
-    difference = norm = 0.0
-    for place, right in theirs.items():
-        left = mine[place]
-        if not isinstance(right, Tensor) or not right.is_floating_point():
+    return _NETWORK_FACTOR * max(layer_tolerance(dtype, device) for dtype in dtypes)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a network compares with its model: the worst error of its outputs on the example, and what differs.
+
+    ``problem`` is one phrase, or None where nothing differs.
+    """
+
+    error: float
+    problem: str | None = None
+
+
+class Judge:
+    """Holds networks against what their model was observed to do.
+
+    Args:
+        model: it runs again where integers or booleans differ, to learn which of them its own rounding flips.
+        observed: what it does.
+        tolerance: norm error up to which floating-point outputs count as equal.
+    """
+
+    def __init__(self, model: nn.Module, observed: Observed, tolerance: float) -> None:
+        self._model = model
+        self._observed = observed
+        self._tolerance = tolerance
+        self._flips: dict[int, Mapping[str, int]] = {}
+
+    def verdict(
+        self, network: Callable[..., Any], order: Sequence[int] | None = None, values: bool = True
+    ) -> Verdict:
+        """Run a network through the model's trials and compare what it does.
+
+        Args:
+            network: a module is left as it was.
+            order: which trials, by number; by default all in turn.
+            values: False compares everything but the numbers in tensors.
+        """
+        order = range(len(self._observed.trials)) if order is None else order
+        trials = [self._observed.trials[number] for number in order]
+        keep = preserved(network) if isinstance(network, nn.Module) else nullcontext()
+        with keep:
+            found = observe(network, trials)
+        error = math.inf
+        for number, one in zip(order, found, strict=False):
+            label = self._observed.trials[number].label
+            if isinstance(one, str):
+                return Verdict(error, f"on {label} it does not run ({one})")
+            if number == 0:
+                error = worst_error(one, self._observed.outcomes[0])
+            what = self._difference(number, one, values)
+            if what is not None:
+                return Verdict(error, f"on {label} {what}")
+        return Verdict(error)
+
+    def _difference(self, number: int, found: Outcome, values: bool) -> str | None:
+        for difference in differences(found, self._observed.outcomes[number], self._tolerance):
+            if difference.values and not values:
+                continue
+            if difference.flipped is None:
+                return difference.what
+            own = self._own_flips(number).get(difference.place, 0)
+            if difference.flipped > _TIES * own:
+                return f"{difference.what}, the model's own rounding explains {own}"
+        return None
+
+    def _own_flips(self, number: int) -> Mapping[str, int]:
+        """Return how many integers and booleans of each output the model flips by itself within rounding."""
+        if number not in self._flips:
+            trials, reference = self._observed.trials[: number + 1], self._observed.outcomes[number]
+            witness = self._again(trials)
+            flipped: dict[str, Tensor] = {}
+            # a model that does not even repeat itself is no witness
+            if witness is not None and not differences(witness, reference, 0.0):
+                for seed in range(_SHAKES):
+                    shaken = Trial(trials[-1].label, _shaken(trials[-1].inputs, self._tolerance, seed))
+                    found = self._again([*trials[:-1], shaken])
+                    for place, places in () if found is None else _flips(found, reference):
+                        flipped[place] = flipped[place] | places if place in flipped else places
+            self._flips[number] = {place: int(places.sum()) for place, places in flipped.items()}
+        return self._flips[number]
+
+    def _again(self, trials: Sequence[Trial]) -> Outcome | None:
+        """Return the model's outcome of the last trial, the others before it; None if one fails."""
+        with evaluating(self._model), preserved(self._model):
+            last = observe(self._model, trials)[-1]
+        return None if isinstance(last, str) else last
+
+
+def _flips(found: Outcome, reference: Outcome) -> Iterator[tuple[str, Tensor]]:
+    """Yield the places at which integer or boolean outputs differ."""
+    for place, leaf in reference.leaves.items():
+        mine = found.leaves.get(place)
+        if mine is None or not isinstance(leaf.value, Tensor) or leaf.value.is_floating_point():
             continue
-        if not isinstance(left, Tensor) or left.shape != right.shape:
-            return float("inf")
-        finite = torch.isfinite(right)
-        if not bool(finite.all()):
-            left, right = left.to(right.dtype), right
-            same = (left == right) | (left.isnan() & right.isnan())
-            if not bool((same | finite).all()):
-                return float("inf")
-            left, right = left[finite], right[finite]
-        if not bool(torch.isfinite(left).all()):
-            return float("inf")
-        wide_left, wide_right = left.double(), right.double()
-        difference += float(torch.linalg.vector_norm(wide_left - wide_right)) ** 2
-        norm += float(torch.linalg.vector_norm(wide_right)) ** 2
-    return (difference / norm) ** 0.5 if norm else difference**0.5
+        if isinstance(mine.value, Tensor) and mine.value.shape == leaf.value.shape:
+            yield place, mine.value != leaf.value
 
 
-def _leaves(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yield (place, value) of everything in an output's nested containers.
+def _shaken(inputs: Sequence[Tensor], tolerance: float, seed: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    size = _ROUNDING * tolerance / _NETWORK_FACTOR
 
-    Container types are not told apart: torch.fx returns its own for lists and dicts.
-    """
-    if isinstance(value, Mapping):
-        items: Any = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    else:
-        yield place, value
-        return
-    for key, item in items:
-        yield from _leaves(item, (*place, key))
+    def shake(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        noise = torch.randn(value.shape, generator=generator).to(value.device)
+        return (value.double() * (1 + size * noise.double())).to(value.dtype)
+
+    return tuple(shake(value) for value in inputs)
+
+
+def norm_error(mine: Tensor, reference: Tensor) -> float:
+    """Return a tensor's error against another, see ``outputs.error_of``; infinite for another shape."""
+    return error_of(mine, reference) if mine.shape == reference.shape else float("inf")
 
 
 def _run(module: nn.Module, *inputs: Tensor) -> Tensor | str:
-    """Run a layer; an error of any kind comes back as its one-line message."""
+    """Run a layer, past its hooks; an error of any kind comes back as its one-line message."""
     try:
-        result: Tensor = module(*inputs)
+        result: Tensor = module.forward(*inputs)
         return result
     except Exception as error:  # whatever a backend raises means that it cannot serve this layer
         return one_line(error)
@@ -94,33 +177,29 @@ class Findings:
 
     Attributes:
         errors: worst norm error of each fused module.
-        failures: message of the fused modules that raised.
+        problems: what is wrong with a fused module, in one phrase.
         pixels: output pixels N * OH * OW of each module's convolution, summed over its calls.
     """
 
     def __init__(self) -> None:
         self.errors: dict[str, float] = {}
-        self.failures: dict[str, str] = {}
+        self.problems: dict[str, str] = {}
         self.pixels: dict[str, int] = {}
 
     def add(self, module: str, mine: Tensor | str, reference: Tensor) -> None:
         """Note one call."""
         if isinstance(mine, str):
-            self.failures[module] = mine
+            self.problems[module] = mine
             return
-        self.errors[module] = max(self.errors.get(module, 0.0), norm_error(mine, reference))
+        error = norm_error(mine, reference)
+        self.errors[module] = max(self.errors.get(module, 0.0), error)
+        if error > layer_tolerance(reference.dtype, reference.device):
+            self.problems[module] = f"its output differs from the model's by {error:.1e}"
 
     def count(self, module: str, sums: Tensor) -> None:
-        """Count the pixels of one call from the convolution's own output [N, O, OH, OW]."""
-        pixels = sums.shape[0] * sums.shape[2] * sums.shape[3]
+        """Count the pixels of one call from the convolution's own output [N, O, OH, OW] or [O, OH, OW]."""
+        pixels = sums.numel() // max(sums.shape[-3], 1)
         self.pixels[module] = self.pixels.get(module, 0) + pixels
-
-    def problem(self, module: str, tolerance: float) -> str | None:
-        """Say what is wrong with a module, or return None."""
-        if module in self.failures:
-            return self.failures[module]
-        error = self.errors.get(module, 0.0)
-        return None if error <= tolerance else f"its output differs from the model's by {error:.1e}"
 
 
 class _SiteComparer(fx.Interpreter):
@@ -168,7 +247,7 @@ def compare_sites(
 ) -> Findings:
     """Run every fused module on the values the original graph feeds its site, and compare their outputs."""
     comparer = _SiteComparer(traced, sites, modules)
-    with torch.no_grad():
+    with torch.no_grad(), preserved(traced):
         comparer.run(*[value.clone() for value in inputs])
     return comparer.findings
 
@@ -181,18 +260,33 @@ def compare_calls(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Se
     findings = Findings()
     named = dict(model.named_modules())
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
-        def hook(module: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
+    def watched(name: str, conv: nn.Module) -> Callable[..., Tensor]:
+        original = conv.forward
+
+        def forward(*arguments: Any, **keywords: Any) -> Tensor:
+            mine = _run(modules[name], *arguments, *keywords.values())
+            output: Tensor = original(*arguments, **keywords)
             findings.count(name, output)
-            findings.add(name, _run(modules[name], *arguments, *keywords.values()), output)
+            findings.add(name, mine, output)
+            return output
 
-        return hook
+        return forward
 
-    handles = [named[name].register_forward_hook(watch(name), with_kwargs=True) for name in modules]
-    try:
-        with torch.no_grad():
-            model(*[value.clone() for value in inputs])
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), preserved(model), _forwards({named[n]: watched(n, named[n]) for n in modules}):
+        model(*[value.clone() for value in inputs])
     return findings
+
+
+@contextmanager
+def _forwards(functions: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules other forward functions for a while; hooks, and calls past ``__call__``, see no change."""
+    own = {module: vars(module).get("forward") for module in functions}
+    for module, function in functions.items():
+        vars(module)["forward"] = function
+    try:
+        yield
+    finally:
+        for module, forward in own.items():
+            vars(module).pop("forward")
+            if forward is not None:
+                vars(module)["forward"] = forward

@@ -29,7 +29,6 @@ def rewritten(model: nn.Module, *inputs: Tensor) -> tuple[tuple[Site, ...], fx.G
             backend="dense",
             activation=site.activation,
             pool=site.pool,
-            layout="contiguous",
         )
     return sites, rewrite(traced, sites, modules)
 

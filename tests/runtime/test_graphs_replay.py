@@ -240,9 +240,11 @@ def on_paper(monkeypatch):
 def test_accelerate_captures_the_example_and_checks_what_is_replayed(on_paper):
     model, x = vgg(), image()
     fast = accelerate(model, x, tune="off")
-    assert (on_paper[0].captures, on_paper[0].replays) == (1, 1)
+    assert on_paper[0].captures == 1
+    replays = on_paper[0].replays
+    assert replays > 0
     y = fast(x)
-    assert on_paper[0].replays == 2
+    assert on_paper[0].replays == replays + 1
     torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
     assert "graphs" not in fast.explain()
 
@@ -262,7 +264,7 @@ def test_a_replay_that_computes_something_else_ends_graphs_with_a_note(on_paper,
     model, x = vgg(), image()
     fast = accelerate(model, x, tune="off")
     torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
-    assert "note: CUDA graphs are off: replayed, the output differs from the model's by" in fast.explain()
+    assert "note: CUDA graphs are off: replayed, on the example the output differs by" in fast.explain()
     assert any("CUDA graphs are off" in note for note in fast.report()["notes"])
 
 

@@ -158,7 +158,7 @@ def test_a_backend_that_does_not_exist_is_refused() -> None:
         grouped("cuda graphs")
 
 
-@pytest.mark.parametrize("shape", [(2, 19, 9, 7), (20, 9, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 19, 9, 7), (19, 9, 7), (9, 7)], ids=str)
 def test_an_input_of_other_channels_is_one_clear_error(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected \[N, 20, H, W\]"):
         grouped()(torch.zeros(shape))

@@ -41,6 +41,7 @@ class Setting:
         rivals: other ways to save the same work, each with a row: "narrow", "bsr", "2:4", and engines.
         budget_s: seconds after which a timing begins no further round; None: no limit.
         engines: where the rivals that are other engines run; None without them.
+        choosing: how "auto" chooses, "off", "cached" or "full"; None: see `tune`.
     """
 
     device: str
@@ -54,6 +55,7 @@ class Setting:
     rivals: tuple[str, ...] = ()
     budget_s: float | None = None
     engines: OpenEngines | None = None
+    choosing: str | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -66,7 +68,7 @@ class Setting:
 
         There, each layer has a dozen launch configs to compile, which would take longer than all the rest.
         """
-        return "full" if self.device == "cpu" else "cached"
+        return self.choosing or ("full" if self.device == "cpu" else "cached")
 
     def time(self, calls: Mapping[str, Call]) -> dict[str, Timing]:
         """Time functions interleaved on the device."""

@@ -47,6 +47,7 @@ class Suite:
         budget_s: seconds after which a timing begins no further round; None: no limit.
         limit_s: seconds after which the suite begins no further measurement; what is left out is named.
         compiled: whether torch.compile is among the dense peers.
+        choosing: how "auto" chooses; see `Setting`.
     """
 
     device: str
@@ -60,6 +61,7 @@ class Suite:
     budget_s: float | None = None
     limit_s: float = 480.0
     compiled: bool = True
+    choosing: str | None = None
 
 
 CPU_DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -127,6 +129,7 @@ SUITES = {
         20,
         budget_s=60.0,
         limit_s=2400.0,
+        choosing="cached",  # as `accelerate` comes
     ),
     "gpu-layers": Suite(*GPU, ("narrow", "bsr", "2:4"), gpu_cases, SHARED, GPU_DENSITIES, 30, budget_s=3.0),
     "gpu-questions": Suite(
@@ -196,7 +199,7 @@ def run_suite(
         store = TimingStore(None if suite.device == "cuda" else Path(cache) / "timings.json")
         setting = Setting(
             suite.device, suite.dtype, suite.backends, rounds, seed, compiled and suite.compiled, timer,
-            store, suite.rivals, suite.budget_s, opened,
+            store, suite.rivals, suite.budget_s, opened, suite.choosing,
         )  # fmt: skip
         run = _Run(suite, cases, setting, wanted, progress)
         # cuDNN's own search is part of the best dense a GPU has.

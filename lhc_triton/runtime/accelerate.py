@@ -24,7 +24,15 @@ from lhc_triton.runtime.accelerated import (
 )
 from lhc_triton.runtime.calibration import cost_model
 from lhc_triton.runtime.checks import check_convs, check_inputs, check_names, fitting_plan
-from lhc_triton.runtime.copying import carry_hooks, has_hooks, preserved, unwrapped, working_copy, wrappers
+from lhc_triton.runtime.copying import (
+    Snapshot,
+    carry_hooks,
+    has_hooks,
+    preserved,
+    unwrapped,
+    working_copy,
+    wrappers,
+)
 from lhc_triton.runtime.dispatch import choose_backend, launch_config, passed_over, supports
 from lhc_triton.runtime.fusion import fuse, swapped
 from lhc_triton.runtime.graph import Site, find_sites, is_fusible, rewrite
@@ -188,6 +196,10 @@ def _read(
     work = working_copy(model, copies)
     convs = check_convs(work)
     model = unwrapped(model)
+    if Snapshot(work).iterates:
+        raise ValueError(
+            f"{type(model).__name__} holds an iterator, whose place no copy can follow; keep a number instead"
+        )
     observed = observe_model(model, inputs, copies)
     everything = [m.weight for m in work.modules() if isinstance(m, nn.Conv2d)]
     weight = everything[0]

@@ -116,7 +116,10 @@ class AcceleratedModel(nn.Module):
         fixed: Collection[str] = (),
     ) -> None:
         super().__init__()
-        self.network = network.requires_grad_(False)
+        self.network = network
+        for parameter in network.parameters():
+            if parameter.is_leaf:
+                parameter.requires_grad_(False)
         self.plan = plan
         self.record = record
         self.attributes = dict(attributes or {})

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
@@ -29,6 +31,8 @@ _HOOKS = (
 )
 _CONTAINERS = (list, dict, set, deque)
 _CODE = type | types.ModuleType | types.BuiltinFunctionType
+_ARRAYS = bytearray | array | np.ndarray
+_NO_STATE = frozenset({"logging", "threading", "_thread", "io", "_io", "weakref", "re"})  # of a model's own
 _FUNCTIONS = types.FunctionType | types.MethodType | functools.partial
 _DEPTH = 8  # of containers and plain objects inside each other
 
@@ -38,7 +42,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             module = module.module
-        elif isinstance(inner := vars(module).get("_modules", {}).get("_orig_mod"), nn.Module):
+        elif isinstance(inner := dict(module.named_children()).get("_orig_mod"), nn.Module):
             module = inner  # torch.compile keeps the module under this name
         else:
             return module
@@ -70,7 +74,7 @@ def working_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mod
     for module in work.modules():
         _fix_computed_weights(module)
         for key, child in list(module._modules.items()):
-            if child is not None and not has_hooks(child):
+            if child is not None and not has_hooks(child) and unwrapped(child) is not child:
                 module._modules[key] = unwrapped(child)
     if isinstance(work, nn.Conv2d):
         work = nn.Sequential(work)
@@ -191,6 +195,9 @@ class Snapshot:
 
     Put back are the attributes of its modules, the contents of lists, dicts, sets, plain objects and closures
     among them, and the values of buffers and other tensors; parameters see `restore_parameters`.
+
+    Attributes:
+        iterates: whether the model holds an iterator, whose place can neither be seen nor put back.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -199,6 +206,9 @@ class Snapshot:
         self._contents: dict[int, tuple[Any, Any]] = {id(home): (home, dict(home)) for home in homes}
         self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
         self._cells: dict[int, tuple[types.CellType, Any]] = {}
+        self._arrays: dict[int, tuple[Any, Any]] = {}
+        self._slotted: list[tuple[Any, str, Any]] = []
+        self.iterates = False
         for home in homes:
             for value in home.values():
                 self._keep(value)
@@ -209,6 +219,8 @@ class Snapshot:
             any(_differs(held, before) for held, before in self._contents.values())
             or any(not same_values(tensor, before) for tensor, before in self._tensors.values())
             or any(cell.cell_contents is not before for cell, before in self._cells.values())
+            or any(bytes(held) != bytes(before) for held, before in self._arrays.values())
+            or any(getattr(owner, name, None) is not value for owner, name, value in self._slotted)
         )
 
     def restore(self) -> None:
@@ -223,6 +235,12 @@ class Snapshot:
         for cell, content in self._cells.values():
             if cell.cell_contents is not content:
                 cell.cell_contents = content
+        for held, before in self._arrays.values():
+            if bytes(held) != bytes(before):
+                held[... if isinstance(held, np.ndarray) else slice(None)] = before
+        for owner, name, value in self._slotted:
+            if getattr(owner, name, None) is not value:
+                setattr(owner, name, value)
 
     def _keep(self, value: Any, depth: int = 0) -> None:
         if depth > _DEPTH or isinstance(value, nn.Module | _CODE):
@@ -243,8 +261,16 @@ class Snapshot:
                 self._keep_cell(cell, depth)
         elif isinstance(value, types.MethodType):
             self._keep(value.__self__, depth + 1)
-        elif hasattr(value, "__dict__"):
-            self._keep(vars(value), depth + 1)
+        elif isinstance(value, _ARRAYS):
+            self._arrays[id(value)] = (value, copy.copy(value))
+        elif hasattr(value, "__next__") and type(value).__module__ in ("builtins", "itertools"):
+            self.iterates = True
+        elif type(value).__module__.partition(".")[0] not in _NO_STATE:
+            for name in _slots(value):
+                self._slotted.append((value, name, getattr(value, name)))
+                self._keep(getattr(value, name), depth + 1)
+            if hasattr(value, "__dict__"):
+                self._keep(vars(value), depth + 1)
 
     def _keep_cell(self, cell: types.CellType, depth: int) -> None:
         try:
@@ -285,6 +311,13 @@ def preserved(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         snapshot.restore()
+
+
+def _slots(value: Any) -> list[str]:
+    """Return the names in an object's ``__slots__`` that have values."""
+    slots = (vars(kind).get("__slots__", ()) for kind in type(value).__mro__)
+    names = (name for these in slots for name in ((these,) if isinstance(these, str) else these))
+    return [name for name in names if not name.startswith("__") and hasattr(value, name)]
 
 
 def _differs(held: Any, before: Any) -> bool:

@@ -118,15 +118,15 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 @contextmanager
 def _asked_for_modes() -> Iterator[list[str]]:
     """Note what code outside torch asks about the mode that it runs in."""
-    names = ("is_grad_enabled", "is_inference_mode_enabled")
+    names = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
     asked: list[str] = []
 
     def noting(name: str, original: Any) -> Any:
-        def ask() -> bool:
+        def ask(*device: str) -> bool:
             caller = sys._getframe(1).f_globals.get("__name__", "")
             if caller.partition(".")[0] not in ("torch", __name__.partition(".")[0]):
                 asked.append(f"torch.{name}()")
-            return bool(original())
+            return bool(original(*device))
 
         return ask
 

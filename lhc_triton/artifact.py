@@ -1,67 +1,79 @@
 """save() and load(): an accelerated network in one safetensors file.
 
-The file holds the tensors, and in its header one JSON document: format version, plan, how the network was
-accelerated, and its graph as a list of operations out of a closed list. Nothing in it is executed or
-unpickled; every name, size and shape is checked before a network is built from it.
+The file holds the tensors, in its header one JSON document (format version, plan, how the network was
+accelerated, and its graph as a list of operations out of a closed list), and a digest of both. Nothing in it
+is executed or unpickled; every name, size and shape is checked before a network is built from it, and what it
+claims is bounded by what it holds.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, fx, nn
 
+from lhc_triton.files import StrPath, parse_json, printable, write_beside
 from lhc_triton.planning.schema import Plan
-from lhc_triton.runtime.accelerated import AcceleratedModel, LayerRow, Record
-from lhc_triton.runtime.checks import working_copy
-from lhc_triton.runtime.epilogue import NETWORK_LAYOUTS
-from lhc_triton.runtime.fusion import swapped
-from lhc_triton.runtime.graph import Site, find_sites, rewrite
+from lhc_triton.planning.serialization import plan_from_data, plan_to_data
+from lhc_triton.runtime.accelerated import AcceleratedModel, Record
+from lhc_triton.runtime.layers_file import (
+    check_formats,
+    check_outline,
+    formats_of,
+    into_model,
+    outline,
+    tensors_of,
+)
 from lhc_triton.runtime.modules import FusedConv2d
-from lhc_triton.runtime.opset import GraphError
+from lhc_triton.runtime.opset import GraphError, decode, encode
 from lhc_triton.runtime.retarget import check_device, retarget
-from lhc_triton.runtime.stored import build_graph, build_module, store_graph, store_module
-from lhc_triton.runtime.tracing import TraceError, record_shapes, trace
+from lhc_triton.runtime.sealed import FileError, read_text, sealed, unsealed
+from lhc_triton.runtime.stored import (
+    FLOATS,
+    build_graph,
+    build_module,
+    check_sizes,
+    store_graph,
+    store_module,
+)
+from lhc_triton.runtime.stored_record import read_record, store_record
 
-FORMAT_VERSION = 1
-MAX_DOCUMENT = 512 * 2**20
-_KEY = "lhc_triton"
-_DTYPES = {
-    str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-}
+FORMAT_VERSION = 2
+_LONGEST = 500  # characters of a message, which may quote a file
 _FIELDS = {
     "format_version",
     "lhc_version",
     "kind",
     "why",
-    "dtype",
     "device",
     "record",
     "plan",
     "modules",
     "nodes",
+    "outline",
+    "formats",
+    "replays",
+    "attributes",
 }
+Built = tuple[nn.Module | None, Plan, Record]
 
 
 class ArtifactError(ValueError):
     """A file is no valid artefact, or does not fit what was asked of it; the message is one line."""
 
 
-def save(fast: AcceleratedModel, path: str | os.PathLike[str]) -> None:
+def save(fast: AcceleratedModel, path: StrPath) -> None:
     """Store an accelerated network in one safetensors file.
 
-    Written beside the target and then renamed, so an interrupted save leaves the old file. A network whose
-    graph holds an operation that is not on the closed list is stored by its accelerated layers alone, with a
-    warning: ``load`` then needs the model.
+    Written beside the target, read back as ``load`` would, and then renamed: an interrupted save leaves the
+    old file, and no file is left that ``load`` would refuse. A network whose graph holds what is not on the
+    closed list is stored by its layers and tensors alone, with a warning: ``load`` then needs the model.
 
     Args:
         fast: what ``accelerate`` or ``load`` returned.
@@ -69,94 +81,130 @@ def save(fast: AcceleratedModel, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: ``fast`` is no accelerated network.
+        ArtifactError: it holds something that no file can; the message names it.
         OSError: the folder or the file cannot be written.
     """
-    import warnings
-
-    from lhc_triton import __version__
-
     if not isinstance(fast, AcceleratedModel):
         raise TypeError(f"save() takes what accelerate() returned, not a {type(fast).__name__}")
-    tensor = next(t for m in (fast.fused_layers().values() or [fast]) for t in m.state_dict().values())
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    nodes: list[dict[str, Any]] | None = None
     why = ""
     try:
         if not isinstance(fast.network, fx.GraphModule):
             raise GraphError("the model was not traced")
         nodes, modules = store_graph(fast.network)
-        tensors = dict(fast.network.state_dict())
-        plan_layers = {layer.name: layer for layer in fast.plan.layers}
-        built = {name: build_module(name, spec, plan_layers, tensor.dtype) for name, spec in modules.items()}
-        build_graph(json.loads(json.dumps(nodes)), built, tensors)
-    except GraphError as error:
-        why, nodes = str(error), None
-        warnings.warn(f"the graph cannot be stored ({why}): load() will need model=", stacklevel=2)
-        fused = fast.fused_layers()
-        modules = {name: store_module(name, module) for name, module in fused.items()}
-        tensors = {f"{name}.{key}": t for name, m in fused.items() for key, t in m.state_dict().items()}
-    document = {
+        document = {**_document(fast, "graph"), "modules": modules, "nodes": nodes}
+        return _write(path, document, dict(fast.network.state_dict()))
+    except (GraphError, ArtifactError) as error:
+        why = str(error)
+    warnings.warn(f"the graph cannot be stored ({why}): load() will need model=", stacklevel=2)
+    try:
+        modules = {name: store_module(name, module) for name, module in fast.fused_layers().items()}
+        document = {**_document(fast, "layers"), "why": printable(why, _LONGEST), "modules": modules}
+        document |= {"outline": outline(fast.network), "formats": formats_of(fast.network)}
+        return _write(path, document, tensors_of(fast.network))
+    except (GraphError, ArtifactError) as error:
+        raise ArtifactError(f"the network cannot be saved: {error}") from error
+
+
+def _document(fast: AcceleratedModel, kind: str) -> dict[str, Any]:
+    from lhc_triton import __version__
+
+    home = next((tensor.device for tensor in (*fast.parameters(), *fast.buffers())), torch.device("cpu"))
+    return {
         "format_version": FORMAT_VERSION,
         "lhc_version": __version__,
-        "kind": "layers" if nodes is None else "graph",
-        "why": why,
-        "dtype": dtype,
-        "device": tensor.device.type,
-        "record": dataclasses.asdict(fast.record),
-        "plan": json.loads(fast.plan.to_json()),
-        "modules": modules,
-        "nodes": nodes,
+        "kind": kind,
+        "why": "",
+        "device": home.type,
+        "record": store_record(fast.record),
+        "plan": plan_to_data(fast.plan),
+        "modules": {},
+        "nodes": None,
+        "outline": None,
+        "formats": None,
+        # The code of a network that is not traced may be of a kind that a replay would miss.
+        "replays": fast.record.traced or fast.graphs is not None,
+        "attributes": _storable(fast.attributes),
     }
-    # safetensors refuses tensors that share memory, as tied weights do
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    _write(Path(path), to_safetensors(plain, {_KEY: json.dumps(document)}))
 
 
-def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
+def _storable(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes that a file can hold; the others are not to be had from a loaded network."""
+    kept = {}
+    for name, value in attributes.items():
         try:
-            beside.write_bytes(content)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+            stored = encode(value)
+            if name.isidentifier() and decode(stored, {}) == value:
+                kept[name] = stored
+        except GraphError:
+            continue
+    return kept
+
+
+def _attributes(stored: Mapping[str, Any]) -> dict[str, Any]:
+    odd = next((name for name in stored if not name.isidentifier()), None)
+    if odd is not None:
+        raise ArtifactError(f"its attribute {printable(odd, 40)!r} is no name")
+    return {name: decode(value, {}) for name, value in stored.items()}
+
+
+def _write(path: StrPath, document: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """Write a file that can be read again; GraphError or ArtifactError, and no file, where it could not."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise GraphError(f"{printable(name)!r} is a {type(tensor).__name__}, not a tensor")
+
+    def check(written: Path) -> None:
+        _rebuild(*_read(written, verify=True))
+
+    try:
+        text = json.dumps(document, allow_nan=False)
+        write_beside(path, sealed(text, tensors), check)
     except OSError as error:
+        if error.errno is None:  # ours, which says it all
+            raise
         raise type(error)(
-            error.errno, f"cannot write {path}: {error.strerror}; choose a folder that exists and is writable"
+            error.errno,
+            f"cannot write {os.fspath(path)}: {error.strerror or error}; choose a folder that exists and is "
+            "writable",
         ) from None
+    except ValueError as error:
+        raise _told(error) from error
 
 
-def is_artifact(path: str | os.PathLike[str]) -> bool:
+def is_artifact(path: StrPath) -> bool:
     """Return whether a file is one that ``save`` wrote, by its header alone; False if it cannot be read.
 
     Weights of training are safetensors files of this package, too.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            document = json.loads((file.metadata() or {}).get(_KEY, "null"))
-    except (OSError, SafetensorError, ValueError, RecursionError):
+        document = parse_json(read_text(path) or "null")
+    except (OSError, ValueError):
         return False
     return isinstance(document, dict) and "format_version" in document
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: StrPath,
     model: nn.Module | None = None,
     device: torch.device | str = "cpu",
     graphs: bool = True,
+    verify: bool = True,
 ) -> AcceleratedModel:
     """Read what ``save`` stored.
 
     On the kind of device it was saved from, the network computes the same bits (on a GPU where it finds the
     same launch configs, which tuning may change and LHC_TRITON_DETERMINISTIC=1 pins). On another, or where a
-    layer's backend is not available, the backend is chosen again, and ``report()`` tells the reason.
+    layer's backend is not available, the backend is chosen again, and ``report()`` tells the reason. The
+    tensors are read into memory: the file may be replaced or deleted while the network runs.
 
     Args:
         path: the file.
-        model: the model that was accelerated; only needed, and then required, where its graph could not be
-            stored. It is copied.
+        model: the model that was accelerated, or a fresh one of its class and settings; only needed, and then
+            required, where its graph could not be stored. It is copied, and its weights do not matter: the
+            file holds all of them.
         device: where the network shall run.
         graphs: record calls and replay them; see ``accelerate``.
+        verify: compare the file's digest with its content, which finds every damage; False reads on without.
 
     Raises:
         ArtifactError: the file is damaged, of another format version, or does not fit ``model``.
@@ -165,95 +213,98 @@ def load(
     """
     target = check_device(device)
     try:
-        document, tensors = _read(path)
-        network, plan, record = _rebuild(document, tensors, model)
-    except ArtifactError as error:
-        raise ArtifactError(f"{os.fspath(path)}: {error}") from error.__cause__
-    except GraphError as error:
-        raise ArtifactError(f"{os.fspath(path)}: {error}") from error
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        # the checks above name what they find; this is for damage that none of them thought of
-        raise ArtifactError(f"{os.fspath(path)}: damaged ({type(error).__name__}); save it again") from error
+        document, tensors = _read(path, verify)
+        network, plan, record = _rebuild(document, tensors, model, needed=True)
+        attributes = _attributes(document["attributes"])
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ArtifactError(f"{printable(os.fspath(path))}: {_told(error)}") from error
     # What fails from here on (memory, for example) is no fault of the file's.
+    assert network is not None
     network, plan, record = retarget(network, plan, record, str(document["device"]), target)
-    return AcceleratedModel(network, plan, record, graphs)
+    fast = AcceleratedModel(network, plan, record, graphs and document["replays"])
+    fast.attributes = attributes
+    return fast
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return document and tensors of a file; ArtifactError if the file as such is not valid."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{os.fspath(path)}: there is no such file")
+def _told(error: Exception) -> ArtifactError:
+    """Return what is wrong with a file, in one line; the checks name what they find, this is for the rest."""
+    if isinstance(error, ArtifactError | FileError | GraphError):
+        return ArtifactError(printable(" ".join(str(error).split()), _LONGEST))
+    return ArtifactError(f"damaged ({type(error).__name__}); save it again")
+
+
+def _read(path: StrPath, verify: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return document and tensors of a file; ArtifactError or FileError if the file as such is not valid."""
+    text, tensors = unsealed(path, verify)
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            if text is None:
-                raise ArtifactError("a safetensors file, but not one that lhc_triton.save() wrote")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-    except SafetensorError as error:
-        raise ArtifactError(f"truncated, damaged, or no safetensors file ({error}); save it again") from error
-    if len(text) > MAX_DOCUMENT:
-        raise ArtifactError(f"its document has {len(text)} characters, more than {MAX_DOCUMENT}")
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(text)
+    except ValueError as error:
         raise ArtifactError(f"its document is not valid JSON ({error})") from error
     if not isinstance(document, dict):
         raise ArtifactError("its document is not a JSON object")
     version = document.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ArtifactError(
-            f"format version {str(version)[:20]} is not supported, this release reads {FORMAT_VERSION}; "
-            "save the network again, or use the release that wrote it"
+            f"format version {printable(str(version), 20)} is not supported, this release reads "
+            f"{FORMAT_VERSION}; save the network again, or use the release that wrote it"
         )
     if set(document) != _FIELDS or document["kind"] not in ("graph", "layers"):
         raise ArtifactError("its document has missing or unknown fields")
-    if document["dtype"] not in list(_DTYPES) or not isinstance(document["modules"], dict):
-        raise ArtifactError("its dtype or its modules are not valid")
+    kinds = {"modules": dict, "attributes": dict, "why": str, "device": str, "replays": bool}
+    for key, kind in kinds.items():
+        if not isinstance(document[key], kind):
+            raise ArtifactError(f"its {key} are not valid: a {type(document[key]).__name__}")
     return document, tensors
 
 
 def _rebuild(
-    document: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module | None
-) -> tuple[nn.Module, Plan, Record]:
-    """Return the network on the CPU, its plan and its record; ArtifactError, among others, for damage."""
+    document: dict[str, Any],
+    tensors: dict[str, Tensor],
+    model: nn.Module | None = None,
+    needed: bool = False,
+) -> Built:
+    """Return the network on the CPU, its plan and its record; ArtifactError, among others, for damage.
+
+    Without its model, a network that is stored by its layers is None; ``needed`` makes that an error.
+    """
     try:
-        plan = Plan.from_json(json.dumps(document["plan"]))
+        plan = plan_from_data(document["plan"])
     except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"its plan is not valid: {error}") from error
-    record = _record(document["record"])
-    dtype = _DTYPES[document["dtype"]]
+    check_sizes(plan, document["modules"], sum(tensor.numel() for tensor in tensors.values()))
+    record = read_record(document["record"])
     layers = {layer.name: layer for layer in plan.layers}
-    modules = {name: build_module(name, spec, layers, dtype) for name, spec in document["modules"].items()}
+    modules = {name: build_module(name, spec, layers) for name, spec in document["modules"].items()}
+    own = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in modules}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in own}
     if document["kind"] == "graph":
-        wanted = {name for name in tensors if not _belongs(name, modules)}
-        network: nn.Module = build_graph(document["nodes"], modules, {name: tensors[name] for name in wanted})
-        _assign(network, tensors, dtype)
-    else:
-        if model is None:
+        network = build_graph(document["nodes"], modules, rest)
+        _assign(network, tensors)
+        return network, plan, record
+    holder = nn.ModuleDict({str(index): module for index, module in enumerate(modules.values())})
+    places = {name: str(index) for index, name in enumerate(modules)}
+    _assign(holder, {_moved(name, places): tensor for name, tensor in own.items()})
+    lines, formats = check_outline(document["outline"]), check_formats(document["formats"])
+    if model is None:
+        if needed:
             raise ArtifactError(f"its graph could not be stored ({document['why']}); give load(..., model=)")
-        holder = nn.ModuleDict({str(index): module for index, module in enumerate(modules.values())})
-        places = {name: str(index) for index, name in enumerate(modules)}
-        _assign(holder, {_moved(name, places): t for name, t in tensors.items()}, dtype)
-        network = _into_model(model, record, modules)
-    return network, plan, record
-
-
-def _belongs(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    return name.rpartition(".")[0] in modules
+        return None, plan, record
+    return into_model(model, record, modules, rest, lines, formats), plan, record
 
 
 def _moved(name: str, places: Mapping[str, str]) -> str:
     module, _, key = name.rpartition(".")
-    return f"{places.get(module, module)}.{key}"
+    return f"{places[module]}.{key}"
 
 
-def _assign(network: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+def _assign(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a network on the meta device its tensors, if they fit in name, shape and type."""
     expected = network.state_dict()
     odd = sorted(set(expected) ^ set(tensors))
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise ArtifactError(f"tensors are missing or unknown: {', '.join(odd[:3])}{more}")
+        names = ", ".join(printable(name, 80) for name in odd[:3])
+        raise ArtifactError(f"tensors are missing or unknown: {names}{more}")
     modules = dict(network.named_modules())
     for name, wanted in expected.items():
         tensor = tensors[name]
@@ -263,113 +314,8 @@ def _assign(network: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtyp
             )
         strict = isinstance(modules.get(name.rpartition(".")[0]), FusedConv2d)
         same = tensor.dtype == wanted.dtype
-        floats = wanted.is_floating_point() and tensor.dtype in _DTYPES.values()
+        floats = wanted.is_floating_point() and tensor.dtype in FLOATS.values()
         if not same and (strict or not floats):
             raise ArtifactError(f"tensor {name!r} is {tensor.dtype}, its module needs {wanted.dtype}")
-    network.load_state_dict(dict(tensors), strict=True, assign=True)
-
-
-def _into_model(model: nn.Module, record: Record, modules: Mapping[str, nn.Module]) -> nn.Module:
-    """Put stored layers into a copy of the model they were made from."""
-    if not isinstance(model, nn.Module):
-        raise ArtifactError(
-            f"model= is a {type(model).__name__}, expected the torch.nn.Module it was made of"
-        )
-    work = working_copy(model)
-    named = dict(work.named_modules())
-    for site in record.sites:
-        conv, fused = named.get(site.layer), modules.get(site.module)
-        if not isinstance(fused, FusedConv2d):
-            raise ArtifactError(f"layer {site.module!r} is in its record, but not in its modules")
-        if not isinstance(conv, nn.Conv2d) or (
-            (conv.in_channels, conv.out_channels, tuple(conv.kernel_size), tuple(conv.stride), conv.groups)
-            != (fused.in_channels, fused.out_channels, fused.kernel_size, fused.stride, fused.groups)
-        ):
-            raise ArtifactError(
-                f"model= is another model: layer {site.layer!r} is missing or has other sizes"
-            )
-    stored = {site.module for site in record.sites}
-    if stored != set(modules):
-        raise ArtifactError("its record and its modules name different layers")
-    if not record.traced:
-        return swapped(work, modules)
-    home = next(work.parameters()).device
-    inputs = [torch.zeros(shape, dtype=getattr(torch, name), device=home) for shape, name in record.inputs]
-    try:
-        traced = trace(work, len(inputs))
-        sites = find_sites(traced, record_shapes(traced, inputs)[0])
-    except (TraceError, RuntimeError, ValueError) as error:
-        raise ArtifactError(f"model= is another model: {str(error).splitlines()[0]}") from error
-    if sites != record.sites:
-        raise ArtifactError("model= is another model: its convolutions are followed by other operations")
-    return rewrite(traced, sites, modules)
-
-
-def _record(data: Any) -> Record:
-    """Read a record; ArtifactError where a field is missing or of another type."""
-    values = _fields(data, Record)
-    text = isinstance(values["model"], str) and values["layout"] in NETWORK_LAYOUTS
-    if not text or not isinstance(values["requested"], str) or not isinstance(values["traced"], bool):
-        raise ArtifactError("its record is not valid")
-    if not all(isinstance(values[key], list) for key in ("sites", "rows", "inputs", "notes")):
-        raise ArtifactError("its record is not valid")
-    inputs = []
-    for item in values["inputs"]:
-        if not isinstance(item, list) or len(item) != 2 or item[1] not in _INPUT_TYPES:
-            raise ArtifactError("its example inputs are not valid")
-        if not isinstance(item[0], list) or not all(
-            type(size) is int and 0 < size < 2**31 for size in item[0]
-        ):
-            raise ArtifactError("its example inputs are not valid")
-        inputs.append((tuple(item[0]), item[1]))
-    if type(values["output_error"]) not in (int, float):
-        raise ArtifactError("its record is not valid")
-    return Record(
-        values["model"],
-        values["requested"],
-        values["traced"],
-        values["layout"],
-        tuple(_site(item) for item in values["sites"]),
-        tuple(_row(item) for item in values["rows"]),
-        tuple(inputs),
-        float(values["output_error"]),
-        tuple(str(note) for note in values["notes"]),
-    )
-
-
-_INPUT_TYPES = (*_DTYPES, "int64", "int32", "int16", "int8", "uint8", "bool")
-
-
-def _site(data: Any) -> Site:
-    values = _fields(data, Site)
-    for key in ("norm", "add"):
-        if values[key] is not None and not isinstance(values[key], str):
-            raise ArtifactError(f"a site of its record has an invalid {key}")
-    strings = [values[key] for key in ("layer", "module", "activation", "pool")]
-    nodes = values["nodes"]
-    if not isinstance(nodes, list) or not all(isinstance(text, str) for text in (*strings, *nodes)):
-        raise ArtifactError("a site of its record is not valid")
-    if values["residual"] not in (0, 1):
-        raise ArtifactError("a site of its record is not valid")
-    return Site(**{**values, "nodes": tuple(nodes)})
-
-
-def _row(data: Any) -> LayerRow:
-    values = _fields(data, LayerRow)
-    for key, value in values.items():
-        if key in ("layer", "backend", "reason", "epilogue"):
-            valid = isinstance(value, str)
-        elif key in ("density", "macs", "live_macs", "planned_macs"):
-            valid = type(value) in (int, float)
-        else:
-            valid = value is None or type(value) in (int, float)
-        if not valid:
-            raise ArtifactError(f"a row of its record has an invalid {key}")
-    return LayerRow(**values)
-
-
-def _fields(data: Any, kind: type) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(kind)}
-    if not isinstance(data, dict) or set(data) != names:
-        raise ArtifactError(f"its {kind.__name__} has missing or unknown fields")
-    return data
+    expected.update(tensors)  # it also says, by its versions, that no tensor of older releases is to be added
+    network.load_state_dict(expected, strict=True, assign=True)

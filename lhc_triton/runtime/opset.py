@@ -16,8 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from lhc_triton.runtime.epilogue import like_format
+
 MAX_NUMBER = 2**40
 MAX_ITEMS = 64
+MAX_BITS = 256  # of a whole number that a graph computes from sizes
+_SIZE_BITS = 40
 
 
 class GraphError(ValueError):
@@ -76,6 +80,7 @@ _FUNCTIONS = (
     _operation("floordiv", operator.floordiv, "a:value b:value"),
     _operation("getitem", operator.getitem, "a:tensor b:index"),
     _operation("shape", getattr, "a:tensor b:shape"),
+    _operation("like_format", like_format, "value:tensor other:tensor"),
     _operation("torch.add", torch.add, "input:tensor other:value alpha:number?"),
     _operation("torch.sub", torch.sub, "input:tensor other:value alpha:number?"),
     _operation("torch.mul", torch.mul, "input:tensor other:value"),
@@ -171,8 +176,8 @@ def decode(value: Any, nodes: Mapping[str, fx.Node], depth: int = 0) -> Any:
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int | float):
-        if not math.isfinite(value) or abs(value) > MAX_NUMBER:
-            raise GraphError(f"the number {value} is out of bounds")
+        if not abs(value) <= MAX_NUMBER:  # NaN neither
+            raise GraphError(f"a number is out of bounds, which are {-MAX_NUMBER} and {MAX_NUMBER}")
         return value
     if isinstance(value, list):
         return [decode(item, nodes, depth + 1) for item in _bounded(value)]
@@ -181,7 +186,7 @@ def decode(value: Any, nodes: Mapping[str, fx.Node], depth: int = 0) -> Any:
     ((mark, content),) = value.items()
     if mark == "node":
         if not isinstance(content, str) or content not in nodes:
-            raise GraphError(f"an argument names the node {content!r}, which does not come before")
+            raise GraphError(f"an argument names the node {str(content)[:40]!r}, which does not come before")
         return nodes[content]
     if mark == "tuple" and isinstance(content, list):
         return tuple(decode(item, nodes, depth + 1) for item in _bounded(content))
@@ -219,6 +224,53 @@ def check_arguments(operation: Operation, args: Sequence[Any], kwargs: Mapping[s
         value = given[parameter.name]
         if not (value is None and parameter.nullable) and not _is_kind(value, parameter.kind):
             raise GraphError(f"{operation.name}: {parameter.name}={str(value)[:40]!r} is no {parameter.kind}")
+
+
+Result = str | int
+"""What a node gives: "tensor", "tensors" (several), "sizes", or of a number the bits that it may have."""
+
+_ARITHMETIC = frozenset({"add", "iadd", "sub", "mul", "imul", "truediv", "floordiv"})
+
+
+def result_of(
+    operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any], results: Mapping[fx.Node, Result]
+) -> Result:
+    """Return what an operation gives, from what its arguments are.
+
+    Raises:
+        GraphError: it repeats a list or a shape, or a number of its kind could grow at every step: a graph of
+            60 squarings would compute for ever.
+    """
+    name = operation.name
+    if name == "shape" or (name == "size" and len(args) + len(kwargs) == 1):
+        return "sizes"
+    if name in ("size", "dim"):
+        return _SIZE_BITS
+    if name == "chunk" or (name == "max_pool2d" and (len(args) == 7 or "return_indices" in kwargs)):
+        return "tensors"
+    if name == "getitem":
+        base = results.get(args[0], "tensor") if args else "tensor"
+        if base in ("sizes", "tensors") and not isinstance(args[-1], slice):
+            return _SIZE_BITS if base == "sizes" else "tensor"
+        return base
+    if name not in _ARITHMETIC:
+        return "tensor"
+    operands = [_operand(value, results) for value in (*args, *kwargs.values())]
+    if "tensor" in operands:
+        return "tensor"
+    bits = [operand for operand in operands if isinstance(operand, int)]
+    if len(bits) < len(operands):
+        raise GraphError(f"{name}: an operand is a shape or a list, with which a file may not calculate")
+    grown = sum(bits) if name in ("mul", "imul") else max(bits) + 1
+    if grown > MAX_BITS:
+        raise GraphError(f"{name}: its result may have {grown} bits, more than {MAX_BITS}")
+    return grown
+
+
+def _operand(value: Any, results: Mapping[fx.Node, Result]) -> Result:
+    if isinstance(value, fx.Node):
+        return results.get(value, "tensor")
+    return value.bit_length() if isinstance(value, int) else 64
 
 
 def _is_int(value: Any) -> bool:

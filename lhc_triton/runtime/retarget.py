@@ -7,13 +7,19 @@ import dataclasses
 import torch
 from torch import nn
 
-from lhc_triton.planning import plan_layer
+from lhc_triton.planning.cost import itemsize_of
+from lhc_triton.planning.planner import plan_layer, price_tiles
 from lhc_triton.planning.schema import LayerPlan, Plan
 from lhc_triton.runtime.accelerated import LayerRow, Record
 from lhc_triton.runtime.calibration import cost_model
 from lhc_triton.runtime.dispatch import choose_backend, supports
 from lhc_triton.runtime.epilogue import layer_layout
 from lhc_triton.runtime.modules import DenseConv2d, FusedConv2d, GroupedConv2d
+
+# Tiles are formed by comparing patterns pair by pair, entry by entry. The layers of a file together may take so
+# much of that, about 15 s on a busy core; those beyond it keep the tiles that they have.
+MAX_COMPARED = 2**30
+_PER_PAIR = 2048  # what else a pair costs, in entries
 
 
 def check_device(device: torch.device | str) -> torch.device:
@@ -53,6 +59,7 @@ def retarget(
     fused = {name: m for name, m in network.named_modules() if isinstance(m, FusedConv2d)}
     rows = {row.layer: row for row in record.rows}
     replacements: dict[int, nn.Module] = {}
+    compared = 0
     for site in record.sites:
         module = fused.get(site.module)
         layer = layers.get(site.layer)
@@ -60,7 +67,10 @@ def retarget(
             continue
         if layer is None or not (moved or _unavailable(module, layer, device)):
             continue
-        layer, backend, reason = _choose(layer, module, record.requested, device, moved)
+        compared += len(layer.topology.patterns) ** 2 * (layer.topology.entries + _PER_PAIR)
+        layer, backend, reason = _choose(
+            layer, module, record.requested, device, moved, compared <= MAX_COMPARED
+        )
         layers[site.layer] = layer
         replacements[id(module)] = _rebuilt(module, layer, backend, layer_layout(layout, backend), device)
         if site.module in rows:
@@ -81,7 +91,12 @@ def _unavailable(module: FusedConv2d, layer: LayerPlan, device: torch.device) ->
 
 
 def _choose(
-    layer: LayerPlan, module: FusedConv2d, requested: str, device: torch.device, moved: bool
+    layer: LayerPlan,
+    module: FusedConv2d,
+    requested: str,
+    device: torch.device,
+    moved: bool,
+    new_tiles: bool,
 ) -> tuple[LayerPlan, str, str]:
     """Return plan, backend and reason of a layer on its new device."""
     dtype = module.blocks.dtype if isinstance(module, GroupedConv2d) else module.weight.dtype
@@ -90,12 +105,15 @@ def _choose(
     if requested != "auto" and problem is None:
         return dataclasses.replace(layer, backend=requested, reason="forced"), requested, "forced"
     problem = problem or _unavailable(module, layer, device)
-    layer = plan_layer(
-        layer.topology, cost_model(requested, dtype, device), dtype=str(dtype).removeprefix("torch.")
-    )
+    cost, name = cost_model(requested, dtype, device), str(dtype).removeprefix("torch.")
+    if new_tiles:
+        layer = plan_layer(layer.topology, cost, dtype=name)
+    else:
+        layer = price_tiles(layer.topology, layer.tiles, layer.tile_width, cost, itemsize_of(name))
     decision = choose_backend(layer, dtype, device)
     why = "loaded on another kind of device" if moved and problem is None else problem
-    reason = f"{decision.reason} (chosen again: {why})"
+    kept = "" if new_tiles else "; the tiles are the file's, for there are too many patterns to form new ones"
+    reason = f"{decision.reason} (chosen again: {why}{kept})"
     return dataclasses.replace(layer, backend=decision.backend, reason=reason), decision.backend, reason
 
 

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import keyword
-import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from lhc_triton.planning.schema import LayerPlan
+from lhc_triton.files import printable
+from lhc_triton.planning.schema import LayerPlan, Plan
+from lhc_triton.runtime.backends import BACKENDS
 from lhc_triton.runtime.modules import DenseConv2d, FusedConv2d, GroupedConv2d
 from lhc_triton.runtime.opset import (
     MAX_ITEMS,
     MAX_NUMBER,
     OPERATIONS,
     GraphError,
+    Result,
     check_arguments,
     decode,
     encode,
     operation_of,
+    result_of,
 )
 
-MAX_NODES = 100_000
+MAX_NODES = 30_000
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_]{1,100}(\.[A-Za-z0-9_]{1,100}){0,50}")
 
@@ -34,8 +38,11 @@ _PLAIN: Mapping[type[nn.Module], Mapping[str, str]] = {
     nn.BatchNorm2d: {
         "num_features": "size",
         "eps": "number",
-        "affine": "bool",
-        "track_running_stats": "bool",
+        "weight": "bool",
+        "bias": "bool",
+        "running_mean": "bool",
+        "running_var": "bool",
+        "num_batches_tracked": "bool",
     },
     nn.ReLU: {"inplace": "bool"},
     nn.ReLU6: {"inplace": "bool"},
@@ -71,27 +78,43 @@ _DENSE_FIELDS = {
     "dilation": "pair",
     "groups": "size",
     "bias": "bool",
+    "dtype": "dtype",
     "activation": "text",
     "pool": "text",
     "layout": "text",
+    "keeps_format": "bool",
 }
 _GROUPED_FIELDS = {
     "layer": "text",
     "backend": "text",
     "bias": "bool",
+    "dtype": "dtype",
     "activation": "text",
     "pool": "text",
     "layout": "text",
+    "keeps_format": "bool",
 }
+FLOATS: Mapping[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+}
+
+# What a file may claim without holding any value, and so much more for each value that it holds. Weights are
+# counted with their zeros: a density of 1/1024 is far below any real network's. Packed, they are counted with
+# what tiles leave empty, tables included; cells are (tile, entry) pairs of one layer.
+FREE = 2**24
+PER_VALUE = {"weights": 1024, "packed weights": 64, "cells": 128}
+MAX_STEP = 2**12  # stride, dilation and border, in pixels
 
 
 def store_module(name: str, module: nn.Module) -> dict[str, Any]:
     """Describe a module as plain data; GraphError if its type is not on the list."""
     if isinstance(module, GroupedConv2d):
-        values: dict[str, Any] = {"layer": module.layer.name, "bias": module.bias is not None}
-        return _described("GroupedConv2d", _GROUPED_FIELDS, module, values)
+        return _described(
+            "GroupedConv2d", _GROUPED_FIELDS, module, {"layer": module.layer.name, **_of_conv(module)}
+        )
     if isinstance(module, DenseConv2d):
-        return _described("DenseConv2d", _DENSE_FIELDS, module, {"bias": module.bias is not None})
+        return _described("DenseConv2d", _DENSE_FIELDS, module, _of_conv(module))
     if type(module) in _IDENTITIES:
         return {"type": "Identity"}
     fields = _PLAIN.get(type(module))
@@ -99,8 +122,20 @@ def store_module(name: str, module: nn.Module) -> dict[str, Any]:
         raise GraphError(f"module {name!r} is a {type(module).__name__}, which is not on the list")
     if getattr(module, "return_indices", False) or getattr(module, "divisor_override", None) is not None:
         raise GraphError(f"module {name!r} has an argument that is not on the list")
-    values = {"bias": module.bias is not None} if isinstance(module, nn.Linear) else {}
-    return _described(type(module).__name__, fields, module, values)
+    kept = {key: getattr(module, key) is not None for key in fields if key in (*_NORM_TENSORS, "bias")}
+    return _described(type(module).__name__, fields, module, kept)
+
+
+_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def _of_conv(module: DenseConv2d | GroupedConv2d) -> dict[str, Any]:
+    weight = module.blocks if isinstance(module, GroupedConv2d) else module.weight
+    return {
+        "bias": module.bias is not None,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "keeps_format": getattr(module, "keeps_format", False),
+    }
 
 
 def _described(
@@ -113,7 +148,34 @@ def _described(
     return spec
 
 
-def build_module(name: str, spec: Any, layers: Mapping[str, LayerPlan], dtype: torch.dtype) -> nn.Module:
+def check_sizes(plan: Plan, modules: Mapping[str, Any], values: int) -> None:
+    """Raise GraphError unless what a file's layers claim is in proportion to the values that it holds.
+
+    Args:
+        plan: of the file.
+        modules: descriptions of modules, not yet checked; several may be of one layer.
+        values: numbers in the file's tensors.
+    """
+    named = [spec.get("layer") for spec in modules.values() if isinstance(spec, dict)]
+    uses = Counter(name for name in named if isinstance(name, str))
+    weights = packed = 0
+    for layer in plan.layers:
+        topology, times = layer.topology, max(1, uses[layer.name])
+        # Packing and dense weights pad blocks, so the padded weight is what either may allocate.
+        weights += times * topology.groups * topology.out_block * topology.in_block * topology.entries
+        rows = sum(len(tile.entries) for tile in layer.tiles) * topology.in_block + len(layer.tiles)
+        packed += times * rows * layer.tile_width
+        cells = len(layer.tiles) * topology.entries
+        for what, claimed in (("weights", weights), ("packed weights", packed), ("cells", cells)):
+            allowed = FREE + PER_VALUE[what] * values
+            if claimed > allowed:
+                raise GraphError(
+                    f"layer {layer.name[:80]!r} of its plan brings its {what} to {claimed}; with {values} "
+                    f"values in the file, up to {allowed} are read"
+                )
+
+
+def build_module(name: str, spec: Any, layers: Mapping[str, LayerPlan]) -> nn.Module:
     """Build the module that a description stands for, on the meta device: shapes without memory.
 
     Raises:
@@ -123,19 +185,21 @@ def build_module(name: str, spec: Any, layers: Mapping[str, LayerPlan], dtype: t
         raise GraphError(f"module {str(name)[:80]!r} has no valid description")
     kind = spec["type"]
     values = {key: value for key, value in spec.items() if key != "type"}
-    where = f"module {name!r} ({kind[:40]})"
+    where = f"module {name[:80]!r} ({printable(kind, 40)})"
     try:
         if kind == "GroupedConv2d":
             _check_fields(where, values, _GROUPED_FIELDS)
-            return _build_grouped(where, values, layers, dtype)
+            return _build_grouped(where, values, layers)
         if kind == "DenseConv2d":
             _check_fields(where, values, _DENSE_FIELDS)
-            return _build_dense(where, values, dtype)
+            return _build_dense(where, values)
         plain = next((module_type for module_type in _PLAIN if module_type.__name__ == kind), None)
         if plain is None:
             raise GraphError(f"{where}: the type is not on the list")
         _check_fields(where, values, _PLAIN[plain])
-        options = {"device": "meta", "dtype": dtype} if plain in (nn.Linear, nn.BatchNorm2d) else {}
+        if plain is nn.BatchNorm2d:
+            return _build_norm(where, values)
+        options = {"device": "meta"} if plain is nn.Linear else {}
         arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         return plain(**arguments, **options).eval()
     except GraphError:
@@ -144,9 +208,23 @@ def build_module(name: str, spec: Any, layers: Mapping[str, LayerPlan], dtype: t
         raise GraphError(f"{where}: {str(error).splitlines()[0]}") from error
 
 
-def _build_grouped(
-    where: str, values: dict[str, Any], layers: Mapping[str, LayerPlan], dtype: torch.dtype
-) -> GroupedConv2d:
+def _build_norm(where: str, values: dict[str, Any]) -> nn.BatchNorm2d:
+    if values["running_mean"] != values["running_var"]:
+        raise GraphError(f"{where}: it has one of running_mean and running_var only")
+    norm = nn.BatchNorm2d(values["num_features"], values["eps"], device="meta").eval()
+    for name in _NORM_TENSORS:
+        if not values[name]:
+            setattr(norm, name, None)
+    return norm
+
+
+def _build_grouped(where: str, values: dict[str, Any], layers: Mapping[str, LayerPlan]) -> GroupedConv2d:
+    if values["backend"] not in BACKENDS:
+        raise GraphError(
+            f"{where}: backend {values['backend'][:40]!r} runs no sparse layer; one of "
+            f"{', '.join(BACKENDS)} is needed"
+        )
+    dtype = FLOATS[values["dtype"]]
     layer = layers.get(values["layer"])
     if layer is None:
         raise GraphError(f"{where}: its layer {values['layer'][:80]!r} is not in the plan")
@@ -155,27 +233,34 @@ def _build_grouped(
     blocks = torch.empty((pairs, topology.out_block, topology.in_block), dtype=dtype, device="meta")
     bias = torch.empty(topology.geometry.out_channels, dtype=dtype, device="meta") if values["bias"] else None
     options = {key: values[key] for key in ("backend", "activation", "pool", "layout")}
-    return GroupedConv2d(layer, blocks, bias, **options)
+    module = GroupedConv2d(layer, blocks, bias, **options)
+    module.keeps_format = values["keeps_format"]
+    return module
 
 
-def _build_dense(where: str, values: dict[str, Any], dtype: torch.dtype) -> DenseConv2d:
+def _build_dense(where: str, values: dict[str, Any]) -> DenseConv2d:
+    dtype = FLOATS[values["dtype"]]
     groups = values["groups"]
+    if max(*values["stride"], *values["padding"], *values["dilation"]) > MAX_STEP:
+        raise GraphError(f"{where}: stride, padding and dilation are supported up to {MAX_STEP}")
     if values["in_channels"] % groups or values["out_channels"] % groups:
         raise GraphError(f"{where}: groups={groups} does not divide its channels")
     shape = (values["out_channels"], values["in_channels"] // groups, *values["kernel_size"])
     weight = torch.empty(shape, dtype=dtype, device="meta")
     bias = torch.empty(shape[0], dtype=dtype, device="meta") if values["bias"] else None
     keys = ("stride", "padding", "dilation", "groups", "activation", "pool", "layout")
-    return DenseConv2d(weight, bias, **{key: values[key] for key in keys})
+    module = DenseConv2d(weight, bias, **{key: values[key] for key in keys})
+    module.keeps_format = values["keeps_format"]
+    return module
 
 
 def _check_fields(where: str, values: Mapping[str, Any], fields: Mapping[str, str]) -> None:
     if set(values) != set(fields):
-        odd = sorted(str(key)[:40] for key in set(values) ^ set(fields))
+        odd = sorted(printable(str(key), 40) for key in set(values) ^ set(fields))[:8]
         raise GraphError(f"{where}: the fields {', '.join(odd)} are missing or unknown")
     for field, kind in fields.items():
         if not _fits(values[field], kind):
-            raise GraphError(f"{where}: {field}={str(values[field])[:40]} is no valid {kind}")
+            raise GraphError(f"{where}: {field}={printable(repr(values[field]), 40)} is no valid {kind}")
 
 
 def _fits(value: Any, kind: str) -> bool:
@@ -194,7 +279,9 @@ def _fits(value: Any, kind: str) -> bool:
             return isinstance(value, str) and len(value) <= 1000
         case "number":
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            return number and math.isfinite(value) and abs(value) < MAX_NUMBER
+            return number and abs(value) < MAX_NUMBER
+        case "dtype":
+            return isinstance(value, str) and value in FLOATS
         case "int":
             return is_int(value, -64)
         case "size":
@@ -213,6 +300,9 @@ def _fits(value: Any, kind: str) -> bool:
 
 def store_graph(network: fx.GraphModule) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """Return a network's nodes and modules as plain data; GraphError names what cannot be stored."""
+    for name, module in network.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise GraphError(f"module {name!r} has a forward hook, which is code")
     nodes: list[dict[str, Any]] = []
     modules: dict[str, dict[str, Any]] = {}
     for node in network.graph.nodes:
@@ -253,19 +343,24 @@ def build_graph(
     shell = fx.GraphModule(nn.Module(), fx.Graph(), "AcceleratedNetwork")
     graph = fx.Graph()
     known: dict[str, fx.Node] = {}
+    results: dict[fx.Node, Result] = {}
+    inputs: set[str] = set()
     for index, item in enumerate(nodes):
+        result: Result = "tensor"
         name, op, target, args, kwargs = _read_node(item, known)
         if (op == "output") != (index == len(nodes) - 1):
             raise GraphError("the graph must end with its one output")
         if op == "placeholder":
             _check_identifier(target, "input")
-            if args or kwargs:
-                raise GraphError(f"the input {target!r} has arguments")
+            if args or kwargs or target in inputs:
+                raise GraphError(f"the input {target!r} has arguments, or is there twice")
+            inputs.add(target)
         elif op in OPERATIONS:
             operation = OPERATIONS[op].get(target)
             if operation is None:
                 raise GraphError(f"operation {target[:40]!r} is unknown")
             check_arguments(operation, args, kwargs)
+            result = result_of(operation, args, kwargs, results)
             target = operation.target
         elif op == "call_module":
             _add_module(shell, target, modules, args, kwargs)
@@ -276,6 +371,7 @@ def build_graph(
         known[name] = graph.create_node(op, target, tuple(args), kwargs, name=name)
         if known[name].name != name:
             raise GraphError(f"the node name {name!r} is reserved or given twice")
+        results[known[name]] = result
     graph.lint()
     shell.graph = graph
     return shell.eval()
@@ -296,7 +392,9 @@ def _read_node(item: Any, known: Mapping[str, fx.Node]) -> tuple[str, str, Any, 
 
 
 def _check_identifier(name: str, what: str) -> None:
-    if not _IDENTIFIER.fullmatch(name) or keyword.iskeyword(name):
+    # Names become names of Python's, where "__debug__" cannot be set and "self" is the network.
+    taken = keyword.iskeyword(name) or name.startswith("__") or name == "self"
+    if not _IDENTIFIER.fullmatch(name) or taken:
         raise GraphError(f"the {what} name {name[:40]!r} is not allowed")
 
 

@@ -12,7 +12,12 @@ BESIDE_3.6.0 := numpy==2.3.5
 # One thread a worker: the workers fill the cores, and results do not depend on the machine's size.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test lint types unit interpreter aot test-gpu matrix format clean
+# Random networks that `make soak` tries: from which seed, how many, and for how many seconds at most.
+SEED ?= 1000
+CASES ?= 5000
+SECONDS ?= 900
+
+.PHONY: demo test lint types unit interpreter aot soak fuzz test-gpu matrix format clean
 
 demo: $(READY)
 	$(BIN)/lhc-triton demo --out out/demo
@@ -35,6 +40,15 @@ interpreter: $(READY)
 
 aot: $(READY)
 	$(PYTEST) -m aot
+
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/runtime/soak.py --first $(SEED) --cases $(CASES) --seconds $(SECONDS) \
+	  --workers $(WORKERS)
+
+# Damaged files of every kind that is read; beside the tests, which try a hundred of each.
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 LHC_TRITON_FUZZ=$(CASES) LHC_TRITON_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest \
+	  tests/runtime/test_artifact_fuzz.py tests/runtime/test_readers_fuzz.py
 
 matrix: $(TRITONS:%=matrix-%)
 

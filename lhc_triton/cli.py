@@ -25,6 +25,7 @@ from .console import (
     tell_once,
     times,
 )
+from .files import open_regular
 
 app = typer.Typer(
     name="lhc-triton",
@@ -338,6 +339,8 @@ def plot(
     from lhc_bench.landscape import draw_landscapes, is_store
     from lhc_bench.plots import draw
 
+    if results.exists():
+        open_regular(results).close()  # of a pipe the first reader would wait for ever
     pictures = [str(path) for path in (draw_landscapes if is_store(results) else draw)(results, out)]
     if as_json:
         print_json({"pictures": pictures})

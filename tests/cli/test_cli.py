@@ -1,6 +1,7 @@
 """The command line: what it prints, where, and how it refuses."""
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import pytest
 
 from lhc_triton import LHCConfig, convert, freeze
 from lhc_triton.cli import app, main
+from lhc_triton.console import print_table
 from lhc_triton.models.architecture import Architecture
 from lhc_triton.models.pretrained import save_network
 
@@ -138,6 +140,9 @@ def test_trained_weights_are_told_from_artefacts(run, tmp_path, command):
         (("bench", "--suite", "loading", "--out", f"{__file__}/out"), "cannot be a folder"),
         (("bench", "--out", f"{__file__}/out"), "cannot be a folder"),
         (("plan", "lhc", "--out", "."), "is a folder"),
+        (("plan", "/dev"), "/dev is a folder; give the name of a file"),
+        (("inspect", "/dev/zero"), "/dev/zero is a device; give the name of a file"),
+        (("plan", "\x1b[2J" + "x" * 300), r"\x1b[2Jxxx"),
         (("plan", "lhc", "--batch", "x"), "--batch"),
         (("tune", "--suite", "nothing"), "tune"),
         (("doctor", "--unknown"), "--unknown"),
@@ -150,6 +155,47 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(run, arguments, named, tmp_
     assert named in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+IMPOSSIBLE = [
+    (("batch_size=99999999999",), "batch_size 99999999999 is outside [2, 65536]"),
+    (("batch_size=20000",), "batch_size 20000 and validation_images 1200 are more than the 12000"),
+    (("validation_images=12000",), "batch_size 64 and validation_images 12000 are more than the 12000"),
+    (("train_images=11000",), "train_images 11000 and validation_images 1200 are more than the 12000"),
+    (("image_size=7",), "image_size 7: fashion-mnist images are 28x28; 28 to 256 are supported"),
+    (("data=cifar10", "image_size=64"), "image_size 64: cifar10 images are 32x32; that alone is supported"),
+    (("data=imagenet", "image_size=7"), "image_size 7; 8 to 1024 are supported"),
+    (("data=imagenet", "network=vgg16", "widths=none", "image_size=16"), "widths 'none' is not a list"),
+    (("widths=[8, 'M', 'M', 'M', 'M', 'M', 8]",), "pools 5 times, too often for images of 28"),
+    (("widths=[8, 1000000]",), "hold 1000000; numbers of filters up to 8192"),
+    (("widths=[" + "8," * 100 + "8]",), "widths have 101 entries; up to 64 are supported"),
+    (("width=16", "widths=[8, 8000]"), "size 128000 is outside [1, 8192]"),
+    (("coarse_epochs=1000000000",), "coarse_epochs 1000000000 is outside"),
+    (("in_block=1" + "0" * 400,), "in_block 1000"),
+    (("seed=" + "9" * 5000,), "seed '999"),
+    (("lr=" + "9" * 5000,), "lr inf is outside [0, 10]"),
+    (("out_block=0",), "out_block 0 is outside [1, 8192]"),
+    (("parts=99999",), "parts 99999 is outside"),
+    (("device=sofa",), "device 'sofa' is not one of cpu, cuda, cuda:N"),
+    (("lr=nan",), "lr nan is outside"),
+    (("data_folder=\x1b[2J",), r"data_folder '\x1b[2J' is not supported"),
+    (("data=imagenet", "image_size=1025"), "image_size 1025; 8 to 1024"),
+]
+
+
+@pytest.mark.parametrize(("settings", "said"), IMPOSSIBLE, ids=[" ".join(s)[:40] for s, _ in IMPOSSIBLE])
+def test_settings_that_no_run_can_have_are_not_shown(run, settings, said):
+    done = run("train", *[word for setting in settings for word in ("--set", setting)], "--show-config")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert len(done.stderr) < 1100
+
+
+@pytest.mark.parametrize("preset", ["quick", "shipped", "paper", "modern", "fashion-vgg16"])
+def test_every_preset_is_shown(run, preset):
+    done = run("train", "--preset", preset, "--show-config")
+    assert done.returncode == 0, done.stderr
 
 
 MISTAKE = ("train", "--set", "lr=fast")
@@ -242,3 +288,64 @@ def test_plan_refuses_a_file_that_is_no_network(run, tmp_path):
     done = run("plan", str(path))
     assert done.returncode == 2
     assert "net.safetensors" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect", "plot"])
+def test_what_is_no_file_is_not_waited_for(run, tmp_path, command):
+    os.mkfifo(tmp_path / "pipe")
+    done = run(command, "pipe")
+    assert (done.returncode, done.stderr) == (2, "lhc-triton: pipe is a pipe; give the name of a file\n")
+
+
+def save_with(path, text):
+    import torch
+
+    from lhc_triton.runtime.sealed import sealed
+
+    path.write_bytes(b"".join(sealed(text, {"x": torch.zeros(1)})))
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 100_000, "its metadata are not JSON (it is nested too deep)"),
+        ('{"format_version": 2, "plan": ' + "[" * 900 + "]" * 900 + "}", "missing or unknown fields"),
+        ('{"format_version": "\\u001b[2J\\u0007"}', r"format version \x1b[2J\x07 is not supported"),
+        ('{"format_version": 1' + "0" * 4000 + "}", "format version 10000000"),
+        ('{"format_version": NaN}', "NaN is not a number that JSON has"),
+        ('{"kind": "\\u001b[2J"}', r"\x1b[2J"),
+    ],
+    ids=["deep", "deep inside", "escapes", "digits", "nan", "kind"],
+)
+def test_a_hostile_artefact_is_one_line_and_exit_code_2(run, tmp_path, command, text, said):
+    save_with(tmp_path / "net.safetensors", text)
+    done = run(command, "net.safetensors")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.rstrip("\n").isprintable()
+
+
+def test_a_damaged_artefact_is_told_by_its_digest(run, tmp_path):
+    import torch
+
+    import lhc_triton as lhc
+    from lhc_triton.models import load_pretrained
+
+    path = tmp_path / "net.safetensors"
+    fast = lhc.accelerate(load_pretrained("lhc"), torch.zeros(1, 1, 28, 28), backend="torch", tune="off")
+    lhc.save(fast, path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    done = run("plan", "net.safetensors")
+    assert (done.returncode, "its digest is not that of its content" in done.stderr) == (2, True)
+
+
+def test_names_of_a_file_cannot_write_to_the_terminal(capsys):
+    print_table(("layer\t", "why"), [("\x1b[2J", "x" * 5000)])
+    shown = capsys.readouterr().out
+    assert all(line.isprintable() for line in shown.splitlines())
+    assert r"\x1b[2J" in shown
+    assert shown.count("x") < 1010

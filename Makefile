@@ -12,7 +12,7 @@ BESIDE_3.6.0 := numpy==2.3.5
 # One thread a worker: the workers fill the cores, and results do not depend on the machine's size.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-# Random networks that `make soak` tries: from which seed, how many, and for how many seconds at most.
+# What `make soak` and `make fuzz` try: from which seed, how many cases and, for soak, how many seconds at most.
 SEED ?= 1000
 CASES ?= 5000
 SECONDS ?= 900

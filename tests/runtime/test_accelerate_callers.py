@@ -1,0 +1,309 @@
+"""accelerate(): memory as the model lays it out, and the network as its callers see it."""
+
+from __future__ import annotations
+
+import threading
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from runtime_networks import image
+from test_accelerate_silent import BACKENDS, Body, accelerated, assert_same, made, several, sparse, told
+from torch import Tensor, nn
+
+import lhc_triton as lhc
+
+VIEWS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "classifier": lambda m, y: m.fc(F.adaptive_avg_pool2d(y, 2).view(y.size(0), -1)),
+    "reshaped": lambda m, y: m.fc(F.adaptive_max_pool2d(y, 2).reshape(-1, 128)),
+    "all in one": lambda m, y: y.view(-1),
+    "unflattened": lambda m, y: y.view(y.shape[0], 4, 8, y.shape[2], y.shape[3]).sum(2),
+    "by strides": lambda m, y: y.as_strided((y.numel(),), (1,)),
+    "weighted by a stride": lambda m, y: y * y.stride(1),
+    "turned in memory": lambda m, y: y.permute(0, 2, 3, 1),
+    "rows": lambda m, y: torch.stack([row.view(-1) for row in y.unbind(0)]),
+    "written through a view": lambda m, y: (y.view(y.size(0), -1)[:, ::2].zero_(), y)[1],
+    "as numpy": lambda m, y: torch.from_numpy(y.numpy().ravel(order="K").copy()),
+}
+
+
+@pytest.mark.parametrize("form", VIEWS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "dense"])
+def test_what_reads_strides_reads_the_models(form: str, backend: str) -> None:
+    forward = lambda m, x: VIEWS[form](m, m.body(x))  # noqa: E731  (one expression)
+    fast = accelerated(lambda: Body(forward, fc=nn.Linear(128, 5)), *several(), backend=backend)
+    if form in ("classifier", "all in one", "unflattened") and backend != "dense":
+        assert fast.report()["traced"]
+        assert sparse(fast) == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_seen_on_an_example_of_one_pixel_hold_for_larger_images(backend: str) -> None:
+    forward = lambda m, x: (m.body(x).view(x.size(0), -1), m.mid(m.stem(x)))  # noqa: E731
+    accelerated(lambda: Body(forward), image(1, 1), image(2, 9), image(3, 12), backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_output_has_the_format_that_the_model_gives_it_for_this_input(backend: str) -> None:
+    fast = accelerated(Body, *several(), backend=backend)
+    twin = made(Body)
+    for x in several():
+        wide = x.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            assert_same(fast(wide), twin(wide))
+
+
+def grows(m: Any, x: Tensor) -> Any:
+    h = m.stem(x)
+    t = h
+    t -= h.mean()
+    return m.last(m.mid(h)) + t, h
+
+
+def captured(m: Any, x: Tensor) -> Any:
+    offset = m.offset
+    offset *= 0.5
+    return m.body(x) + offset
+
+
+def chained(m: Any, x: Tensor) -> Any:
+    y = m.mid(m.stem(x).relu_())
+    kept = y
+    return m.last(y.relu_()).add_(1) + kept.sum(1, keepdim=True)
+
+
+ALIASES: dict[str, Callable[[], nn.Module]] = {
+    "grows": lambda: Body(grows),
+    "captured": lambda: Body(captured, offset=nn.Buffer(torch.ones(1, 32, 1, 1))),
+    "chained": lambda: Body(chained),
+}
+
+
+@pytest.mark.parametrize("form", ALIASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_names_of_one_value_see_the_same_writes(form: str, backend: str) -> None:
+    accelerated(ALIASES[form], *several(), backend=backend)
+
+
+class Optional(Body):
+    def forward(self, picture: Tensor, gain: float = 0.25, invert: bool = False) -> Tensor:
+        y = self.body(picture) * gain
+        return -y if invert else y
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arguments_beyond_the_example_are_refused_unless_it_gave_them(backend: str) -> None:
+    model, twin, x = made(Optional), made(Optional), image(seed=8)
+    fast = lhc.accelerate(model, image(), tune="off", backend=backend)
+    with torch.no_grad():
+        assert_same(fast(picture=x), twin(picture=x))
+    for call, named in (
+        (lambda: fast(x, gain=2.0), "'gain'"),
+        (lambda: fast(x, 3.0), "argument 2"),
+        (lambda: fast(x, colour=1), "'colour'"),
+        (lambda: fast(x, picture=x), "'picture' is given twice"),
+        (lambda: fast(), "missing.*'picture'|'picture' is missing"),
+    ):
+        with pytest.raises(TypeError, match=named) as caught:
+            call()
+        assert len(str(caught.value).splitlines()) == 1
+    fast = lhc.accelerate(model, (image(), torch.tensor(0.25)), tune="off", backend=backend)
+    for gain in (torch.tensor(2.0), torch.tensor(-1.0)):
+        with torch.no_grad():
+            assert_same(fast(x, gain=gain), twin(x, gain=gain))
+            assert_same(fast(gain=gain, picture=x), twin(x, gain))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_images_without_a_batch(backend: str) -> None:
+    fast = accelerated(Body, image()[0], image(seed=4)[1], image(3, 9), backend=backend)
+    assert sparse(fast) == 2
+    accelerated(Body, image(), image(seed=4)[1], backend=backend)
+
+
+class Detector(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = ["cat", "dog"]
+        self.stride = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.stride
+
+    def postprocess(self, y: Tensor) -> Tensor:
+        return y.sigmoid()
+
+
+def test_plain_attributes_of_the_model_are_there_and_its_methods_are_refused_in_one_line() -> None:
+    fast = lhc.accelerate(made(Detector), image(), tune="off")
+    assert fast.names == ["cat", "dog"]
+    assert fast.stride == 2.0
+    with pytest.raises(AttributeError, match="'postprocess' from the model itself") as caught:
+        fast.postprocess(torch.zeros(2))
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(AttributeError, match="no 'missing'"):
+        _ = fast.missing
+
+
+def test_an_attribute_that_forward_reads_cannot_be_set_in_silence() -> None:
+    fast = lhc.accelerate(made(Detector), image(), tune="off")
+    with pytest.raises(AttributeError, match=r"'stride' is fixed.*accelerate again"):
+        fast.stride = 5.0
+
+
+Found = namedtuple("Found", ["boxes", "scores"])
+
+
+@dataclass
+class Parts:
+    first: Tensor
+    names: list[str]
+
+
+class Answer(dict[str, Any]):
+    pass
+
+
+STRUCTURES: dict[str, Callable[[Tensor], Any]] = {
+    "namedtuple": lambda y: Found(y * 2, y.mean(1)),
+    "list": lambda y: [y, [y.mean(), None, 3]],
+    "subclass of dict": lambda y: Answer(y=y, size=y.shape),
+    "top k": lambda y: y.flatten(1).topk(2),
+}
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+@pytest.mark.parametrize("traceable", [True, False])
+def test_structured_outputs_keep_their_types(kind: str, traceable: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        if not traceable and float(x.amax()) > 1e9:
+            return None
+        return STRUCTURES[kind](m.body(x))
+
+    accelerated(lambda: Body(forward), *several())
+
+
+def test_a_dataclass_stays_one() -> None:
+    fast = lhc.accelerate(made(lambda: Body(lambda m, x: Parts(m.body(x), ["a"]))), image(), tune="off")
+    found, expected = fast(image(seed=2)), made(Body)(image(seed=2))
+    assert isinstance(found, Parts)
+    assert found.names == ["a"]
+    assert_same(found.first, expected.detach())
+
+
+class Quiet(Body):
+    """Its train() returns nothing, as those of some detectors do."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_whose_train_returns_nothing(backend: str) -> None:
+    model = Quiet()
+    model.train()
+    lhc.accelerate(model, image(), tune="off", backend=backend)
+    assert model.training
+
+
+def test_results_kept_in_attributes_do_not_stop_the_copy() -> None:
+    model = made(lambda: Body(lambda m, x: m.body(x)))
+    model.cache = [model.body(image()), {"mid": model.mid(model.stem(image()))}]  # with gradients
+    fast = lhc.accelerate(model, image(), tune="off")
+    with torch.no_grad():
+        assert_same(fast(image(seed=3)), model(image(seed=3)))
+
+
+def test_a_model_that_cannot_be_copied_is_refused_in_one_line() -> None:
+    model = made(Body)
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"Body cannot be copied: .*lock") as caught:
+        lhc.accelerate(model, image(), tune="off")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+class Renamed(nn.Conv2d):
+    """The same convolution under another name."""
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_subclass_without_a_forward_of_its_own_is_accelerated() -> None:
+    def build(kind: type[nn.Conv2d]) -> nn.Module:
+        return Body(mid=kind(32, 48, 3, padding=1))
+
+    assert sparse(accelerated(lambda: build(Renamed), *several(), backend="torch")) == 2
+    assert sparse(accelerated(lambda: build(Scaled), *several(), backend="torch")) == 1
+
+
+def test_layers_called_by_forward_are_accelerated() -> None:
+    forward = lambda m, x: m.last.forward(F.relu(m.mid.forward(F.relu(m.stem.forward(x)))))  # noqa: E731
+    assert sparse(accelerated(lambda: Body(forward), *several(), backend="torch")) == 2
+
+
+def test_a_layer_that_the_example_does_not_reach_is_named() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.mid(m.stem(x))
+        return m.last(h) if float(x.mean()) > 50 else h
+
+    fast = accelerated(lambda: Body(forward), *several(), image() + 100)
+    assert "'last'" in told(fast)
+    assert "not called" in told(fast)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_data_parallel_part_is_taken_for_what_it_wraps(backend: str) -> None:
+    def build() -> nn.Module:
+        inner = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
+        return nn.Sequential(nn.DataParallel(inner), nn.Flatten(1))
+
+    fast = accelerated(build, image(), image(seed=2), backend=backend)
+    assert sparse(fast) == 1
+
+
+def test_a_compiled_model_is_taken_for_what_it_wraps() -> None:
+    model = made(Body)
+    fast = lhc.accelerate(torch.compile(model, backend="eager"), image(), tune="off", backend="torch")
+    assert sparse(fast) == 2
+    with torch.no_grad():
+        assert_same(fast(image(seed=5)), model(image(seed=5)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8])
+def test_an_input_of_another_type_is_one_clear_line(dtype: torch.dtype, backend: str) -> None:
+    fast = lhc.accelerate(made(Body), image(), tune="off", backend=backend)
+    with pytest.raises((ValueError, TypeError), match=str(dtype).removeprefix("torch.")) as caught:
+        fast(image().to(dtype))
+    assert "float32" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+WEIGHT_READS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "type": lambda m, x: m.body(x.to(m.mid.weight.dtype)),
+    "shape": lambda m, x: m.body(x)[:, : m.mid.weight.shape[0] // 3],
+    "first parameter": lambda m, x: m.body(x.to(next(m.parameters()).device)),
+    "values": lambda m, x: m.body(x) * m.last.weight.abs().mean(),
+}
+
+
+@pytest.mark.parametrize("read", WEIGHT_READS)
+def test_a_weight_that_forward_reads_does_not_make_everything_dense(read: str) -> None:
+    fast = accelerated(lambda: Body(WEIGHT_READS[read]), *several(), backend="torch")
+    assert sparse(fast) == 2
+
+
+def test_layers_of_several_types() -> None:
+    def build() -> nn.Module:
+        model = Body(lambda m, x: m.last(m.mid(m.stem(x).relu().double()).float()))
+        model.mid.double()
+        return model
+
+    accelerated(build, *several())

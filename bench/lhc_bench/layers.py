@@ -15,7 +15,6 @@ from lhc_triton.planning.cost import CostModel
 from lhc_triton.planning.planner import plan_layer
 from lhc_triton.planning.schema import ConvGeometry, LayerPlan, LayerTopology
 from lhc_triton.runtime.dispatch import choose_backend, launch_config, supports
-from lhc_triton.runtime.epilogue import MEMORY_FORMATS
 from lhc_triton.runtime.modules import DenseConv2d
 from lhc_triton.runtime.packing import pack
 from lhc_triton.runtime.tuning import launch_shape, pixel_bucket
@@ -24,7 +23,7 @@ from .cases import LayerCase
 from .graphs import reason_of
 from .masks import expand, random_mask
 from .measure import LIMITS, Call, Contender, Setting, Sparse
-from .peers import dense_peers, layouts, norm_error
+from .peers import dense_peers, norm_error
 from .rivals import SEMI_STRUCTURED_DENSITY, block_sparse, narrow, semi_structured
 
 CANDIDATES = 48  # launch configs among which a variant's best is looked for
@@ -139,7 +138,7 @@ class LayerSubject:
         if reason is not None:
             raise ValueError(reason)
         if backend == "dense":
-            forms = {f"dense {layout}": self._dense_call(layout, weight) for layout in layouts(device.type)}
+            forms = {"dense": self._dense_call(weight)}
         else:
             config: Sequence[int] = ()
             if variant:
@@ -147,29 +146,27 @@ class LayerSubject:
             elif backend == "triton":
                 config = launch_config(plan, setting.dtype, device, store=setting.store)
             packed = pack(plan, self.weight, self.x.dtype, device, backend)
-            forms = {
-                layout: self._call(backend, layout, packed.weight, packed.tables, config)
-                for layout in layouts(device.type)
-            }
+            forms = {backend: self._call(backend, packed.weight, packed.tables, config)}
         error = max(self._error(call, expected) for call in forms.values())
         return Contender(forms, error, topology.live_macs)
 
     def _call(
-        self, backend: str, layout: str, weight: Tensor, tables: list[Tensor], config: Sequence[int]
+        self, backend: str, weight: Tensor, tables: list[Tensor], config: Sequence[int]
     ) -> Callable[[], Tensor]:
         geometry, bias, codes = self.geometry, self.bias, list(config)
-        x = self.x.contiguous(memory_format=MEMORY_FORMATS[layout])
+        x = self.x.contiguous(memory_format=torch.channels_last)
 
         def call() -> Tensor:
             y: Tensor = torch.ops.lhc.grouped_conv2d(
                 x, weight, tables, bias, None, None, geometry.out_channels, geometry.kernel,
-                geometry.stride, geometry.padding, geometry.dilation, "relu", "none", layout, backend, codes,
+                geometry.stride, geometry.padding, geometry.dilation, "relu", "none", "channels_last",
+                backend, codes,
             )  # fmt: skip
             return y
 
         return call
 
-    def _dense_call(self, layout: str, weight: Tensor) -> Callable[[], Tensor]:
+    def _dense_call(self, weight: Tensor) -> Callable[[], Tensor]:
         """Return the dense convolution as an accelerated network runs it."""
         geometry = self.geometry
         conv = DenseConv2d(
@@ -179,9 +176,8 @@ class LayerSubject:
             padding=geometry.padding,
             dilation=geometry.dilation,
             activation="relu",
-            layout=layout,
         )
-        return partial(conv, self.x.contiguous(memory_format=MEMORY_FORMATS[layout]))
+        return partial(conv, self.x.contiguous(memory_format=torch.channels_last))
 
     def _expected(self, weight: Tensor) -> Tensor:
         geometry = self.geometry

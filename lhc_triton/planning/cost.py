@@ -62,8 +62,7 @@ class CostModel:
         pads_tiles: whether a tile that is not full costs as much as a full one.
         copies_input: whether the backend first copies the input into a zero border (an image that needs none
             is read where it is), and then computes on all pixels of the bordered image.
-        strided_gbs: 1e9 bytes/s at which the backend copies the input of a layer with a stride, once for each
-            kernel column; 0 for a backend that makes no such copy.
+        takes_dense: whether the backend may also run layers that have no zeros.
         min_block: channels that an entry costs at the least (the K side of the device's matrix unit).
         margin: a sparse backend is chosen only below ``margin`` x the predicted dense time.
     """
@@ -83,7 +82,7 @@ class CostModel:
     overlap: bool
     pads_tiles: bool
     copies_input: bool
-    strided_gbs: float = 0.0
+    takes_dense: bool = False
     min_block: int = 1
     spread_pixels: int = 0
     margin: float = 1.0
@@ -144,7 +143,6 @@ class CostModel:
             ),
             entry_gbs=self.entry_gbs / sparse,
             sum_gbs=self.sum_gbs / sparse,
-            strided_gbs=self.strided_gbs / sparse,
             launch_us=self.launch_us * sparse,
             tile_us=self.tile_us * sparse,
             entry_us=self.entry_us * sparse,
@@ -166,12 +164,7 @@ class CostModel:
             values += (
                 geometry.in_channels * pixels * min(sh, geometry.kernel[0]) * min(sw, geometry.kernel[1])
             )
-        moved = values * itemsize / (self.memory_gbs * 1e3)
-        if self.strided_gbs == 0 or geometry.stride == (1, 1):
-            return moved
-        rows = geometry.batch * geometry.in_channels * geometry.height
-        copied = rows * geometry.out_width * geometry.kernel[1]
-        return moved + copied * itemsize / (self.strided_gbs * 1e3)
+        return values * itemsize / (self.memory_gbs * 1e3)
 
     def _pixels(self, geometry: ConvGeometry) -> int:
         """Return the pixels that a tile computes: the outputs, or all of the bordered image at the stride."""
@@ -303,7 +296,7 @@ NATIVE = CostModel(
     dense_launch_us=70.0,
     tile_us=0.3,
     entry_us=0.0,
-    strided_gbs=12.0,
+    takes_dense=True,
     overlap=False,
     pads_tiles=False,
     copies_input=False,

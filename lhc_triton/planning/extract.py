@@ -21,6 +21,8 @@ from .schema import ConvGeometry, LayerTopology
 
 # Wider blocks of a mask are split: no tile has room for more filters, and no kernel wants longer entries.
 MAX_BLOCK = 128
+DENSE_BLOCK = (128, 16)  # channels and filters of a block where every weight lives
+NO_ZEROS = "no zeros"
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Reading:
     Attributes:
         topologies: of the convolutions to plan, in calling order.
         skipped: (name, reason) of the others.
+        dense: those of the skipped that merely have no zeros, as topologies in which every block lives.
         cost: the cost model of the input's device kind, or the one given.
         dtype: of the weights, as in "float32".
     """
@@ -38,6 +41,7 @@ class Reading:
     skipped: tuple[tuple[str, str], ...]
     cost: CostModel
     dtype: str
+    dense: tuple[LayerTopology, ...] = ()
 
 
 def read_model(
@@ -74,6 +78,7 @@ def read_model(
     seen = _input_shapes(model, convs, inputs)
     topologies: list[LayerTopology] = []
     skipped: list[tuple[str, str]] = []
+    dense: list[LayerTopology] = []
     with evaluating(model):  # to read a weight under spectral norm in training mode changes its state
         dtypes = {name: str(conv.weight.dtype).removeprefix("torch.") for name, conv in convs.items()}
         dtype = next(dtypes[name] for name, conv in convs.items() if isinstance(conv, nn.Conv2d))
@@ -87,9 +92,12 @@ def read_model(
                 found = _read_layer(name, convs[name], seen[name])
             if isinstance(found, str):
                 skipped.append((name, found))
+            elif found.density == 1 and not isinstance(convs[name], LHCConv2d):
+                skipped.append((name, NO_ZEROS))
+                dense.append(found)
             else:
                 topologies.append(found)
-    return Reading(tuple(topologies), tuple(skipped), cost, dtype)
+    return Reading(tuple(topologies), tuple(skipped), cost, dtype, tuple(dense))
 
 
 def _input_shapes(
@@ -151,7 +159,11 @@ def _read_layer(name: str, conv: _ConvNd, shape: tuple[int, ...]) -> LayerTopolo
         return topology.split(MAX_BLOCK)
     live: np.ndarray = (weight != 0).cpu().numpy()
     if live.all():
-        return "no zeros"
+        grid = (-(-conv.out_channels // DENSE_BLOCK[1]), -(-conv.in_channels // DENSE_BLOCK[0]))
+        mask = np.ones((*grid, *conv.kernel_size), dtype=bool)
+        return LayerTopology.from_mask(
+            name, geometry, min(conv.in_channels, DENSE_BLOCK[0]), DENSE_BLOCK[1], mask
+        )
     blocks = infer_blocks(live)
     if blocks is None:
         return f"{1 - live.mean():.0%} zeros, but too scattered for blocks"

@@ -83,14 +83,34 @@ def plan_topologies(
     backend: str = "auto",
     dtype: str = "float32",
     skipped: Iterable[tuple[str, str]] = (),
+    dense: Iterable[LayerTopology] = (),
 ) -> Plan:
-    """Plan every layer of a network from its topologies; see :func:`plan_layer`."""
+    """Plan every layer of a network from its topologies; see :func:`plan_layer`.
+
+    Args:
+        topologies: of the layers to plan.
+        cost, backend, dtype: see :func:`plan_layer`.
+        skipped: (name, reason) of the network's other convolutions.
+        dense: those of the skipped that have no zeros. With backend "auto" a sparse backend that also excels
+            with every weight live takes the ones that it is predicted to run faster.
+    """
     check_backend(backend)
-    layers = tuple(plan_layer(topology, cost, backend=backend, dtype=dtype) for topology in topologies)
-    return Plan(layers, tuple(skipped), cost.device, dtype)
+    layers = [plan_layer(topology, cost, backend=backend, dtype=dtype) for topology in topologies]
+    if backend == "auto" and cost.takes_dense:
+        full = [plan_layer(topology, cost, dtype=dtype) for topology in dense]
+        layers += [layer for layer in full if layer.backend != "dense"]
+    planned = {layer.name for layer in layers}
+    left = tuple(pair for pair in skipped if pair[0] not in planned)
+    return Plan(tuple(layers), left, cost.device, dtype)
 
 
-def plan(model: nn.Module, example_input: Any, backend: str = "auto", cost: CostModel | None = None) -> Plan:
+def plan(
+    model: nn.Module,
+    example_input: Any,
+    backend: str = "auto",
+    cost: CostModel | None = None,
+    dense: bool = False,
+) -> Plan:
     """Plan a network: which filters of each convolution run together, on which backend, and why.
 
     Args:
@@ -100,6 +120,8 @@ def plan(model: nn.Module, example_input: Any, backend: str = "auto", cost: Cost
         backend: "auto", or the one backend that every layer shall use.
         cost: prices the choices; by default the model of ``backend`` on the example input's device
             kind.
+        dense: plan layers without zeros, too, where backend "auto" would run them faster than torch does, as
+            ``lhc.accelerate`` asks for.
 
     Raises:
         ValueError: for an unknown backend, dtype or device kind, a model without a convolution or with NaN in
@@ -111,5 +133,10 @@ def plan(model: nn.Module, example_input: Any, backend: str = "auto", cost: Cost
     check_backend(backend)
     reading = read_model(model, example_input, cost, backend)
     return plan_topologies(
-        reading.topologies, reading.cost, backend=backend, dtype=reading.dtype, skipped=reading.skipped
+        reading.topologies,
+        reading.cost,
+        backend=backend,
+        dtype=reading.dtype,
+        skipped=reading.skipped,
+        dense=reading.dense if dense else (),
     )

@@ -227,7 +227,7 @@ def _plan_copy(
     handle = nn.modules.module.register_module_forward_hook(look)
     try:
         with preserved(work):
-            plan = make_plan(work, tuple(x.clone() for x in inputs), backend=requested, cost=cost)
+            plan = make_plan(work, tuple(x.clone() for x in inputs), requested, cost, dense=True)
     except ValueError as error:
         problem = judge.verdict(work).problem
         if problem is not None:
@@ -469,7 +469,7 @@ def _remarks(case: Case, unwrapped_names: Sequence[str]) -> list[str]:
         for name, module in case.work.named_modules()
         if isinstance(module, nn.Conv2d) and not is_fusible(module)
     ]
-    if not case.plan.layers:
+    if all(layer.topology.density == 1 for layer in case.plan.layers):
         notes.append("no convolution has a topology or structured zeros: everything runs dense")
     return notes
 

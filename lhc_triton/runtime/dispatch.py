@@ -13,7 +13,6 @@ from lhc_triton.planning.planner import price_tiles
 from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.backends import BACKENDS, DTYPES, FLOATS, unavailable
 from lhc_triton.runtime.cold import time_cold
-from lhc_triton.runtime.epilogue import LAYOUTS
 from lhc_triton.runtime.errors import one_line
 from lhc_triton.runtime.store import TimingStore, layer_key
 from lhc_triton.runtime.timing import time_paired
@@ -201,8 +200,7 @@ def measure(
 ) -> dict[str, float]:
     """Time a layer with bias and ReLU on random data of its planned shapes.
 
-    Each backend and the dense convolution run in both memory formats, interleaved; the faster one counts. On
-    a GPU they run channels_last, in CUDA graphs and with a cold L2 cache.
+    The backends and the dense convolution run interleaved; on a GPU in CUDA graphs, with a cold L2 cache.
 
     Args:
         layer: the plan.
@@ -218,15 +216,9 @@ def measure(
     """
     device = torch.device(device)
     work = Workload(layer, dtype, device)
-    layouts = ("channels_last",) if device.type == "cuda" else LAYOUTS
-    calls = {}
-    for layout in layouts:
-        calls[f"dense {layout}"] = work.dense(layout)
-        for name in backends:
-            calls[f"{name} {layout}"] = work.sparse(name, layout, (configs or {}).get(name, ()))
+    calls = {name: work.sparse(name, (configs or {}).get(name, ())) for name in backends}
+    calls["dense"] = work.dense()
     if device.type == "cuda":
-        found = time_cold(calls, device, rounds)
-    else:
-        timings = time_paired(calls, rounds=rounds, warmup=2, device=device, budget_s=budget_s)
-        found = {name: timing.median_us for name, timing in timings.items()}
-    return {name: min(found[f"{name} {layout}"] for layout in layouts) for name in (*backends, "dense")}
+        return time_cold(calls, device, rounds)
+    timings = time_paired(calls, rounds=rounds, warmup=2, device=device, budget_s=budget_s)
+    return {name: timing.median_us for name, timing in timings.items()}

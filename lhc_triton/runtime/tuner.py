@@ -73,7 +73,7 @@ class GpuBench:
 
     def prepare(self, config: Config) -> Sampler:
         """See `Bench`."""
-        call = self._work.sparse("triton", "channels_last", config)
+        call = self._work.sparse("triton", config)
         geometry = self._work.layer.topology.geometry
         # The allocator hands the same memory out again: what a kernel forgets to write would look right.
         stale = self._work.x.new_full((geometry.out_values,), math.nan)

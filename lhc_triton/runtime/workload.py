@@ -11,7 +11,6 @@ from torch import Tensor
 
 import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
 from lhc_triton.planning.schema import LayerPlan
-from lhc_triton.runtime.epilogue import MEMORY_FORMATS
 from lhc_triton.runtime.modules import DenseConv2d
 from lhc_triton.runtime.packing import blocks_from_weight, pack, weight_from_blocks
 
@@ -19,7 +18,7 @@ Call = Callable[[], Tensor]
 
 
 class Workload:
-    """A layer with bias and ReLU, ready to run dense or sparse on the same data.
+    """A layer with bias and ReLU, ready to run dense or sparse on the same channels_last data.
 
     Args:
         layer: the plan.
@@ -36,11 +35,12 @@ class Workload:
 
         self.layer = layer
         self.weight = random(geometry.out_channels, geometry.in_channels, *geometry.kernel)
-        self.x = random(geometry.batch, geometry.in_channels, geometry.height, geometry.width)
+        x = random(geometry.batch, geometry.in_channels, geometry.height, geometry.width)
+        self.x = x.contiguous(memory_format=torch.channels_last)
         self.bias = random(geometry.out_channels)
 
-    def dense(self, layout: str) -> Call:
-        """Return the dense convolution that a network would run in a memory format, with all its weights."""
+    def dense(self) -> Call:
+        """Return the dense convolution that a network would run, with all its weights."""
         geometry = self.layer.topology.geometry
         conv = DenseConv2d(
             self.weight,
@@ -49,19 +49,18 @@ class Workload:
             padding=geometry.padding,
             dilation=geometry.dilation,
             activation="relu",
-            layout=layout,
         )
-        x = self.x.contiguous(memory_format=MEMORY_FORMATS[layout])
-        return partial(conv, x)
+        return partial(conv, self.x)
 
-    def sparse(self, backend: str, layout: str, config: Sequence[int] = ()) -> Call:
-        """Return the planned convolution by a backend in a memory format, with a launch config or its own."""
+    def sparse(self, backend: str, config: Sequence[int] = ()) -> Call:
+        """Return the planned convolution by a backend, with a launch config or its own."""
         geometry = self.layer.topology.geometry
         packed = pack(self.layer, self.weight, self.x.dtype, self.x.device, backend)
-        x, numbers = self.x.contiguous(memory_format=MEMORY_FORMATS[layout]), list(config)
+        x, numbers = self.x, list(config)
         return lambda: torch.ops.lhc.grouped_conv2d(
             x, packed.weight, packed.tables, self.bias, None, None, geometry.out_channels, geometry.kernel,
-            geometry.stride, geometry.padding, geometry.dilation, "relu", "none", layout, backend, numbers,
+            geometry.stride, geometry.padding, geometry.dilation, "relu", "none", "channels_last", backend,
+            numbers,
         )  # fmt: skip
 
     def expected(self) -> Tensor:

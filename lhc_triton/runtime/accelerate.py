@@ -172,7 +172,6 @@ def accelerate(
         type(case.work).__name__,
         backend,
         built.traced,
-        "channels_last",
         built.sites if built.replaced else (),
         _rows(case, built),
         tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs),

@@ -67,7 +67,6 @@ class Record:
         model: class name of the model.
         requested: the backend that was asked for.
         traced: whether torch.fx could trace the model, so that epilogues were fused.
-        layout: memory format between the layers, one of ``epilogue.NETWORK_LAYOUTS``.
         sites: the calls that were replaced.
         rows: one per replaced convolution.
         inputs: (shape, dtype name) of each example input.
@@ -78,7 +77,6 @@ class Record:
     model: str
     requested: str
     traced: bool
-    layout: str
     sites: tuple[Site, ...]
     rows: tuple[LayerRow, ...]
     inputs: tuple[tuple[tuple[int, ...], str], ...]
@@ -214,7 +212,7 @@ class AcceleratedModel(nn.Module):
     def report(self) -> dict[str, Any]:
         """Return what runs where and why, as plain data ready for JSON.
 
-        Keys: model, device, dtype, traced, backend (the one asked for), layout, layers (one dict per
+        Keys: model, device, dtype, traced, backend (the one asked for), layers (one dict per
         LayerRow), totals (layers, sparse_layers, macs, live_macs, planned_macs, mac_reduction, predicted_us,
         measured_us, rel_err), notes.
         """
@@ -229,7 +227,6 @@ class AcceleratedModel(nn.Module):
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "traced": record.traced,
             "backend": record.requested,
-            "layout": record.layout,
             "layers": [dataclasses.asdict(row) for row in record.rows],
             "totals": {
                 "layers": len(record.rows),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,27 +11,7 @@ ACTIVATIONS = ("none", "relu", "silu")
 POOLS = ("none", "max2x2")
 LAYOUTS = ("channels_last", "contiguous")
 
-NETWORK_LAYOUTS = (*LAYOUTS, "mixed")
-"""Memory formats between the layers of a network; "mixed": each layer writes the one its kernel likes."""
-
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-
-
-def layer_layout(network_layout: str, backend: str, readers: Collection[str] = ()) -> str:
-    """Return the layout of a layer's output in a network.
-
-    Args:
-        network_layout: one of ``NETWORK_LAYOUTS``.
-        backend: who runs the layer.
-        readers: backends of the layers that read its output, if nothing else does.
-    """
-    if network_layout != "mixed":
-        return network_layout
-    # The native kernel reads and writes planes, and bringing 64 planes of 224x224 into that order takes
-    # several times as long as their convolution. Else dense layers and the pooling behind them are faster
-    # on channels_last: on two CPU cores a 3x3 max pool took a tenth of its time on planes.
-    planes = backend == "native" or (bool(readers) and set(readers) == {"native"})
-    return "contiguous" if planes else "channels_last"
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:

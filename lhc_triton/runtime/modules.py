@@ -13,14 +13,7 @@ import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
 from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime import prepacked
 from lhc_triton.runtime.backends import unavailable
-from lhc_triton.runtime.epilogue import (
-    ACTIVATIONS,
-    LAYOUTS,
-    MEMORY_FORMATS,
-    POOLS,
-    is_channels_last,
-    with_layout,
-)
+from lhc_triton.runtime.epilogue import ACTIVATIONS, POOLS, is_channels_last, with_layout
 from lhc_triton.runtime.packing import blocks_from_weight, pack_blocks, weight_from_blocks
 from lhc_triton.runtime.tuning import look_up, pixel_bucket
 
@@ -33,7 +26,7 @@ class FusedConv2d(nn.Module):
     Attributes:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in nn.Conv2d, except
             that padding is (top, bottom, left, right).
-        activation: "none", "relu" or "silu"; pool: "none" or "max2x2"; layout: memory format of the output.
+        activation: "none", "relu" or "silu"; pool: "none" or "max2x2".
         bias: [O] or None, a parameter without gradient; batch norm is already folded into it.
         keeps_format: whether the output has the memory format that nn.Conv2d would give it, which follows its
             input's; for networks whose own code reads the output.
@@ -55,13 +48,11 @@ class FusedConv2d(nn.Module):
         bias: Tensor | None,
         activation: str,
         pool: str,
-        layout: str,
     ) -> None:
         super().__init__()
         for name, value, choices in (
             ("activation", activation, ACTIVATIONS),
             ("pool", pool, POOLS),
-            ("layout", layout, LAYOUTS),
         ):
             if value not in choices:
                 raise ValueError(f"{name}={value!r}, expected one of {choices}")
@@ -76,7 +67,6 @@ class FusedConv2d(nn.Module):
         self.groups = groups
         self.activation = activation
         self.pool = pool
-        self.layout = layout
         self.bias = None if bias is None else _frozen(bias.detach().clone())
         super().train(False)
 
@@ -166,8 +156,6 @@ class DenseConv2d(FusedConv2d):
         stride, dilation, groups: as in nn.Conv2d, pairs.
         padding: (top, bottom, left, right).
         activation, pool: the epilogue, see FusedConv2d.
-        layout: "channels_last" or "contiguous": the format the weight is kept in, which torch's kernels
-            follow.
     """
 
     weight: nn.Parameter
@@ -183,7 +171,6 @@ class DenseConv2d(FusedConv2d):
         groups: int = 1,
         activation: str = "none",
         pool: str = "none",
-        layout: str = "channels_last",
     ) -> None:
         out_channels, in_channels, kh, kw = weight.shape
         super().__init__(
@@ -197,10 +184,9 @@ class DenseConv2d(FusedConv2d):
             bias,
             activation,
             pool,
-            layout,
         )
         with torch.inference_mode(False):  # a tensor made in inference mode could not be kept prepacked
-            kept = weight.detach().clone(memory_format=MEMORY_FORMATS[layout])
+            kept = weight.detach().clone(memory_format=torch.channels_last)
             self.weight = _frozen(kept)
         self._prepacked: tuple[Tensor, tuple[int, int], Tensor] | None = None
 
@@ -214,9 +200,9 @@ class DenseConv2d(FusedConv2d):
         border: tuple[int, int] = (top, left)
         if (top, left) != (bottom, right):
             x, border = F.pad(x, (left, right, top, bottom)), (0, 0)
-        x = x.contiguous(memory_format=MEMORY_FORMATS[self.layout])
+        x = x.contiguous(memory_format=torch.channels_last)
         options = (self.stride, border, self.dilation, self.groups)
-        if self.layout == "channels_last" and prepacked.serves(x):
+        if prepacked.serves(x):
             y = prepacked.convolve(x, self._in_onednn_order(x, border), self.bias, *options)
         else:
             y = F.conv2d(x, self.weight, self.bias, *options)
@@ -246,7 +232,7 @@ class DenseConv2d(FusedConv2d):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         # assign=True brings the file's format, and another format may round otherwise
-        self.weight = _frozen(self.weight.detach().contiguous(memory_format=MEMORY_FORMATS[self.layout]))
+        self.weight = _frozen(self.weight.detach().contiguous(memory_format=torch.channels_last))
 
 
 class GroupedConv2d(FusedConv2d):
@@ -263,7 +249,6 @@ class GroupedConv2d(FusedConv2d):
         bias: [O] or None.
         backend: "reference", "torch" or "triton".
         activation, pool: the epilogue, see FusedConv2d.
-        layout: memory format of the output.
         tune: "off" takes the kernels' heuristic config, "cached" and "full" a measured one where known.
 
     Raises:
@@ -285,7 +270,6 @@ class GroupedConv2d(FusedConv2d):
         backend: str,
         activation: str = "none",
         pool: str = "none",
-        layout: str = "channels_last",
         tune: str = "cached",
     ) -> None:
         geometry = layer.topology.geometry
@@ -300,7 +284,6 @@ class GroupedConv2d(FusedConv2d):
             bias,
             activation,
             pool,
-            layout,
         )
         self.layer = layer
         self.backend = backend
@@ -370,7 +353,7 @@ class GroupedConv2d(FusedConv2d):
             self.dilation,
             activation,
             pool,
-            self.layout,
+            "channels_last",
             self.backend,
             config,
         )

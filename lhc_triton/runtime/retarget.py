@@ -13,7 +13,6 @@ from lhc_triton.planning.schema import LayerPlan, Plan
 from lhc_triton.runtime.accelerated import LayerRow, Record
 from lhc_triton.runtime.calibration import cost_model
 from lhc_triton.runtime.dispatch import choose_backend, supports
-from lhc_triton.runtime.epilogue import layer_layout
 from lhc_triton.runtime.modules import DenseConv2d, FusedConv2d, GroupedConv2d
 
 # Tiles are formed by comparing patterns pair by pair, entry by entry. The layers of a file together may take so
@@ -55,7 +54,6 @@ def retarget(
     """
     moved = saved_device != device.type
     layers = {layer.name: layer for layer in plan.layers}
-    layout = "channels_last" if moved and device.type != "cpu" else record.layout
     fused = {name: m for name, m in network.named_modules() if isinstance(m, FusedConv2d)}
     rows = {row.layer: row for row in record.rows}
     replacements: dict[int, nn.Module] = {}
@@ -72,7 +70,7 @@ def retarget(
             layer, module, record.requested, device, moved, compared <= MAX_COMPARED
         )
         layers[site.layer] = layer
-        replacements[id(module)] = _rebuilt(module, layer, backend, layer_layout(layout, backend), device)
+        replacements[id(module)] = _rebuilt(module, layer, backend, device)
         if site.module in rows:
             rows[site.module] = _updated(rows[site.module], layer, backend, reason)
     for parent in list(network.modules()):
@@ -80,7 +78,7 @@ def retarget(
             if child is not None and id(child) in replacements:
                 parent._modules[key] = replacements[id(child)]
     plan = dataclasses.replace(plan, layers=tuple(layers[layer.name] for layer in plan.layers))
-    record = dataclasses.replace(record, rows=tuple(rows[row.layer] for row in record.rows), layout=layout)
+    record = dataclasses.replace(record, rows=tuple(rows[row.layer] for row in record.rows))
     return network.to(device), plan, record
 
 
@@ -117,9 +115,7 @@ def _choose(
     return dataclasses.replace(layer, backend=decision.backend, reason=reason), decision.backend, reason
 
 
-def _rebuilt(
-    module: FusedConv2d, layer: LayerPlan, backend: str, layout: str, device: torch.device
-) -> FusedConv2d:
+def _rebuilt(module: FusedConv2d, layer: LayerPlan, backend: str, device: torch.device) -> FusedConv2d:
     # built where it will run: a backend refuses weights on a device it cannot serve
     bias = None if module.bias is None else module.bias.to(device)
     if isinstance(module, GroupedConv2d):
@@ -137,7 +133,6 @@ def _rebuilt(
             groups=module.groups,
             activation=module.activation,
             pool=module.pool,
-            layout=layout,
         )
     return GroupedConv2d.from_weight(
         layer,
@@ -146,7 +141,6 @@ def _rebuilt(
         backend=backend,
         activation=module.activation,
         pool=module.pool,
-        layout=layout,
     )
 
 

@@ -81,7 +81,6 @@ _DENSE_FIELDS = {
     "dtype": "dtype",
     "activation": "text",
     "pool": "text",
-    "layout": "text",
     "keeps_format": "bool",
 }
 _GROUPED_FIELDS = {
@@ -91,7 +90,6 @@ _GROUPED_FIELDS = {
     "dtype": "dtype",
     "activation": "text",
     "pool": "text",
-    "layout": "text",
     "keeps_format": "bool",
 }
 FLOATS: Mapping[str, torch.dtype] = {
@@ -232,7 +230,7 @@ def _build_grouped(where: str, values: dict[str, Any], layers: Mapping[str, Laye
     pairs = sum(len(topology.pattern_of(group)) for group in range(topology.groups))
     blocks = torch.empty((pairs, topology.out_block, topology.in_block), dtype=dtype, device="meta")
     bias = torch.empty(topology.geometry.out_channels, dtype=dtype, device="meta") if values["bias"] else None
-    options = {key: values[key] for key in ("backend", "activation", "pool", "layout")}
+    options = {key: values[key] for key in ("backend", "activation", "pool")}
     module = GroupedConv2d(layer, blocks, bias, **options)
     module.keeps_format = values["keeps_format"]
     return module
@@ -248,7 +246,7 @@ def _build_dense(where: str, values: dict[str, Any]) -> DenseConv2d:
     shape = (values["out_channels"], values["in_channels"] // groups, *values["kernel_size"])
     weight = torch.empty(shape, dtype=dtype, device="meta")
     bias = torch.empty(shape[0], dtype=dtype, device="meta") if values["bias"] else None
-    keys = ("stride", "padding", "dilation", "groups", "activation", "pool", "layout")
+    keys = ("stride", "padding", "dilation", "groups", "activation", "pool")
     module = DenseConv2d(weight, bias, **{key: values[key] for key in keys})
     module.keeps_format = values["keeps_format"]
     return module

@@ -12,7 +12,7 @@ import torch
 from lhc_triton.files import printable
 from lhc_triton.runtime.accelerated import LayerRow, Record
 from lhc_triton.runtime.backends import BACKENDS
-from lhc_triton.runtime.epilogue import ACTIVATIONS, NETWORK_LAYOUTS, POOLS
+from lhc_triton.runtime.epilogue import ACTIVATIONS, POOLS
 from lhc_triton.runtime.graph import Site
 from lhc_triton.runtime.opset import GraphError
 
@@ -74,7 +74,6 @@ _RECORD: Mapping[str, Callable[[Any], bool]] = {
     "model": _is_name,
     "requested": _one_of("auto", *_RUNS),
     "traced": _one_of(True, False),
-    "layout": _one_of(*NETWORK_LAYOUTS),
     "sites": _is_list_of(lambda value: True),
     "rows": _is_list_of(lambda value: True),
     "inputs": _is_list_of(_is_input),

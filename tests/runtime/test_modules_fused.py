@@ -73,7 +73,7 @@ def expected(module: GroupedConv2d | DenseConv2d, x: Tensor, residual: Tensor | 
 @pytest.mark.parametrize("pool", ["none", "max2x2"])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_a_grouped_convolution_runs_its_whole_epilogue(backend: str, pool: str, with_residual: bool) -> None:
-    module = grouped(backend, activation="relu", pool=pool, layout="contiguous")
+    module = grouped(backend, activation="relu", pool=pool)
     x = example()
     residual = torch.randn(2, 28, 4, 8) if with_residual else None
     assert norm_error(module(x, residual), expected(module, x, residual)) < 1e-5
@@ -87,9 +87,8 @@ def test_a_residual_that_broadcasts_is_added_as_torch_would(make: Any) -> None:
     assert norm_error(module(x, residual), expected(module, x, residual)) < 1e-5
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("padding", [(1, 1, 2, 2), (0, 1, 2, 0)], ids=str)
-def test_a_dense_convolution_runs_its_whole_epilogue(layout: str, padding: tuple[int, ...]) -> None:
+def test_a_dense_convolution_runs_its_whole_epilogue(padding: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     module = DenseConv2d(
         torch.randn(6, 10, 3, 2),
@@ -99,7 +98,6 @@ def test_a_dense_convolution_runs_its_whole_epilogue(layout: str, padding: tuple
         groups=2,
         activation="relu",
         pool="max2x2",
-        layout=layout,
     )
     assert norm_error(module(example()), expected(module, example())) < 1e-5
 
@@ -164,7 +162,7 @@ def test_an_input_of_other_channels_is_one_clear_error(shape: tuple[int, ...]) -
         grouped()(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("name", ["activation", "pool", "layout"])
+@pytest.mark.parametrize("name", ["activation", "pool"])
 def test_an_unknown_epilogue_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}='gelu'"):
         DenseConv2d(torch.zeros(1, 1, 1, 1), None, **{name: "gelu"})
@@ -184,7 +182,7 @@ def test_backward_says_what_to_do() -> None:
 
 def test_dense_weights_keep_their_layout_when_a_state_is_assigned() -> None:
     torch.manual_seed(0)
-    module = DenseConv2d(torch.randn(8, 20, 3, 3), None, layout="channels_last")
+    module = DenseConv2d(torch.randn(8, 20, 3, 3), None)
     state = {"weight": module.weight.contiguous()}
     module.load_state_dict(state, assign=True)
     assert module.weight.is_contiguous(memory_format=torch.channels_last)

@@ -45,10 +45,10 @@ soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/runtime/soak.py --first $(SEED) --cases $(CASES) --seconds $(SECONDS) \
 	  --workers $(WORKERS)
 
-# Damaged files of every kind that is read; beside the tests, which try a hundred of each.
+# Damaged files of every kind that is read, and random networks through files; the tests try some of each.
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 LHC_TRITON_FUZZ=$(CASES) LHC_TRITON_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest \
-	  tests/runtime/test_artifact_fuzz.py tests/runtime/test_readers_fuzz.py
+	  tests/runtime/test_artifact_fuzz.py tests/runtime/test_artifact_random.py tests/runtime/test_readers_fuzz.py
 
 matrix: $(TRITONS:%=matrix-%)
 

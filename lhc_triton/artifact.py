@@ -121,10 +121,15 @@ def _document(fast: AcceleratedModel, kind: str) -> dict[str, Any]:
         "nodes": None,
         "outline": None,
         "formats": None,
-        # The code of a network that is not traced may be of a kind that a replay would miss.
-        "replays": fast.record.traced or fast.graphs is not None,
+        "replays": _may_replay(fast),
         "attributes": _storable(fast.attributes),
     }
+
+
+def _may_replay(fast: AcceleratedModel) -> bool:
+    """Say whether recorded calls may stand for the network: its code may do what a replay would miss."""
+    refused = any(replays is not None and replays.problem for replays in (fast.graphs, fast.tapes))
+    return not refused and (fast.record.traced or fast.graphs is not None)
 
 
 def _storable(attributes: Mapping[str, Any]) -> dict[str, Any]:

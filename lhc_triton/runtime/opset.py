@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from lhc_triton.runtime.epilogue import like_format
 
@@ -149,24 +150,28 @@ def operation_of(node: fx.Node) -> Operation:
 
 
 def encode(value: Any) -> Any:
-    """Turn a node's argument into plain JSON data: nodes by name, tuples, slices and dicts marked."""
+    """Turn a node's argument into plain JSON data: nodes by name, tuples, sizes, slices and dicts marked.
+
+    Types count: what is read back has to be what the network returned.
+    """
+    kind = type(value)
     if isinstance(value, fx.Node):
         return {"node": value.name}
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or kind in (bool, int, str):
         return value
-    if isinstance(value, float):
+    if kind is float:
         if not math.isfinite(value):
             raise GraphError(f"the argument {value} is not finite")
         return value
-    if isinstance(value, tuple):
-        return {"tuple": [encode(item) for item in value]}
-    if isinstance(value, list):
+    if kind is tuple or kind is torch.Size:
+        return {"tuple" if kind is tuple else "sizes": [encode(item) for item in value]}
+    if kind in (list, immutable_list):
         return [encode(item) for item in value]
-    if isinstance(value, slice):
+    if kind is slice:
         return {"slice": [encode(value.start), encode(value.stop), encode(value.step)]}
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+    if kind in (dict, immutable_dict) and all(type(key) is str for key in value):
         return {"dict": {key: encode(item) for key, item in value.items()}}
-    raise GraphError(f"an argument of type {type(value).__name__} cannot be stored")
+    raise GraphError(f"an argument of type {kind.__name__} cannot be stored")
 
 
 def decode(value: Any, nodes: Mapping[str, fx.Node], depth: int = 0) -> Any:
@@ -190,6 +195,8 @@ def decode(value: Any, nodes: Mapping[str, fx.Node], depth: int = 0) -> Any:
         return nodes[content]
     if mark == "tuple" and isinstance(content, list):
         return tuple(decode(item, nodes, depth + 1) for item in _bounded(content))
+    if mark == "sizes" and isinstance(content, list) and all(_is_int(item) for item in _bounded(content)):
+        return torch.Size(decode(content, nodes, depth + 1))
     if mark == "slice" and isinstance(content, list) and len(content) == 3:
         return slice(*(decode(item, nodes, depth + 1) for item in content))
     if mark == "dict" and isinstance(content, dict):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -255,7 +257,7 @@ def test_a_device_that_fails_is_not_called_damage(tmp_path: Path, monkeypatch: p
         load(tmp_path / "net")
 
 
-def test_loading_restores_the_dense_layout(tmp_path: Path) -> None:
+def test_loading_restores_the_memory_format_of_dense_weights(tmp_path: Path) -> None:
     save(quick(vgg(), backend="dense"), tmp_path / "net")
     dense = [m for m in load(tmp_path / "net").modules() if isinstance(m, DenseConv2d)]
     assert dense
@@ -389,3 +391,64 @@ def test_plain_attributes_of_the_model_go_round_and_others_are_left_out(tmp_path
     for name in ("big", "kinds"):
         with pytest.raises(AttributeError, match=name):
             getattr(again, name)
+
+
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+class Structured(nn.Module):
+    """Returns what ``made`` makes of two values."""
+
+    def __init__(self, made: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.made = nn.Conv2d(3, 16, 3), nn.Conv2d(3, 16, 3), made
+
+    def forward(self, x: Tensor) -> Any:
+        return self.made(self.a(x), self.b(x))
+
+
+STRUCTURES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "tuple": lambda a, b: (a, (b, 1)),
+    "list": lambda a, b: [a, [b, 2.5, None]],
+    "dict": lambda a, b: {"a": a, "b": {"c": b}},
+    "named": lambda a, b: Pair(a, b),
+    "ordered": lambda a, b: OrderedDict(a=a, b=b),
+    "sizes": lambda a, b: (a + b, torch.Size((1, 2))),
+    "number": lambda a, b: (a + b, np.float64(0.5)),
+    "shape": lambda a, b: (a + b, a.shape),
+}
+
+
+def same(mine: Any, theirs: Any) -> bool:
+    """Whether two outputs are of one structure, types included, with the same values."""
+    if type(mine) is not type(theirs):
+        return False
+    if isinstance(theirs, Tensor):
+        return torch.equal(mine, theirs)
+    if isinstance(theirs, dict):
+        return list(mine) == list(theirs) and all(same(mine[key], theirs[key]) for key in theirs)
+    if isinstance(theirs, list | tuple) and not isinstance(theirs, torch.Size):
+        return len(mine) == len(theirs) and all(map(same, mine, theirs))
+    return mine == theirs
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_the_types_of_outputs_are_those_of_the_saved_network(kind: str, tmp_path: Path) -> None:
+    model = Structured(STRUCTURES[kind]).eval()
+    fast = quick(model, backend="dense")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save(fast, tmp_path / "net")
+    assert same(run(load(tmp_path / "net", model), image()), run(fast, image()))
+
+
+def test_where_replays_were_given_up_they_stay_so(tmp_path: Path) -> None:
+    fast = quick(vgg())
+    save(fast, tmp_path / "net")
+    assert load(tmp_path / "net").graphs is not None
+    assert load(tmp_path / "net", graphs=False).graphs is None
+    fast.graphs.refuse("replayed, the output is another one")
+    save(fast, tmp_path / "net")
+    again = load(tmp_path / "net")
+    assert (again.graphs, again.tapes) == (None, None)
+    assert torch.equal(run(again, image()), run(fast, image()))

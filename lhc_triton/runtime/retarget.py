@@ -15,8 +15,8 @@ from lhc_triton.runtime.calibration import cost_model
 from lhc_triton.runtime.dispatch import choose_backend, supports
 from lhc_triton.runtime.modules import DenseConv2d, FusedConv2d, GroupedConv2d
 
-# Tiles are formed by comparing patterns pair by pair, entry by entry. The layers of a file together may take so
-# much of that, about 15 s on a busy core; those beyond it keep the tiles that they have.
+# Tiles are formed by comparing patterns pair by pair, entry by entry. The layers of a file together may take
+# so much of that, about 15 s on a busy core; those beyond it keep the tiles that they have.
 MAX_COMPARED = 2**30
 _PER_PAIR = 2048  # what else a pair costs, in entries
 

@@ -89,7 +89,9 @@ def plan_topologies(
 
     Args:
         topologies: of the layers to plan.
-        cost, backend, dtype: see :func:`plan_layer`.
+        cost: see :func:`plan_layer`.
+        backend: see :func:`plan_layer`.
+        dtype: see :func:`plan_layer`.
         skipped: (name, reason) of the network's other convolutions.
         dense: those of the skipped that have no zeros. With backend "auto" a sparse backend that also excels
             with every weight live takes the ones that it is predicted to run faster.

@@ -14,7 +14,7 @@ from torch import Tensor
 # Within one tensor a channel may be much smaller than the others (scores beside boxes in pixels): each is
 # held to this many times the tolerance of the whole, down to so small a share of the tensor's own scale.
 _SLICE_FACTOR = 10.0
-_SLICE_FLOOR = 1e-4
+_SLICE_FLOOR = 1e-3
 _MAX_SLICES = 1 << 16
 
 

@@ -160,27 +160,27 @@ class Network(nn.Module):
             self.container = rng.choice(list(CONTAINERS) if len(self.outputs) > 1 else ["", "", *CONTAINERS])
 
     @property
+    def drawn(self) -> list[Step]:
+        """All steps."""
+        return [step for section in self.sections for step in section.steps]
+
+    @property
     def random(self) -> bool:
         """Whether two runs differ."""
-        return any(step.random for section in self.sections for step in section.steps)
+        return any(step.random for step in self.drawn)
 
     @property
     def copies_alike(self) -> bool:
         """Whether a deep copy computes the same: not where a closure writes to what a module reads."""
-        steps = [step for section in self.sections for step in section.steps]
         return not any(
             (step.name == "features_of_a_hook" and step.variant % 3 == 2) or step.name == "output_collected"
-            for step in steps
+            for step in self.drawn
         )
 
     @property
     def description(self) -> str:
         """What was drawn, in one line."""
-        steps = [
-            f"{step.name}/{step.variant % 840}{list(step.sources)}"
-            for section in self.sections
-            for step in section.steps
-        ]
+        steps = [f"{step.name}/{step.variant % 840}{list(step.sources)}" for step in self.drawn]
         sections = [f"{s.enter.out_channels}{s.reduce and ' ' + s.reduce}" for s in self.sections]
         return (
             f"{type(self).__name__}({self.inputs}->{', '.join(sections)}; {self.prepare or 'raw'}; "
@@ -358,12 +358,14 @@ class Case:
         backend: to accelerate with.
         calls: the example first, then others of its kind, then other batch and image sizes.
         overwrite: whether the caller writes into the outputs that it gets.
+        before: how often the model was called before it is accelerated.
     """
 
     seed: int
     backend: str
     calls: tuple[Call, ...]
     overwrite: bool
+    before: int
 
 
 def draw_case(seed: int, network: Network) -> Case:
@@ -410,4 +412,4 @@ def draw_case(seed: int, network: Network) -> Case:
     backend = rng.choice(BACKENDS)
     if dtype == torch.float64 and backend == "native":
         backend = "torch"
-    return Case(seed, backend, tuple(calls), rng.random() < 0.3)
+    return Case(seed, backend, tuple(calls), rng.random() < 0.3, rng.choice([0, 0, 0, 1, 2]))

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
@@ -162,6 +163,7 @@ class Step(nn.Module):
             "last": lambda: None,
             "kept": dict,
             "history": list,
+            "array": lambda: np.zeros(1, dtype=np.int64),
             "caller": lambda: Collector(self.conv),
             "hook": lambda: None,
             "tap": lambda: None,

@@ -12,7 +12,7 @@ from random_comparison import Difference, difference, leaf_difference, leaves, n
 from random_networks import Call, Case, Network, draw_case, draw_network
 from torch import Tensor, nn
 
-from lhc_triton.runtime.accelerate import accelerate
+import lhc_triton as lhc
 
 # What the model itself rounds to, and by how much its weights are shaken where that may explain a difference.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -55,12 +55,14 @@ def try_seed(seed: int) -> Outcome:
     model = draw_network(seed, seen)
     case = draw_case(seed, model)
     about = (seed, case.backend, model.description)
-    refusal = _own_refusal(case)
-    if refusal:
-        return Outcome(*about, "no network", refusal)
+    try:
+        _call_before(model, case)
+        _call_before(draw_network(seed), case, more=1)
+    except Exception as error:
+        return Outcome(*about, "no network", f"{type(error).__name__}: {error}")
     before, example = _state(model), case.calls[0].copied()
     try:
-        fast = accelerate(model, example.arguments, tune="off", backend=case.backend)
+        fast = lhc.accelerate(model, example.arguments, tune="off", backend=case.backend)
     except (ValueError, TypeError) as error:
         verdict = "refused" if _may_refuse(model, case, str(error)) else "wrong"
         return Outcome(*about, verdict, f"refused: {error}")
@@ -79,16 +81,15 @@ def try_seed(seed: int) -> Outcome:
     return Outcome(*about, verdict, problem, *ran)
 
 
-def _own_refusal(case: Case) -> str | None:
-    """Return why the model itself does not take its example, if it does not."""
-    network = draw_network(case.seed)
+def _call_before(network: Network, case: Case, more: int = 0) -> None:
+    """Call a network as often as it was called before it is accelerated."""
+    training = {module: module.training for module in network.modules()}
     network.eval()  # which some models answer with None
-    try:
-        with torch.no_grad():
-            network(*case.calls[0].copied().arguments)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+    with torch.no_grad():
+        for call in [case.calls[1], case.calls[0]][: case.before + more]:
+            network(*call.copied().arguments)
+    for module, mode in training.items():
+        module.training = mode
 
 
 def _may_refuse(model: Network, case: Case, line: str) -> bool:
@@ -108,6 +109,7 @@ class _Comparison:
         self.twin_seen: dict[str, Tensor] = {}
         self.twin = draw_network(case.seed, self.twin_seen)
         self.twin.eval()
+        _call_before(self.twin, case)
         self.tolerance = _TOLERANCE[_coarsest(self.twin)]
         self.values = not self.twin.random
         self.mode = random.Random(f"mode of {case.seed}").choice(_MODES)
@@ -182,9 +184,10 @@ def _rounding_explains(case: Case, place: int, expected: Any, problem: Differenc
     if problem.amount == float("inf"):
         return False
     leaf = dict(leaves(expected))[problem.place]
-    for seed in range(3):
+    for seed in range(6):
         shaken = draw_network(case.seed)
         shaken.eval()
+        _call_before(shaken, case)
         generator = torch.Generator().manual_seed(seed)
         scale = _SHAKE[_coarsest(shaken)]
         with torch.no_grad():

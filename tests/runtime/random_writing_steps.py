@@ -168,6 +168,12 @@ def counted_in_python(m: Any, h: Tensor, k: Tensor) -> Tensor:
     return m.conv(h) * (1 + 0.5 * (m.calls % 2))
 
 
+@step("conv", "array")
+def counted_in_an_array(m: Any, h: Tensor, k: Tensor) -> Tensor:
+    m.array[0] += 1
+    return m.conv(h) * (1.0 if m.array[0] < 6 else 0.5)
+
+
 @step("conv", "last")
 def kept_until_next_call(m: Any, h: Tensor, k: Tensor) -> Tensor:
     y = m.conv(h)

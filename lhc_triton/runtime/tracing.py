@@ -222,7 +222,7 @@ def record_shapes(traced: fx.GraphModule, example: Sequence[Tensor]) -> tuple[Sh
 
 
 def record_formats(
-    traced: fx.GraphModule, shapes: Shapes, example: Sequence[Tensor], small: Sequence[Tensor]
+    traced: fx.GraphModule, shapes: Shapes, example: Sequence[Tensor], other: Sequence[Tensor]
 ) -> Mapping[str, str]:
     """Return the memory formats that the values of a model's own graph have.
 
@@ -230,7 +230,7 @@ def record_formats(
         traced: the graph.
         shapes: what ``record_shapes`` saw on the example.
         example: the inputs of that run.
-        small: inputs of any other size, for a run in the image's other format.
+        other: inputs of any size, for a run in the image's other format.
 
     Returns:
         By node: "contiguous" or "channels_last" where the value always is, "input" where it has the format of
@@ -241,16 +241,16 @@ def record_formats(
     if which is None:
         return {name: seen.format for name, seen in shapes.items() if seen.format != "other"}
     swap = torch.contiguous_format if is_channels_last(example[which]) else torch.channels_last
-    inputs = list(small)
-    inputs[which] = small[which].contiguous(memory_format=swap)
+    inputs = list(other)
+    inputs[which] = other[which].contiguous(memory_format=swap)
     try:
-        others, _ = record_shapes(traced, inputs)
+        second, _ = record_shapes(traced, inputs)
     except TraceError:
-        others = shapes  # a ``view`` that takes contiguous values only: so they always are
+        second = shapes  # a ``view`` that takes contiguous values only: so they always are
     image = [node.name for node in traced.graph.nodes if node.op == "placeholder"][which]
     formats = {image: "image"}
     for name, seen in shapes.items():
-        other = others.get(name, seen).format
-        if name != image and "other" not in (seen.format, other):
-            formats[name] = seen.format if seen.format == other else "input"
+        swapped = second.get(name, seen).format
+        if name != image and "other" not in (seen.format, swapped):
+            formats[name] = seen.format if seen.format == swapped else "input"
     return formats

@@ -91,6 +91,8 @@ def is_channels_last(tensor: Tensor) -> bool:
     That is a question of strides alone: a slice of a channels_last tensor is taken for one, and an image of
     one channel is not.
     """
+    if torch.jit.is_tracing():  # sizes are tensors then
+        return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
     return suggest_memory_format(tensor) == torch.channels_last
 
 

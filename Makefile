@@ -17,7 +17,7 @@ SEED ?= 1000
 CASES ?= 5000
 SECONDS ?= 900
 
-.PHONY: demo test lint types unit interpreter aot soak fuzz test-gpu matrix format clean
+.PHONY: demo test lint types unit interpreter aot soak fuzz sanitize test-gpu matrix format clean
 
 demo: $(READY)
 	$(BIN)/lhc-triton demo --out out/demo
@@ -64,6 +64,14 @@ matrix-%: $(READY)
 	export OMP_NUM_THREADS=1 TRITON_CACHE_DIR="$$folder/cache" && \
 	TRITON_INTERPRET=1 $$python -m pytest -n $(WORKERS) -m interpreter && \
 	$$python -m pytest -n $(WORKERS) -m aot
+
+# The native kernel's tests on a build that stops at the first bad address, overflow or shift (AddressSanitizer, UBSan).
+sanitize: $(READY)
+	LHC_TRITON_NATIVE_FLAGS="-march=native -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover" \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(BIN)/python -m pytest \
+	  tests/runtime/test_native_kernel.py tests/runtime/test_native_types.py tests/runtime/test_native_bounds.py \
+	  tests/runtime/test_backend_oracle.py -k "native and not narrower and not leak"
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lhc_triton.runtime import reference, torch_backend
-from lhc_triton.runtime.backends import unavailable
+from lhc_triton.runtime.backends import FLOATS, unavailable
 from lhc_triton.runtime.epilogue import ACTIVATIONS, LAYOUTS, MEMORY_FORMATS, POOLS, result_dtype, with_layout
 from lhc_triton.runtime.packing import check_tables
 
@@ -40,6 +40,8 @@ OPTIONS = (
     "out_channels", "kernel_size", "stride", "padding", "dilation", "activation", "pool", "layout"
 )  # fmt: skip
 """The arguments after the tensors, in the schema's order; the backend's name and its config follow."""
+
+TENSORS = ("x", "weight", "tile_ptr", "entries", "filters", "bias", "residual", "scale")
 
 torch.library.define("lhc::grouped_conv2d", SCHEMA)
 torch.library.define("lhc::grouped_conv2d_python", SCHEMA)
@@ -60,6 +62,43 @@ def output_size(
     return oh, ow
 
 
+def _check_weight(x: Tensor, weight: Tensor, backend: str) -> None:
+    if backend == "native" and weight.dtype == torch.bfloat16 and weight.dim() == 4 and weight.shape[3] == 2:
+        sizes = [weight.shape[1] * 2, weight.shape[2]]  # in pairs of channels, see lhc::native_weight
+    elif weight.dim() == 3:
+        sizes = list(weight.shape[1:])
+    else:
+        raise ValueError(
+            f"grouped_conv2d: weight has shape {tuple(weight.shape)}, expected [E, in_block, tile_width]"
+        )
+    if 0 in sizes:
+        raise ValueError(
+            f"grouped_conv2d: weight has shape {tuple(weight.shape)}, in_block and tile_width must not be 0"
+        )
+    prepared = backend == "native" and weight.dtype == torch.float32 and x.dtype in FLOATS
+    if weight.dtype != x.dtype and not prepared:
+        raise TypeError(f"grouped_conv2d: weight is {weight.dtype}, x is {x.dtype}; pack it in x's type")
+
+
+def _check_memory(names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
+    """Raise ValueError for a tensor that is not dense, or whose storage was freed or cut."""
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor is None:
+            continue
+        if tensor.layout != torch.strided:
+            raise ValueError(f"grouped_conv2d: {name} is {tensor.layout}; the operator takes dense tensors")
+        if tensor.numel() == 0:
+            continue
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        end = tensor.storage_offset() + sum((n - 1) * step for n, step in steps) + 1
+        held = tensor.untyped_storage().nbytes()
+        if end * tensor.element_size() > held:
+            raise ValueError(
+                f"grouped_conv2d: {name} of shape {tuple(tensor.shape)} does not fit into its storage of "
+                f"{held} bytes, which was freed or resized"
+            )
+
+
 def _checked_size(
     x: Tensor,
     weight: Tensor,
@@ -75,16 +114,12 @@ def _checked_size(
     activation: str,
     pool: str,
     layout: str,
+    backend: str,
 ) -> tuple[int, int]:
     """Check everything that host ints can tell, and return OH, OW before pooling."""
     if x.dim() != 4:
         raise ValueError(f"grouped_conv2d: x has {x.dim()} dimensions, expected [N, C, H, W]")
-    if weight.dim() != 3:
-        raise ValueError(
-            f"grouped_conv2d: weight has shape {tuple(weight.shape)}, expected [E, in_block, tile_width]"
-        )
-    if weight.dtype != x.dtype:
-        raise TypeError(f"grouped_conv2d: weight is {weight.dtype}, x is {x.dtype}; pack it in x's type")
+    _check_weight(x, weight, backend)
     if weight.device != x.device:
         raise ValueError(f"grouped_conv2d: weight is on {weight.device}, x on {x.device}")
     if len(tables) != 3:
@@ -153,9 +188,10 @@ def _run(*arguments: Any) -> Tensor:
             torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *arguments
         )
         return native
-    _checked_size(*arguments[:-2])
+    _checked_size(*arguments[:-1])
     if backend == "triton":
         return _run_triton(config, *arguments[:-2])
+    _check_memory(TENSORS, (*arguments[:2], *arguments[2], *arguments[3:6]))
     run = reference.grouped_conv2d if backend == "reference" else torch_backend.grouped_conv2d
     return run(*arguments[:6], **dict(zip(OPTIONS, arguments[6:-2], strict=True)))
 
@@ -211,13 +247,14 @@ def _run_for_native(*arguments: Any) -> Tensor:
     reason = unavailable("native", x.dtype, x.device)
     if reason is not None:
         raise ValueError(f"grouped_conv2d: {reason}")
-    _checked_size(*arguments[:-2])
-    for name, tensor in zip(("bias", "residual", "scale"), vectors, strict=True):
+    _checked_size(*arguments[:-1])
+    _check_memory(TENSORS, (x, weight, *tables, *vectors))
+    for name, tensor in zip(TENSORS[-3:], vectors, strict=True):
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
             raise TypeError(
                 f"grouped_conv2d: {name} is {tensor.dtype} on {tensor.device}, x {x.dtype} on {x.device}"
             )
-    in_blocks = -(-x.shape[1] // weight.shape[1])
+    in_blocks = -(-x.shape[1] // (weight.shape[1] * (2 if weight.dim() == 4 else 1)))
     tile_ptr, entries, filters = (table.tolist() for table in tables)
     check_tables(tile_ptr, entries, filters, math.prod(arguments[7]) * in_blocks, arguments[6])
     raise ValueError(
@@ -262,6 +299,7 @@ def _fake(
         activation,
         pool,
         layout,
+        backend,
     )
     if pool == "max2x2":
         oh, ow = oh // 2, ow // 2

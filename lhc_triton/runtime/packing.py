@@ -29,6 +29,8 @@ class Packed:
     Attributes:
         weight: [E, in_block, tile_width]; E counts the entries of all tiles, tile by tile. Rows past the
             layer's input channels, columns past the tile's filters, and blocks that a group lacks are zero.
+            In half types for backend "native", as its kernel reads it fastest on this processor: in float32,
+            or, where there are products of pairs of bfloat16, as [E, in_block / 2, tile_width, 2].
         tables: three int32 tensors: tile_ptr [T + 1], the first entry of each tile; entries [E + 1], as
             ``tap * in_blocks + block``, closed by one zero that kernels may read ahead; filters
             [T, tile_width], the filter that each column computes, -1 for none.
@@ -66,7 +68,7 @@ def check_tables(
             f"0..{possible - 1}; the weight was packed for another layer"
         )
     used = sorted(f for row in filters for f in row if f >= 0)
-    if used != list(range(out_channels)):
+    if len(used) != out_channels or used != list(range(out_channels)):
         raise ValueError(
             f"grouped_conv2d: the filters table does not hold each of the {out_channels} filters once"
         )
@@ -121,8 +123,8 @@ def pack_blocks(
         blocks: [pairs, out_block, in_block] in canonical order.
         dtype: of the packed weight; default that of ``blocks``.
         device: of the packed weight; default that of ``blocks``.
-        backend: who will read it: "triton" wants its tables on ``device``, the others in host memory
-            ``device``.
+        backend: who will read it: "triton" wants its tables on ``device``, the others in host memory;
+            "native" wants weights of half types prepared, once it is loaded.
 
     Raises:
         ValueError: the blocks do not fit the plan, or the plan's tiles do not fit its topology.
@@ -156,6 +158,11 @@ def pack_blocks(
     weight = weight.to(device=device or here, dtype=dtype or blocks.dtype).transpose(1, 2)
     if weight.dtype != torch.int8:  # whose kernel reads adjacent input channels, as they lie already
         weight = weight.contiguous()
+    if backend == "native":
+        from lhc_kernels.cpu import loaded  # here, for importing this file shall load no kernels
+
+        if loaded():
+            weight = torch.ops.lhc.native_weight(weight, topology.geometry.in_channels)
 
     host = torch.device("cpu")
     where = host if backend in HOST_TABLE_BACKENDS else weight.device

@@ -32,7 +32,8 @@ def grouped_conv2d(
     """Run one grouped convolution, tile by tile and entry by entry.
 
     Sums are kept in float32; in float64 for float64 inputs and, so that they are exact, for int8. An infinite
-    or NaN input reaches only the filters of the tiles that hold its entry.
+    or NaN input reaches only the filters of the tiles that hold its entry, an infinite or NaN weight only the
+    pixels whose tap lies in the image.
 
     Args:
         x: [N, C, H, W] in any memory format.
@@ -79,10 +80,19 @@ def grouped_conv2d(
                 s * dw : s * dw + (ow - 1) * sw + 1 : sw,
             ]
             w = weight[e, : window.shape[1]].to(sums)
-            total += torch.einsum("nchw,cf->nfhw", window, w)
+            rows = _inside(oh, sh, r * dh - top, x.shape[2], x.device)
+            columns = _inside(ow, sw, s * dw - left, x.shape[3], x.device)
+            product = torch.einsum("nchw,cf->nfhw", window, w)
+            total += product.where(rows[:, None] & columns, 0.0)
         for column, f in enumerate(filters):
             if f >= 0:
                 y[:, f] = total[:, column]
     return finish(
         y, bias, residual, scale, activation=activation, pool=pool, layout=layout, dtype=result_dtype(x.dtype)
     )
+
+
+def _inside(count: int, stride: int, shift: int, size: int, device: torch.device) -> Tensor:
+    """Return which of ``count`` outputs have this tap inside an axis of ``size`` pixels."""
+    places = torch.arange(count, device=device) * stride + shift
+    return (places >= 0) & (places < size)

@@ -143,3 +143,57 @@ def test_a_cache_folder_that_cannot_be_written_is_named(compiler, tmp_path, monk
 
 def test_the_library_never_flushes_denormals():
     assert not {flag for flag in building.FLAGS if "fast-math" in flag}
+
+
+def test_the_library_is_for_everybody_to_load(compiler):
+    compiler()
+    assert build().stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("damage", [b"", b"half", None], ids=["empty", "garbage", "digest lost"])
+def test_a_damaged_library_is_built_again_once(compiler, damage):
+    compiler()
+    library = build()
+    whole = library.read_text()
+    if damage is None:
+        library.with_name(building.DIGEST).unlink()
+    else:
+        library.write_bytes(damage)
+    with pytest.warns(RuntimeWarning, match=r"lhc_native\.so is damaged; it is built again"):
+        assert build() == library
+    assert library.read_text() == whole
+    assert build() == library  # without another warning, which would be an error here
+    assert compilations(compiler) == 2
+
+
+def test_a_library_that_cannot_be_loaded_is_one_line_of_complaint(compiler):
+    compiler()  # writes no library that a loader would take
+    program = "import torch, lhc_kernels.cpu as cpu; print(cpu.problem())"
+    environment = {**os.environ, "PYTHONPATH": str(building.SOURCES.parent.parent)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "lhc_native.so" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize("variable", ["CXX", "LHC_TRITON_NATIVE_FLAGS"])
+def test_unbalanced_quotes_are_one_clear_error(compiler, monkeypatch, variable):
+    compiler()
+    monkeypatch.setenv(variable, "g++ '-O2")
+    with pytest.raises(BuildError, match=f"^{variable}=.* cannot be split into words: .*; correct it$"):
+        build()
+
+
+def test_a_user_without_a_home_is_told_what_to_set(compiler, monkeypatch):
+    compiler()
+    for variable in ("LHC_TRITON_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)  # who is not in the list of users
+    with pytest.raises(BuildError, match=r"^this user has no home .*; set LHC_TRITON_CACHE$"):
+        build()
+
+
+def test_a_compiler_may_complain_in_any_encoding(compiler):
+    compiler(text=FAILING.replace('echo "x.h:1: error: odd', 'printf "x.h:1: error: \\351\\351'))
+    with pytest.raises(BuildError, match=r"cannot build the native kernel: x\.h:1: error: "):
+        build()

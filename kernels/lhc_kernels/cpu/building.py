@@ -77,9 +77,7 @@ def cache_folder() -> Path:
     try:
         cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     except RuntimeError as error:
-        raise BuildError(
-            "this user has no home for the native kernel; set LHC_TRITON_CACHE"
-        ) from error
+        raise BuildError("this user has no home for the native kernel; set LHC_TRITON_CACHE") from error
     return Path(cache) / "lhc_triton" / "native"
 
 
@@ -143,7 +141,7 @@ def _compile(compiler: list[str], target: list[str], library: Path) -> None:
         objects = [f"{work}/{source.stem}.o" for source in sources]
 
         def compile_one(source: Path, output: str) -> str:
-            return _run([*compiler, *FLAGS, *target, *_torch_flags(), "-c", str(source), "-o", output])
+            return _run([*compiler, *FLAGS, *target, *torch_flags(), "-c", str(source), "-o", output])
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, sources, objects))
@@ -166,7 +164,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _torch_flags() -> list[str]:
+def torch_flags() -> list[str]:
+    """Return the flags that find torch's headers, and build as torch was."""
     include = Path(torch.__file__).parent / "include"
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     return [abi, "-isystem", str(include), "-isystem", str(include / "torch" / "csrc" / "api" / "include")]

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <stdexcept>
 #include <vector>
 
 #include "cells.h"
@@ -12,8 +13,14 @@
 namespace lhc {
 namespace {
 
-// Weights that stay in a core's second-level cache while blocks of pixels pass by.
+// Weights that stay in a core's second-level cache while blocks of pixels pass by. Blocks outside, tiles inside: with
+// 28 pixels to a weight, even weights from the third level cost little, and all orders came out within 5 % for 512
+// channels of 28x28 to 2x2 pixels.
 constexpr int64_t kWeightBytes = 1 << 19;
+// Images and outputs larger than a core's second-level cache are fetched ahead (a fifth of the whole for 64 channels of
+// 224x224 pixels at density 0.05).
+constexpr int64_t kCachedBytes = 1 << 20;
+constexpr int64_t kFetchedBytes = 1 << 16, kLineBytes = 64;
 constexpr int64_t kItemsPerThread = 8;
 constexpr int kMostPixels = max_pixels(1);
 // What the sums begin with where a scale has to come before the bias.
@@ -79,8 +86,7 @@ void run_panel(const Job& job, const Block& block, int64_t tile, size_t index) {
       const int down = a / 2, right = a % 2;
       cell.rows[0] = block.rows->begin[down], cell.rows[1] = block.rows->end[down];
       cell.columns[0] = block.columns->begin[right], cell.columns[1] = block.columns->end[right];
-      cell.shift = static_cast<uintptr_t>(down * conv.stride[0]) * static_cast<uintptr_t>(conv.row_step) +
-                   static_cast<uintptr_t>(right * conv.stride[1]) * static_cast<uintptr_t>(conv.column_step);
+      cell.shift = times(down * conv.stride[0], conv.row_step) + times(right * conv.stride[1], conv.column_step);
       cell.sums = direct ? nullptr : sums + a * kernel.pixels * panel.vectors * panel.lanes;
       kernel.run(cell);
     }
@@ -88,7 +94,31 @@ void run_panel(const Job& job, const Block& block, int64_t tile, size_t index) {
   }
 }
 
+// Asks for a share of `bytes` from an address on, to read (0) or to write (1).
+template <int kWrites>
+void fetch(uintptr_t address, int64_t bytes, int64_t share, int64_t shares) {
+  bytes = std::min(bytes, kFetchedBytes);
+  for (int64_t at = bytes * share / shares; at < bytes * (share + 1) / shares; at += kLineBytes)
+    __builtin_prefetch(reinterpret_cast<const char*>(address + static_cast<uintptr_t>(at)), kWrites, 2);
+}
+
+// The next block is the first to read the pixels of its lowest row, and the first to write; the hardware's prefetchers
+// do not follow pixels of several lines of which each cell touches one or two.
+void fetch_ahead(const Conv& conv, const Block& block, int64_t share, int64_t shares) {
+  const int64_t step = conv.pooled ? 2 : 1, last = block.count - 1, value_bytes = conv.pairs ? 2 : 4;
+  if (conv.height * conv.row_step > kCachedBytes) {
+    const int64_t below = (conv.kernel[0] - 1) * conv.dilation[0] - conv.top + (step - 1) * conv.stride[0];
+    const int64_t bytes = block.count * step * conv.stride[1] * conv.column_step;
+    fetch<0>(block.x[last] + times(below, conv.row_step), bytes, share, shares);
+  }
+  const int64_t pixel_bytes = conv.out_channels * value_bytes;
+  if (conv.out_height * conv.out_width * pixel_bytes > kCachedBytes * step * step)
+    fetch<1>(reinterpret_cast<uintptr_t>(conv.y) + times(block.out[last] + conv.out_channels, value_bytes),
+             block.count * pixel_bytes, share, shares);
+}
+
 void run_cells(const Job& job, int64_t begin_cost, int64_t end_cost) {
+  const Conv& conv = job.conv;
   Position at = position_at(job, begin_cost);
   const Position end = position_at(job, end_cost);
   const auto chunks = static_cast<int64_t>(job.chunks.size()) - 1;
@@ -96,18 +126,20 @@ void run_cells(const Job& job, int64_t begin_cost, int64_t end_cost) {
   int64_t placed = -1;
   while (at < end) {
     if (placed != at.block) job.regions.place(placed = at.block, block);
+    const int64_t first = job.chunks[static_cast<size_t>(at.chunk)];
+    fetch_ahead(conv, block, at.tile - first, job.chunks[static_cast<size_t>(at.chunk) + 1] - first);
     for (size_t panel = 0; panel < job.layer.panels.size(); ++panel) run_panel(job, block, at.tile, panel);
     if (++at.tile < job.chunks[static_cast<size_t>(at.chunk) + 1]) continue;
     if (++at.block == job.regions.blocks()) ++at.chunk, at.block = 0;
-    at.tile = at.chunk < chunks ? job.chunks[static_cast<size_t>(at.chunk)] : job.conv.tiles;
+    at.tile = at.chunk < chunks ? job.chunks[static_cast<size_t>(at.chunk)] : conv.tiles;
   }
 }
 
-std::vector<int64_t> cut_into_chunks(const Conv& conv, int64_t budget) {
+std::vector<int64_t> cut_into_chunks(const Conv& conv) {
   std::vector<int64_t> chunks;
   const int64_t entry_bytes = conv.in_block * conv.tile_width * (conv.pairs ? 2 : 4);
   for (int64_t t = 0, first = 0; t < conv.tiles; ++t) {
-    if (!chunks.empty() && (conv.tile_ptr[t + 1] - first) * entry_bytes <= budget) continue;
+    if (!chunks.empty() && (conv.tile_ptr[t + 1] - first) * entry_bytes <= kWeightBytes) continue;
     chunks.push_back(t);
     first = conv.tile_ptr[t];
   }
@@ -118,8 +150,11 @@ std::vector<int64_t> cut_into_chunks(const Conv& conv, int64_t budget) {
 }  // namespace
 
 void grouped_conv2d(const Conv& conv, const Threads& threads) {
-  const Job job{conv, Layer(conv), Regions(conv), cut_into_chunks(conv, kWeightBytes)};
-  const int64_t cost = job.layer.cost.back() * job.regions.blocks();
+  const Job job{conv, Layer(conv), Regions(conv), cut_into_chunks(conv)};
+  int64_t cost = 0;
+  if (__builtin_mul_overflow(job.layer.cost.back() * kItemsPerThread * threads.count, job.regions.blocks(), &cost))
+    throw std::length_error("grouped_conv2d: the weights and the output are too large for each other");
+  cost = job.layer.cost.back() * job.regions.blocks();
   const int64_t items = std::min(job.regions.blocks() * conv.tiles, kItemsPerThread * threads.count);
   for_each(threads, items, [&](int64_t item) { run_cells(job, cost * item / items, cost * (item + 1) / items); });
 }

@@ -33,6 +33,9 @@ struct Conv {
   void* y;                                      // like residual, or with halved sizes
 };
 
+// A product of sizes for addresses, which count modulo 2^64: a tap that lies outside may lie anywhere.
+inline uintptr_t times(int64_t a, int64_t b) { return static_cast<uintptr_t>(a) * static_cast<uintptr_t>(b); }
+
 // y = pool(act(scale * sums + bias + residual))
 void grouped_conv2d(const Conv& conv, const Threads& threads);
 

@@ -71,11 +71,9 @@ void Layer::read_entries(const Conv& conv) {
         steps.back().units += count;
         continue;
       }
-      const auto shift = static_cast<uintptr_t>(row * conv.dilation[0] - conv.top) *
-                             static_cast<uintptr_t>(conv.row_step) +
-                         static_cast<uintptr_t>(column * conv.dilation[1] - conv.left) *
-                             static_cast<uintptr_t>(conv.column_step) +
-                         static_cast<uintptr_t>(first * value_bytes);
+      const uintptr_t shift = times(row * conv.dilation[0] - conv.top, conv.row_step) +
+                              times(column * conv.dilation[1] - conv.left, conv.column_step) +
+                              times(first, value_bytes);
       steps.push_back({e + 1 < entries ? weight + e * entry_bytes : last, shift, static_cast<int32_t>(row),
                        static_cast<int32_t>(column), count});
     }

@@ -78,8 +78,6 @@ void Regions::place(int64_t block, Block& out) const {
   const int64_t height = conv_.out_height / step, width = conv_.out_width / step;
   int64_t column = first % columns.count, row = first / columns.count % rows.count;
   int64_t image = first / columns.count / rows.count;
-  // Unsigned, since tap (0, 0) may lie outside the input, and anywhere where no tap lies inside.
-  const auto times = [](int64_t a, int64_t b) { return static_cast<uintptr_t>(a) * static_cast<uintptr_t>(b); };
   const uintptr_t x_step = times(step * conv_.stride[1], conv_.column_step);
   for (int i = 0; i < out.count;) {
     const int64_t oh = rows.first + row, ow = columns.first + column;

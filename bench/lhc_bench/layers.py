@@ -159,8 +159,7 @@ class LayerSubject:
         def call() -> Tensor:
             y: Tensor = torch.ops.lhc.grouped_conv2d(
                 x, weight, tables, bias, None, None, geometry.out_channels, geometry.kernel,
-                geometry.stride, geometry.padding, geometry.dilation, "relu", "none", "channels_last",
-                backend, codes,
+                geometry.stride, geometry.padding, geometry.dilation, "relu", "none", backend, codes,
             )  # fmt: skip
             return y
 

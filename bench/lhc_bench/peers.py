@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lhc_triton.planning.schema import ConvGeometry
 from lhc_triton.runtime.accelerate import accelerate
-from lhc_triton.runtime.epilogue import MEMORY_FORMATS
 
 from .graphs import reason_of
 
@@ -26,8 +25,8 @@ WARM_CALLS = 3
 
 def layouts(device: str) -> dict[str, torch.memory_format]:
     """Return the memory formats to try on a device kind: both on "cpu", the only fast one on "cuda"."""
-    names = ("channels_last",) if device == "cuda" else ("contiguous", "channels_last")
-    return {name: MEMORY_FORMATS[name] for name in names}
+    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    return {"channels_last": torch.channels_last} if device == "cuda" else formats
 
 
 class _ConvReLU(nn.Module):

@@ -42,7 +42,6 @@ from lhc_triton.runtime.trials import Observed, observe_model
 from lhc_triton.runtime.tuning import deterministic
 from lhc_triton.runtime.verify import Findings, Judge, compare_calls, compare_sites, network_tolerance
 
-
 _LARGE = 1 << 17  # values of an example above which a smaller input stands in for it where it can
 
 

@@ -1,4 +1,4 @@
-"""What follows the sum: scale, bias, residual, activation, pooling, and the layout of the output."""
+"""What follows the sum: scale, bias, residual, activation, pooling, and memory formats."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from torch._prims_common import suggest_memory_format
 
 ACTIVATIONS = ("none", "relu", "silu")
 POOLS = ("none", "max2x2")
-LAYOUTS = ("channels_last", "contiguous")
-
-MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,7 +24,6 @@ def finish(
     *,
     activation: str,
     pool: str,
-    layout: str,
     dtype: torch.dtype,
 ) -> Tensor:
     """Turn accumulated sums into the layer's output: ``pool(act(scale * total + bias + residual))``.
@@ -40,14 +36,13 @@ def finish(
         scale: [O] or None, a factor for each filter's sum.
         activation: "none", "relu" or "silu".
         pool: "none" or "max2x2" (2x2 windows, stride 2, an odd last row or column dropped).
-        layout: "channels_last" or "contiguous".
         dtype: type of the result.
 
     Returns:
-        [N, O, OH, OW], or [N, O, OH // 2, OW // 2] with pooling, dense in the asked layout.
+        [N, O, OH, OW], or [N, O, OH // 2, OW // 2] with pooling, channels_last.
     """
-    # The first step also copies ``total`` into the asked layout, where it has another one.
-    out = total if _has_layout(total, layout) else _empty(total.shape, total, layout)
+    # The first step also copies ``total`` to channels_last, where it has another format.
+    out = total if _has_format(total, torch.channels_last) else _empty_like(total, torch.channels_last)
     if scale is not None:
         total = torch.mul(total, scale.to(total.dtype).view(1, -1, 1, 1), out=out)
     if bias is not None:
@@ -62,13 +57,13 @@ def finish(
         out.copy_(total)
     if pool == "max2x2":
         out = F.max_pool2d(out, 2)
-    return with_layout(out.to(dtype), layout)
+    return in_format(out.to(dtype), torch.channels_last)
 
 
-def with_layout(y: Tensor, layout: str) -> Tensor:
-    """Return ``y`` [N, C, H, W] with exactly the strides that ``layout`` gives a new tensor."""
-    # Not is_contiguous(): sizes of 1 satisfy it in both layouts, with strides that differ.
-    return y if _has_layout(y, layout) else _empty(y.shape, y, layout).copy_(y)
+def in_format(y: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Return ``y`` [N, C, H, W] with exactly the strides that a new tensor of the memory format has."""
+    # Not is_contiguous(): sizes of 1 satisfy it in both formats, with strides that differ.
+    return y if _has_format(y, memory_format) else _empty_like(y, memory_format).copy_(y)
 
 
 def format_of(tensor: Tensor) -> str:
@@ -103,11 +98,11 @@ def like_format(value: Tensor, other: Tensor) -> Tensor:
     return value.contiguous()
 
 
-def _has_layout(y: Tensor, layout: str) -> bool:
+def _has_format(y: Tensor, memory_format: torch.memory_format) -> bool:
     _, c, h, w = y.shape
-    wanted = (c * h * w, 1, w * c, c) if layout == "channels_last" else (c * h * w, h * w, w, 1)
-    return y.stride() == wanted
+    last = memory_format == torch.channels_last
+    return y.stride() == ((c * h * w, 1, w * c, c) if last else (c * h * w, h * w, w, 1))
 
 
-def _empty(shape: torch.Size, like: Tensor, layout: str) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=MEMORY_FORMATS[layout])
+def _empty_like(y: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=memory_format)

@@ -13,7 +13,7 @@ import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
 from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime import prepacked
 from lhc_triton.runtime.backends import unavailable
-from lhc_triton.runtime.epilogue import ACTIVATIONS, POOLS, is_channels_last, with_layout
+from lhc_triton.runtime.epilogue import ACTIVATIONS, POOLS, in_format, is_channels_last
 from lhc_triton.runtime.packing import blocks_from_weight, pack_blocks, weight_from_blocks
 from lhc_triton.runtime.tuning import look_up, pixel_bucket
 
@@ -101,7 +101,7 @@ class FusedConv2d(nn.Module):
             return self._finish(y, None, self.activation, self.pool)
         y = self._convolve(x, residual, self.activation, self.pool)
         if self.keeps_format and not is_channels_last(x):
-            y = with_layout(y, "contiguous")
+            y = in_format(y, torch.contiguous_format)
         return y
 
     @property
@@ -353,7 +353,6 @@ class GroupedConv2d(FusedConv2d):
             self.dilation,
             activation,
             pool,
-            "channels_last",
             self.backend,
             config,
         )

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from lhc_triton.runtime import reference, torch_backend
 from lhc_triton.runtime.backends import FLOATS, unavailable
-from lhc_triton.runtime.epilogue import ACTIVATIONS, LAYOUTS, MEMORY_FORMATS, POOLS, result_dtype, with_layout
+from lhc_triton.runtime.epilogue import ACTIVATIONS, POOLS, in_format, result_dtype
 from lhc_triton.runtime.packing import check_tables
 
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor[] tables, Tensor? bias, Tensor? residual, Tensor? scale, "
     "int out_channels, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
-    "str activation, str pool, str layout, str backend, int[] config) -> Tensor"
+    "str activation, str pool, str backend, int[] config) -> Tensor"
 )
 BACKWARD_MESSAGE = (
     "lhc::grouped_conv2d is for inference only and has no backward; train the LHCConv2d model, "
@@ -37,7 +37,7 @@ BACKWARD_MESSAGE = (
 )
 
 OPTIONS = (
-    "out_channels", "kernel_size", "stride", "padding", "dilation", "activation", "pool", "layout"
+    "out_channels", "kernel_size", "stride", "padding", "dilation", "activation", "pool"
 )  # fmt: skip
 """The arguments after the tensors, in the schema's order; the backend's name and its config follow."""
 
@@ -113,7 +113,6 @@ def _checked_size(
     dilation: list[int],
     activation: str,
     pool: str,
-    layout: str,
     backend: str,
 ) -> tuple[int, int]:
     """Check everything that host ints can tell, and return OH, OW before pooling."""
@@ -147,7 +146,6 @@ def _checked_size(
     for name, choice, choices in (
         ("activation", activation, ACTIVATIONS),
         ("pool", pool, POOLS),
-        ("layout", layout, LAYOUTS),
     ):
         if choice not in choices:
             raise ValueError(f"grouped_conv2d: {name}={choice!r}, expected one of {choices}")
@@ -211,7 +209,6 @@ def _run_triton(
     dilation: list[int],
     activation: str,
     pool: str,
-    layout: str,
 ) -> Tensor:
     # Imported here because it imports Triton, which a CPU-only user never needs.
     import lhc_kernels
@@ -233,7 +230,7 @@ def _run_triton(
     )
     if pool == "max2x2":
         y = F.max_pool2d(y, 2)
-    return with_layout(y, layout)
+    return in_format(y, torch.channels_last)
 
 
 torch.library.impl("lhc::grouped_conv2d", "default", _run)
@@ -280,7 +277,6 @@ def _fake(
     dilation: list[int],
     activation: str,
     pool: str,
-    layout: str,
     backend: str,
     config: list[int],
 ) -> Tensor:
@@ -298,14 +294,13 @@ def _fake(
         dilation,
         activation,
         pool,
-        layout,
         backend,
     )
     if pool == "max2x2":
         oh, ow = oh // 2, ow // 2
     shape = (x.shape[0], out_channels, oh, ow)
     dtype = result_dtype(x.dtype)
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=MEMORY_FORMATS[layout])
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _refuse_backward(ctx: Any, grad: Tensor) -> None:

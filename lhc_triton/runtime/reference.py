@@ -27,7 +27,6 @@ def grouped_conv2d(
     dilation: Sequence[int],
     activation: str,
     pool: str,
-    layout: str,
 ) -> Tensor:
     """Run one grouped convolution, tile by tile and entry by entry.
 
@@ -49,7 +48,6 @@ def grouped_conv2d(
         dilation: (vertical, horizontal).
         activation: "none", "relu" or "silu".
         pool: "none" or "max2x2".
-        layout: "channels_last" or "contiguous".
 
     Returns:
         [N, O, OH, OW] in x's type, float32 for int8 (halved sizes with pooling).
@@ -87,9 +85,7 @@ def grouped_conv2d(
         for column, f in enumerate(filters):
             if f >= 0:
                 y[:, f] = total[:, column]
-    return finish(
-        y, bias, residual, scale, activation=activation, pool=pool, layout=layout, dtype=result_dtype(x.dtype)
-    )
+    return finish(y, bias, residual, scale, activation=activation, pool=pool, dtype=result_dtype(x.dtype))
 
 
 def _inside(count: int, stride: int, shift: int, size: int, device: torch.device) -> Tensor:

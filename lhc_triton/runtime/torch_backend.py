@@ -43,7 +43,6 @@ def grouped_conv2d(
     dilation: Sequence[int],
     activation: str,
     pool: str,
-    layout: str,
 ) -> Tensor:
     """Run one grouped convolution; arguments and result as in ``reference.grouped_conv2d``.
 
@@ -55,7 +54,7 @@ def grouped_conv2d(
         return reference.grouped_conv2d(
             x, weight, tables, bias, residual, scale, out_channels=out_channels,
             kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
-            activation=activation, pool=pool, layout=layout,
+            activation=activation, pool=pool,
         )  # fmt: skip
     n, channels, height, width = x.shape
     options = (tuple(values) for values in (kernel_size, stride, padding, dilation))
@@ -85,7 +84,6 @@ def grouped_conv2d(
         scale,
         activation=activation,
         pool=pool,
-        layout=layout,
         dtype=x.dtype,
     )
 

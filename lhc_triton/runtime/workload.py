@@ -59,8 +59,7 @@ class Workload:
         x, numbers = self.x, list(config)
         return lambda: torch.ops.lhc.grouped_conv2d(
             x, packed.weight, packed.tables, self.bias, None, None, geometry.out_channels, geometry.kernel,
-            geometry.stride, geometry.padding, geometry.dilation, "relu", "none", "channels_last", backend,
-            numbers,
+            geometry.stride, geometry.padding, geometry.dilation, "relu", "none", backend, numbers,
         )  # fmt: skip
 
     def expected(self) -> Tensor:

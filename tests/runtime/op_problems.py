@@ -57,7 +57,6 @@ class Problem:
     has_scale: bool = False
     activation: str = "none"
     pool: str = "none"
-    layout: str = "contiguous"
     layer: LayerPlan = field(init=False)
     mask: Tensor = field(init=False)
     weight: Tensor = field(init=False)
@@ -107,7 +106,6 @@ class Problem:
             "dilation": list(g.dilation),
             "activation": self.activation,
             "pool": self.pool,
-            "layout": self.layout,
             "backend": backend,
             "config": [],
             **changes,
@@ -177,5 +175,4 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
         has_scale=flags[4],
         activation=draw(st.sampled_from(["none", "relu"])),
         pool=pool,
-        layout="channels_last" if flags[5] else "contiguous",
     )

@@ -40,7 +40,7 @@ def test_a_planned_layer_equals_the_dense_convolution(backend, priced, problem):
 def test_a_gpu_gives_the_dense_convolution(backend, dtype, channels_last, geometry):
     problem = Problem(
         geometry, in_block=32, out_block=16, density=0.3, dtype=dtype, has_residual=True, activation="relu",
-        pool="max2x2", channels_last=channels_last, layout="channels_last",
+        pool="max2x2", channels_last=channels_last,
     )  # fmt: skip
     problem = planned(problem, "triton")
     packed = pack(problem.layer, problem.weight, device="cuda", backend=backend)
@@ -55,12 +55,11 @@ def test_a_gpu_gives_the_dense_convolution(backend, dtype, channels_last, geomet
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("pool", ["none", "max2x2"])
-def test_the_operator_runs_triton_in_the_interpreter(layout, pool):
+def test_the_operator_runs_triton_in_the_interpreter(pool):
     problem = Problem(
         ConvGeometry(1, 20, 12, 6, 5), in_block=16, out_block=8, has_residual=True, has_scale=True,
-        activation="relu", pool=pool, layout=layout,
+        activation="relu", pool=pool,
     )  # fmt: skip
     problem = planned(problem, "triton")
     y = problem.run("triton")

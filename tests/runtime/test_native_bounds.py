@@ -126,7 +126,7 @@ def test_kernels_far_larger_than_the_image_take_no_more_than_their_entries(case)
         "x": x, "weight": weight, "tables": tables_of(entries, [1, 0]), "bias": torch.tensor([0.5, -0.25]),
         "residual": None, "scale": None, "out_channels": 2, "kernel_size": kernel, "stride": stride,
         "padding": padding, "dilation": dilation, "activation": "none", "pool": "none",
-        "layout": "channels_last", "backend": "native", "config": [],
+        "backend": "native", "config": [],
     }  # fmt: skip
     before = peak_bytes()
     y = torch.ops.lhc.grouped_conv2d(**arguments)

@@ -125,7 +125,6 @@ def layers(draw):
         has_scale=draw(st.booleans()),
         activation=draw(st.sampled_from(["none", "relu", "silu"])),
         pool=pool,
-        layout=draw(st.sampled_from(["channels_last", "contiguous"])),
     )
 
 

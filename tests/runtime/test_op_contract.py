@@ -36,27 +36,25 @@ def test_the_schema_is_the_agreed_one():
     assert str(op.default._schema) == (
         "lhc::grouped_conv2d(Tensor x, Tensor weight, Tensor[] tables, Tensor? bias, Tensor? residual, "
         "Tensor? scale, SymInt out_channels, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, "
-        "SymInt[] dilation, str activation, str pool, str layout, str backend, SymInt[] config) -> Tensor"
+        "SymInt[] dilation, str activation, str pool, str backend, SymInt[] config) -> Tensor"
     ).replace("SymInt", "int")
 
 
 @pytest.mark.parametrize("backend", HOST)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("pool", ["none", "max2x2"])
-def test_opcheck_passes(backend, layout, pool):
-    problem = Problem(GEOMETRY, layout=layout, pool=pool, has_residual=True, has_scale=True)
+def test_opcheck_passes(backend, pool):
+    problem = Problem(GEOMETRY, pool=pool, has_residual=True, has_scale=True)
     torch.library.opcheck(op, (), problem.arguments(backend))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("size", [(2, 9, 8), (0, 9, 8), (1, 2, 2), (2, 4, 1)])
-def test_the_fake_kernel_has_the_result_s_shape_type_and_strides(layout, size):
+def test_the_fake_kernel_has_the_result_s_shape_type_and_strides(size):
     batch, height, width = size
     for channels, pool in ((10, "none"), (1, "none"), (10, "max2x2")):
         if pool != "none" and width < 2:
             continue
         geometry = ConvGeometry(batch, 12, channels, height, width)
-        problem = Problem(geometry, layout=layout, pool=pool, dtype=torch.float16)
+        problem = Problem(geometry, pool=pool, dtype=torch.float16)
         real, arguments = problem.run("torch"), problem.arguments("torch")
         with torch._subclasses.FakeTensorMode() as mode:
             fakes = {
@@ -150,7 +148,6 @@ WRONG = {
     "dilation of 0": (changed(dilation=[1, 0]), ValueError, "dilation"),
     "activation": (changed(activation="gelu"), ValueError, "activation='gelu', expected one of"),
     "pool": (changed(pool="avg"), ValueError, "pool='avg', expected one of"),
-    "layout": (changed(layout="NHWC"), ValueError, "layout='NHWC', expected one of"),
     "no filters": (changed(out_channels=0), ValueError, "out_channels=0"),
     "bias": (changed(bias=torch.zeros(9)), ValueError, r"bias has shape \(9,\), expected \(10,\)"),
     "scale": (changed(scale=torch.zeros(1)), ValueError, "scale has shape"),

@@ -55,8 +55,6 @@ void grouped_conv2d(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit:
   conv.y = y.mutable_data_ptr();
   if (conv.batch > 0) lhc::grouped_conv2d(conv, {static_cast<int>(count), run_threads});
   if (y.scalar_type() != call.type) y = y.to(call.type);
-  // The one place that knows of another layout.
-  if (!call.channels_last) y = at::empty(y.sizes(), y.options()).copy_(y);
   torch::jit::drop(*stack, lhc::kArguments);
   torch::jit::push(*stack, std::move(y));
 }

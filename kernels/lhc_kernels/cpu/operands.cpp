@@ -126,14 +126,11 @@ bool read_epilogue(const torch::jit::Stack& stack, Call& call) {
   const auto argument = [&](Argument i) -> const c10::IValue& { return torch::jit::peek(stack, i, kArguments); };
   Conv& conv = call.conv;
   const auto &activation = argument(kActivation).toStringRef(), &pool = argument(kPool).toStringRef();
-  const auto& layout = argument(kLayout).toStringRef();
   conv.activation = activation == "relu"   ? Activation::kRelu
                     : activation == "silu" ? Activation::kSilu
                                            : Activation::kNone;
   conv.pooled = pool == "max2x2";
-  call.channels_last = layout == "channels_last";
   if ((conv.activation == Activation::kNone && activation != "none") || (!conv.pooled && pool != "none") ||
-      (!call.channels_last && layout != "contiguous") ||
       (conv.pooled && (conv.out_height < 2 || conv.out_width < 2)))
     return false;
   return read_vector(argument(kBias), call, call.bias, conv.bias) &&

@@ -13,7 +13,7 @@ namespace lhc {
 // The operator's arguments in the schema's order.
 enum Argument {
   kX, kWeight, kTables, kBias, kResidual, kScale, kOutChannels, kKernelSize, kStride, kPadding, kDilation,
-  kActivation, kPool, kLayout, kBackend, kConfig, kArguments
+  kActivation, kPool, kBackend, kConfig, kArguments
 };
 
 // What a call keeps alive while it runs.
@@ -23,7 +23,6 @@ struct Call {
   std::vector<int32_t> tables[3];    // copies: the tensors may be written to while the call runs
   std::vector<float> bias, scale;
   at::ScalarType type = at::kFloat;  // of the operator's x and result
-  bool channels_last = false;        // the result's layout
 };
 
 // Reads the arguments of a native call; false where they do not fit.

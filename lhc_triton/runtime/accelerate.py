@@ -303,11 +303,13 @@ def _why_not_traced(case: Case) -> str | None:
 def _trace(case: Case) -> Traced:
     """Trace the model; TraceError if it cannot be."""
     traced = trace(case.work, len(case.inputs))
-    shapes, _ = record_shapes(traced, case.inputs)
     # Small images shrink to one pixel on the way, and of that no strides tell the format.
     large = sum(x.numel() for x in case.inputs) > _LARGE
     other = case.observed.trials[-1].inputs if large else case.inputs
-    return Traced(traced, find_sites(traced, shapes), record_formats(traced, shapes, case.inputs, other))
+    with preserved(traced):  # the graph writes to buffers that the network starts from
+        shapes, _ = record_shapes(traced, case.inputs)
+        formats = record_formats(traced, shapes, case.inputs, other)
+    return Traced(traced, find_sites(traced, shapes), formats)
 
 
 def _build(case: Case, choices: Choices, traced: Traced | None) -> Built:

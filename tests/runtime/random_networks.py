@@ -170,14 +170,6 @@ class Network(nn.Module):
         return any(step.random for step in self.drawn)
 
     @property
-    def copies_alike(self) -> bool:
-        """Whether a deep copy computes the same: not where a closure writes to what a module reads."""
-        return not any(
-            (step.name == "features_of_a_hook" and step.variant % 3 == 2) or step.name == "output_collected"
-            for step in self.drawn
-        )
-
-    @property
     def description(self) -> str:
         """What was drawn, in one line."""
         steps = [f"{step.name}/{step.variant % 840}{list(step.sources)}" for step in self.drawn]
@@ -356,13 +348,15 @@ class Case:
 
     Attributes:
         backend: to accelerate with.
-        calls: the example first, then others of its kind, then other batch and image sizes.
+        example: what the network is accelerated for.
+        calls: the example and others of its kind, other batch and image sizes, layouts and arguments.
         overwrite: whether the caller writes into the outputs that it gets.
         before: how often the model was called before it is accelerated.
     """
 
     seed: int
     backend: str
+    example: Call
     calls: tuple[Call, ...]
     overwrite: bool
     before: int
@@ -378,6 +372,7 @@ def draw_case(seed: int, network: Network) -> Case:
     def call(what: str, batch: int, height: int, width: int, layout: str = layout, **keywords: Any) -> Call:
         def image() -> Tensor:
             made = torch.rand(batch, network.inputs, height, width, generator=generator, dtype=dtype)
+            made *= rng.choice([1, 1, 0.3, 2])
             return LAYOUTS[layout](made) if layout else made
 
         arguments = [image()]
@@ -402,14 +397,16 @@ def draw_case(seed: int, network: Network) -> Case:
         call("other values at last", batch, height, width),
         call(f"{other} input", batch, height, width, other),
     ]
+    calls.append(call("no image", 0, height, width))
     if isinstance(network, Optional):
         gain = torch.rand(1, generator=generator, dtype=dtype)
         calls.append(Call((*call("", batch, height, width).arguments, gain), {}, "one more argument", True))
     if isinstance(network, Optional | KeywordOnly | Anything):
         calls.append(call("keyword", batch, height, width, gain=1.5))
         calls.append(call("other keyword", batch, height, width, gain=-0.5))
-    calls.append(call("no image", 0, height, width))
+    if rng.random() < 0.5:  # the example need not be the first call
+        calls = [*calls[4:6], *calls[1:4], *calls[6:]]
     backend = rng.choice(BACKENDS)
     if dtype == torch.float64 and backend == "native":
         backend = "torch"
-    return Case(seed, backend, tuple(calls), rng.random() < 0.3, rng.choice([0, 0, 0, 1, 2]))
+    return Case(seed, backend, example, tuple(calls), rng.random() < 0.3, rng.choice([0, 0, 0, 1, 2]))

@@ -157,7 +157,7 @@ class Step(nn.Module):
             "gain": lambda: nn.Parameter(torch.rand(channels, 1, 1) + 0.5),
             "scale": lambda: nn.Buffer(torch.rand(channels, 1, 1) + 0.5),
             "count": lambda: nn.Buffer(torch.zeros((), dtype=torch.long)),
-            "peak": lambda: nn.Buffer(torch.ones(())),
+            "peak": lambda: nn.Buffer(torch.full((), 0.01)),
             "mean": lambda: nn.Buffer(torch.zeros(channels)),
             "var": lambda: nn.Buffer(torch.ones(channels)),
             "last": lambda: None,

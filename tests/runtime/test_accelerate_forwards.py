@@ -157,6 +157,27 @@ def test_the_first_call_of_the_network_decides_what_the_models_own_would() -> No
         accelerated(lambda: Body(normalised, level=None), *[image() * k for k in (1, 3, 9)], backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("write", ["copied", "replaced", "in place"])
+def test_what_the_example_would_settle_is_open_at_the_first_call(write: str, backend: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        highest = torch.maximum(m.peak, x.amax())
+        if write == "copied":
+            m.peak.copy_(highest)
+        elif write == "replaced":
+            m.peak = highest
+        else:
+            torch.maximum(m.peak, highest, out=m.peak)
+        return m.body(x) / m.peak
+
+    build = lambda: made(lambda: Body(forward, peak=nn.Buffer(torch.tensor(0.01))))  # noqa: E731
+    model, twin = build(), build()
+    fast = lhc.accelerate(model, image() * 9, tune="off", backend=backend)
+    for scale in (0.1, 1, 3, 0.1):
+        with torch.no_grad():
+            assert_same(fast(image(seed=3) * scale), twin(image(seed=3) * scale))
+
+
 MODES: dict[str, Callable[[], bool]] = {
     "gradients": lambda: torch.is_grad_enabled(),
     "inference": lambda: torch.is_inference_mode_enabled(),
@@ -225,6 +246,20 @@ def test_convolutions_answer_in_the_format_that_torch_would_choose(form: str, ba
     inputs += [x.contiguous(memory_format=torch.channels_last) for x in inputs[1:]]
     inputs += [image(2, 24, seed=7)[:, :, ::2, ::2], image(2, 12, seed=8).transpose(2, 3)]
     accelerated(build, *inputs, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_map_of_one_pixel_tells_nothing_of_its_format(backend: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.max_pool2d(m.stem(x), 2)
+        up = F.interpolate(m.norm(m.down(h)), size=h.shape[2:])
+        return m.mid(up + h).roll(1, 2)
+
+    def build() -> nn.Module:
+        return Body(forward, down=nn.Conv2d(32, 32, 3, stride=2, padding=1), norm=nn.BatchNorm2d(32))
+
+    wide = image(2, 12, seed=3).contiguous(memory_format=torch.channels_last)
+    accelerated(build, image(2, 12), wide, image(1, 4, seed=5), wide, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -173,22 +173,29 @@ def test_the_cpu_model_is_near_what_was_measured(shape, sparse_us, dense_us):
     assert (predicted < CPU.margin * dense) == (sparse_us < dense_us)
 
 
-def test_a_strided_input_is_copied_once_for_each_kernel_column():
-    copied = dataclasses.replace(PLAIN, strided_gbs=2.0)
-    assert copied.layer_us(GEOMETRY) == PLAIN.layer_us(GEOMETRY)
-    strided = ConvGeometry(2, 64, 32, 10, 12, (3, 3), (2, 2))
-    copies = 2 * 64 * 10 * strided.out_width * 3 * 4 / 2e3
-    assert copied.layer_us(strided) == pytest.approx(PLAIN.layer_us(strided) + copies)
+def test_taps_outside_the_image_cost_nothing_where_the_backend_skips_them():
+    skipping = dataclasses.replace(PLAIN, skips_border=True)
+    inner = ConvGeometry(
+        2, 64, 32, 10, 12, (3, 3), padding=(0, 0, 0, 0)
+    )  # without a border every tap is inside
+    assert skipping.entry_times(inner, 32, [16], 16) == PLAIN.entry_times(inner, 32, [16], 16)
+    small = ConvGeometry(2, 64, 32, 2, 2, (3, 3), padding=(1, 1, 1, 1))
+    share = 16 / 36  # of two rows and columns, each sees two of three taps
+    pixels = ConvGeometry(2, 64, 32, 2, 2, (1, 1), padding=(0, 0, 0, 0))
+    expected = PLAIN.entry_us + share * (PLAIN.entry_times(pixels, 32, [16], 16) - PLAIN.entry_us)
+    plain = dataclasses.replace(PLAIN, spread_pixels=0)
+    assert dataclasses.replace(plain, skips_border=True).entry_times(small, 32, [16], 16) == pytest.approx(
+        expected
+    )
 
 
 # (in, out channels, size, kernel, stride), native at density 0.1 in blocks of 32x16, dense: us on 2 cores.
 NATIVE_MEASURED = [
-    ((64, 64, 56, 3, 1), 120, 736),
-    ((256, 256, 56, 3, 1), 1979, 11370),
-    ((512, 512, 14, 3, 1), 413, 3207),
-    ((128, 256, 28, 3, 2), 136, 453),
-    ((1024, 256, 14, 1, 1), 61, 387),
-    ((256, 512, 56, 1, 2), 251, 744),
+    ((64, 64, 56, 3, 1), 126, 1068),
+    ((64, 128, 56, 3, 2), 68, 553),
+    ((1024, 256, 14, 1, 1), 65, 499),
+    ((256, 256, 56, 3, 1), 1906, 16040),
+    ((512, 512, 14, 3, 1), 436, 4027),
 ]
 
 

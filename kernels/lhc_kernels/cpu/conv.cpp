@@ -73,21 +73,21 @@ void run_panel(const Job& job, const Block& block, int64_t tile, size_t index) {
   cell.end = layer.steps.data() + layer.first_step[static_cast<size_t>(tile) + 1];
   cell.column_shift = panel.column * 4, cell.row_step = layer.row_step;
   cell.bias = conv.scale ? kZeros : layer.bias.data() + place;
-  for (int v = 0; v < panel.vectors; ++v)
+  for (int v = 0; v < filled.vectors; ++v)
     cell.filters[v] = layer.filters[place + static_cast<size_t>(v * panel.lanes)];
   cell.residual = static_cast<const float*>(conv.residual), cell.y = static_cast<float*>(conv.y);
   cell.floor = conv.activation == Activation::kRelu ? 0.0f : -std::numeric_limits<float>::infinity();
-  const int most = max_pixels(panel.vectors);
+  const int most = max_pixels(filled.vectors);
   for (int first = 0; first < block.count; first += most) {
     const int count = std::min(most, block.count - first);
-    const Kernel kernel = find_kernel(conv.pairs, panel.lanes, panel.vectors, count);
+    const Kernel kernel = find_kernel(conv.pairs, panel.lanes, filled.vectors, count);
     cell.x = block.x + first, cell.out = block.out + first, cell.residual_at = block.residual + first;
     for (int a = 0; a < (conv.pooled ? 4 : 1); ++a) {
       const int down = a / 2, right = a % 2;
       cell.rows[0] = block.rows->begin[down], cell.rows[1] = block.rows->end[down];
       cell.columns[0] = block.columns->begin[right], cell.columns[1] = block.columns->end[right];
       cell.shift = times(down * conv.stride[0], conv.row_step) + times(right * conv.stride[1], conv.column_step);
-      cell.sums = direct ? nullptr : sums + a * kernel.pixels * panel.vectors * panel.lanes;
+      cell.sums = direct ? nullptr : sums + a * kernel.pixels * filled.vectors * panel.lanes;
       kernel.run(cell);
     }
     if (!direct) finish(conv, layer, tile, static_cast<int64_t>(index), block, {sums, kernel.pixels, first, count});

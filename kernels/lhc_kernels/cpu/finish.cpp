@@ -1,6 +1,7 @@
 #include "finish.h"
 
 #include <bit>
+#include <cstring>
 
 #include "vectors.h"
 
@@ -49,9 +50,14 @@ Vec<L> gather(const Value* p, const int32_t* filters) {
 }
 
 template <int L, typename Value>
-void scatter(Value* p, const int32_t* filters, Vec<L> v) {
+void scatter(Value* p, const int32_t* filters, bool in_fours, Vec<L> v) {
   Value values[L];
   store<L>(values, v);
+  if (in_fours) {
+    for (int i = 0; i < L; i += 4)
+      if (filters[i] >= 0) std::memcpy(p + filters[i], values + i, 4 * sizeof(Value));
+    return;
+  }
   for (int i = 0; i < L; ++i)
     if (filters[i] >= 0) p[filters[i]] = values[i];
 }
@@ -61,7 +67,7 @@ void run(const Conv& conv, const Layer& layer, int64_t tile, int64_t index, cons
   const Panel& panel = layer.panels[static_cast<size_t>(index)];
   const Layer::Filled& filled = layer.filled[static_cast<size_t>(tile) * layer.panels.size() + static_cast<size_t>(index)];
   const auto place = static_cast<size_t>(tile * layer.padded_width + panel.place);
-  const int64_t width = panel.lanes * panel.vectors;
+  const int64_t width = panel.lanes * filled.vectors;
   const auto* residual = static_cast<const Value*>(conv.residual);
   auto* y = static_cast<Value*>(conv.y);
   const int pixels = conv.pooled ? 4 : 1;
@@ -84,7 +90,7 @@ void run(const Conv& conv, const Layer& layer, int64_t tile, int64_t index, cons
       if (filled.adjacent)
         store<L>(y + block.out[i] + *filters, result);
       else
-        scatter<L>(y + block.out[i], filters, result);
+        scatter<L>(y + block.out[i], filters, filled.in_fours, result);
     }
 }
 

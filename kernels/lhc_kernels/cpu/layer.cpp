@@ -97,11 +97,15 @@ void Layer::read_filters(const Conv& conv) {
       if (conv.scale) scale[at] = conv.scale[to[i]];
     }
     for (const Panel& panel : panels) {
-      Filled found{0, true};
-      for (int64_t i = 0; i < panel.lanes * panel.vectors; ++i) {
-        const int32_t* f = to + panel.place + i;
-        if (*f >= 0) found.columns = i + 1;
-        found.adjacent = found.adjacent && *f >= 0 && (i % panel.lanes == 0 || *f == f[-1] + 1);
+      const int32_t* f = to + panel.place;
+      Filled found{0, panel.vectors, true, true};
+      for (int64_t i = 0; i < panel.lanes * panel.vectors; ++i)
+        if (f[i] >= 0) found.columns = i + 1;
+      while (found.vectors > 1 && found.columns <= panel.lanes * found.vectors / 2) found.vectors /= 2;
+      for (int64_t i = 0; i < panel.lanes * found.vectors; ++i) {
+        const bool follows = i > 0 && f[i] >= 0 && f[i] == f[i - 1] + 1;
+        found.adjacent = found.adjacent && f[i] >= 0 && (i % panel.lanes == 0 || follows);
+        found.in_fours = found.in_fours && (i % 4 == 0 || follows || (f[i] < 0 && f[i - 1] < 0));
       }
       filled.push_back(found);
     }

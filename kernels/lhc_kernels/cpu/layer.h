@@ -35,10 +35,12 @@ class Layer {
   int64_t padded_width;
   std::vector<float> bias, scale;
   std::vector<int32_t> filters;
-  // For each tile and panel: columns up to the last filter; and whether each vector's filters are adjacent.
+  // For each tile and panel: columns up to the last filter; vectors that hold them; whether each vector's filters are
+  // adjacent, and whether those of each four columns are, or there are none.
   struct Filled {
     int64_t columns;
-    bool adjacent;
+    int vectors;
+    bool adjacent, in_fours;
   };
   std::vector<Filled> filled;
   int64_t row_step;                 // bytes from one unit of the weight to the next

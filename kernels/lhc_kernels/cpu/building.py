@@ -31,7 +31,7 @@ TARGET_FLAGS = ("-march=native",)
 FLAGS = ("-std=c++20", "-O2", "-DNDEBUG", "-fno-math-errno", "-ffp-contract=fast", "-fPIC")
 LIBRARY = "lhc_native.so"
 DIGEST = "lhc_native.sha256"
-TIMEOUT_S = 300
+TIMEOUT_S = 900
 
 
 class BuildError(RuntimeError):

@@ -16,6 +16,7 @@ from torch import Tensor
 _SLICE_FACTOR = 10.0
 _SLICE_FLOOR = 1e-3
 _MAX_SLICES = 1 << 16
+_LEAST_VALUES = 64  # in a channel: a few numbers near zero have no scale of their own
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ def error_of(left: Tensor, right: Tensor) -> float:
     """Return the error of a tensor against the model's of the same shape: 0 for equal, infinite for unlike.
 
     It is ||left - right|| / ||right|| over the tensor, or a tenth of the same over one channel or one column
-    of the last axis, whichever is worse. Where the model has NaN or infinity, so must ``left``.
+    of the last axis (of 64 values or more), whichever is worse. Where the model has NaN or infinity, so must
+    ``left``.
     """
     if not right.is_floating_point() and not right.is_complex():
         return 0.0 if torch.equal(left, right) else math.inf
@@ -206,10 +208,11 @@ def error_of(left: Tensor, right: Tensor) -> float:
     worst = float(torch.linalg.vector_norm(difference))
     worst = worst / size if size else worst
     for axis in {1, right.dim() - 1} if right.dim() > 1 else ():
-        if 1 < right.shape[axis] <= _MAX_SLICES and size:
+        count = right.shape[axis]
+        if 1 < count <= _MAX_SLICES and right.numel() >= _LEAST_VALUES * count and size:
             others = [other for other in range(right.dim()) if other != axis]
             errors = torch.linalg.vector_norm(difference, dim=others)
             sizes = torch.linalg.vector_norm(right, dim=others)
-            floor = _SLICE_FLOOR * size / math.sqrt(right.shape[axis])
+            floor = _SLICE_FLOOR * size / math.sqrt(count)
             worst = max(worst, float((errors / sizes.clamp_min(floor)).max()) / _SLICE_FACTOR)
     return worst

@@ -71,7 +71,7 @@ class Judge:
     def __init__(self, model: nn.Module, observed: Observed, tolerance: float) -> None:
         self._model = model
         self._observed = observed
-        self._tolerance = tolerance
+        self.tolerance = tolerance
         self._flips: dict[int, Mapping[str, int]] = {}
 
     def verdict(
@@ -102,7 +102,7 @@ class Judge:
         return Verdict(error)
 
     def _difference(self, number: int, found: Outcome, values: bool) -> str | None:
-        for difference in differences(found, self._observed.outcomes[number], self._tolerance):
+        for difference in differences(found, self._observed.outcomes[number], self.tolerance):
             if difference.values and not values:
                 continue
             if difference.flipped is None:
@@ -121,7 +121,7 @@ class Judge:
             # a model that does not even repeat itself is no witness
             if witness is not None and not differences(witness, reference, 0.0):
                 for seed in range(_SHAKES):
-                    shaken = Trial(trials[-1].label, _shaken(trials[-1].inputs, self._tolerance, seed))
+                    shaken = Trial(trials[-1].label, _shaken(trials[-1].inputs, self.tolerance, seed))
                     found = self._again([*trials[:-1], shaken])
                     for place, places in () if found is None else _flips(found, reference):
                         flipped[place] = flipped[place] | places if place in flipped else places

@@ -43,7 +43,7 @@ void Layer::read_entries(const Conv& conv) {
   const int64_t entry_bytes = conv.in_block / unit * row_step;
   const auto* weight = static_cast<const char*>(conv.weight);
   // The last vector of a row may begin in it and end in the next one; behind the last row there is none.
-  const char* last = weight + (entries - 1) * entry_bytes;
+  const char* last = entries ? weight + (entries - 1) * entry_bytes : weight;
   if (padded_width > conv.tile_width && entries) {
     last_entry_.resize(static_cast<size_t>(entry_bytes + (padded_width - conv.tile_width) * 4));
     std::memcpy(last_entry_.data(), last, static_cast<size_t>(entry_bytes));

@@ -42,12 +42,13 @@ void Layer::read_entries(const Conv& conv) {
   const int64_t unit = conv.pairs ? 2 : 1, value_bytes = conv.pairs ? 2 : 4;
   const int64_t entry_bytes = conv.in_block / unit * row_step;
   const auto* weight = static_cast<const char*>(conv.weight);
-  // The last vector of a row may begin in it and end in the next one; behind the last row there is none.
-  const char* last = entries ? weight + (entries - 1) * entry_bytes : weight;
-  if (padded_width > conv.tile_width && entries) {
-    last_entry_.resize(static_cast<size_t>(entry_bytes + (padded_width - conv.tile_width) * 4));
-    std::memcpy(last_entry_.data(), last, static_cast<size_t>(entry_bytes));
-    last = last_entry_.data();
+  // A row's last vector may reach past it, into the rows behind; the last entries, behind whose rows there are too few
+  // weights for that, are read from a copy.
+  const int64_t reach = (padded_width - conv.tile_width) * 4;
+  const int64_t kept = reach > 0 ? std::min(entries, (reach - 1) / entry_bytes + 1) : 0, copied = entries - kept;
+  if (kept > 0) {
+    last_entries_.resize(static_cast<size_t>(kept * entry_bytes + reach));
+    std::memcpy(last_entries_.data(), weight + copied * entry_bytes, static_cast<size_t>(kept * entry_bytes));
   }
 
   steps.reserve(static_cast<size_t>(entries));
@@ -67,15 +68,15 @@ void Layer::read_entries(const Conv& conv) {
       const bool adjacent = entry == previous + 1 && entry > tap_begin;
       previous = entry;
       units += count;
-      if (adjacent && e + 1 < entries) {  // the last entry's weights may lie elsewhere
+      if (adjacent && e != copied) {
         steps.back().units += count;
         continue;
       }
       const uintptr_t shift = times(row * conv.dilation[0] - conv.top, conv.row_step) +
                               times(column * conv.dilation[1] - conv.left, conv.column_step) +
                               times(first, value_bytes);
-      steps.push_back({e + 1 < entries ? weight + e * entry_bytes : last, shift, static_cast<int32_t>(row),
-                       static_cast<int32_t>(column), count});
+      const char* from = e < copied ? weight + e * entry_bytes : last_entries_.data() + (e - copied) * entry_bytes;
+      steps.push_back({from, shift, static_cast<int32_t>(row), static_cast<int32_t>(column), count});
     }
     first_step.push_back(static_cast<int64_t>(steps.size()));
     cost.push_back(cost.back() + units + kEpilogue);
@@ -103,7 +104,7 @@ void Layer::read_filters(const Conv& conv) {
         if (f[i] >= 0) found.columns = i + 1;
       while (found.vectors > 1 && found.columns <= panel.lanes * found.vectors / 2) found.vectors /= 2;
       for (int64_t i = 0; i < panel.lanes * found.vectors; ++i) {
-        const bool follows = i > 0 && f[i] >= 0 && f[i] == f[i - 1] + 1;
+        const bool follows = i > 0 && f[i - 1] >= 0 && f[i] == f[i - 1] + 1;
         found.adjacent = found.adjacent && f[i] >= 0 && (i % panel.lanes == 0 || follows);
         found.in_fours = found.in_fours && (i % 4 == 0 || follows || (f[i] < 0 && f[i - 1] < 0));
       }

@@ -49,7 +49,7 @@ class Layer {
   void read_entries(const Conv& conv);
   void read_filters(const Conv& conv);
 
-  std::vector<char> last_entry_;    // where a vector of the last row of the weight would reach past its end
+  std::vector<char> last_entries_;  // of the weight, and room behind them
 };
 
 }  // namespace lhc

@@ -65,15 +65,17 @@ matrix-%: $(READY)
 	TRITON_INTERPRET=1 $$python -m pytest -n $(WORKERS) -m interpreter && \
 	$$python -m pytest -n $(WORKERS) -m aot
 
-# The native kernel's tests on a build that stops at the first bad address, overflow or shift (AddressSanitizer, UBSan);
-# building it takes two minutes.
-sanitize: export LHC_TRITON_NATIVE_FLAGS := -march=native -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover
-sanitize: $(READY)
-	$(BIN)/python -c 'from lhc_kernels.cpu import build; print(build())'
-	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(BIN)/python -m pytest --capture=no \
-	  tests/runtime/test_native_kernel.py tests/runtime/test_native_types.py tests/runtime/test_native_bounds.py \
-	  tests/runtime/test_backend_oracle.py -k "native and not narrower and not leak"
+# Random calls of the native kernel, without torch or Python, in a build that stops at the first bad address, overflow or
+# shift (AddressSanitizer, UBSan).
+NATIVE := kernels/lhc_kernels/cpu
+sanitize:
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -e && \
+	for source in tests/kernels/native_driver.cpp $(addprefix $(NATIVE)/,cells_float.cpp cells_pairs.cpp conv.cpp \
+	  finish.cpp layer.cpp regions.cpp); do echo "$$source"; \
+	  $${CXX:-c++} -std=c++20 -O1 -g1 -march=native -Wall -Wextra -Werror -fsanitize=address,undefined \
+	    -fno-sanitize-recover -I $(NATIVE) -c $$source -o "$$folder/$$(basename $$source).o"; done && \
+	$${CXX:-c++} -fsanitize=address,undefined -pthread "$$folder"/*.o -o "$$folder/driver" && \
+	"$$folder/driver" $(SEED) $(CASES)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu

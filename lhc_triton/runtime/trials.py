@@ -22,6 +22,7 @@ from lhc_triton.runtime.errors import one_line
 from lhc_triton.runtime.outputs import Outcome, differences, outcome
 
 _MAX_RANGE = 1 << 24  # of distinct integers
+_LARGE = 1 << 17  # values
 MIN_SIDE = 8  # smaller images are not made smaller
 
 
@@ -59,23 +60,33 @@ class Observed:
 
 
 def further_trials(inputs: Sequence[Tensor]) -> Iterator[tuple[Trial, ...]]:
-    """Yield what else to try, each as alternatives of which the first that the model takes counts."""
-    yield (Trial("other values", _drawn(inputs, 1)),)
+    """Yield what else to try, each as alternatives of which the first that the model takes counts.
+
+    Other values of the example's size and then another size and batch; of a large example both are smaller.
+    """
+    yield _alternatives(inputs, 1) if is_large(inputs) else (Trial("other values", _drawn(inputs, 1)),)
+    yield _alternatives(inputs, 2)
+
+
+def is_large(inputs: Sequence[Tensor]) -> bool:
+    """Return whether smaller inputs stand in for an example where they can, to save time."""
+    return sum(x.numel() for x in inputs) > _LARGE
+
+
+def _alternatives(inputs: Sequence[Tensor], seed: int) -> tuple[Trial, ...]:
     image = next((x for x in inputs if x.dim() == 4 and x.is_floating_point()), None)
+    same = Trial("other values, again", _drawn(inputs, seed + 2))
     if image is None:
-        yield (Trial("other values, again", _drawn(inputs, 2)),)
-        return
+        return (same,)
     batch, _, height, width = image.shape
-    other_batch = 1 if batch > 1 else 2
+    other = 1 if batch > 1 else 2
     sizes = [(_smaller(height, 0.3), _smaller(width, 0.45)), (_smaller(height, 0.5), _smaller(width, 0.75))]
-    alternatives = [
-        Trial(f"batch {other_batch} of {h}x{w} pixels", _drawn(inputs, 2, image, other_batch, (h, w)))
+    smaller = [
+        Trial(f"batch {other} of {h}x{w} pixels", _drawn(inputs, seed, image, other, (h, w)))
         for h, w in sizes
         if (h, w) != (height, width)
     ]
-    alternatives.append(Trial(f"batch {other_batch}", _drawn(inputs, 3, image, other_batch)))
-    alternatives.append(Trial("other values, again", _drawn(inputs, 4)))
-    yield tuple(alternatives)
+    return (*smaller, Trial(f"batch {other}", _drawn(inputs, seed, image, other)), same)
 
 
 def _smaller(side: int, share: float) -> int:

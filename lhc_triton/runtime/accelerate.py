@@ -393,10 +393,9 @@ def _judged(case: Case, built: Built) -> Built:
 
 
 def _fuse(case: Case, site: Site, backend: str, in_place: bool) -> FusedConv2d:
-    norm = dict(case.work.named_modules())[site.norm] if site.norm else None
     return fuse(
         case.convs[site.layer],
-        norm,
+        case.work.get_submodule(site.norm) if site.norm else None,
         layer=next((layer for layer in case.plan.layers if layer.name == site.layer), None),
         backend=backend,
         activation=site.activation,

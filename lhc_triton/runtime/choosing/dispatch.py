@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lhc_triton.errors import one_line
+from lhc_triton.planning.backends import BACKENDS, for_auto
 from lhc_triton.planning.cost import CostModel, itemsize_of
 from lhc_triton.planning.planner import price_tiles
 from lhc_triton.planning.schema import LayerPlan
@@ -18,16 +19,14 @@ from lhc_triton.runtime.choosing.layer_tuner import tune_layer
 from lhc_triton.runtime.choosing.timing import time_paired
 from lhc_triton.runtime.choosing.timing_store import TimingStore, layer_key
 from lhc_triton.runtime.choosing.workload import Workload
-from lhc_triton.runtime.op.backends import BACKENDS, DTYPES, FLOATS, unavailable
-
-AUTO_BACKENDS = {"cpu": ("native", "torch"), "cuda": ("triton",)}
-"""The sparse backends of "auto" on each device kind, the fastest first: it takes the first that can serve."""
+from lhc_triton.runtime.op.backends import unavailable
 
 CLEARLY = 1.03
 """How many times as fast as dense a sparse backend must be measured: nearer times are noise."""
 
 ROUNDS = 9
 BUDGET_S = 0.3
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 TUNES = ("off", "cached", "full")
 
 
@@ -48,7 +47,7 @@ class Decision:
 
 def auto_backend(dtype: torch.dtype, device: torch.device | str) -> str | None:
     """Return the sparse backend that "auto" sets against dense on this device; None if there is none."""
-    names = AUTO_BACKENDS.get(torch.device(device).type, ())
+    names = [backend.name for backend in for_auto(torch.device(device).type)]
     return next((name for name in names if unavailable(name, dtype, device) is None), None)
 
 
@@ -57,10 +56,10 @@ def passed_over(dtype: torch.dtype, device: torch.device | str) -> str | None:
 
     None, too, where that backend does not serve the type at all: nothing is amiss then.
     """
-    best = next(iter(AUTO_BACKENDS.get(torch.device(device).type, ())), None)
-    if best is None or dtype not in DTYPES[best]:
+    best = next(iter(for_auto(torch.device(device).type)), None)
+    if best is None or str(dtype).removeprefix("torch.") not in best.dtypes:
         return None
-    return unavailable(best, dtype, device)
+    return unavailable(best.name, dtype, device)
 
 
 def supports(backend: str, layer: LayerPlan, dtype: torch.dtype, device: torch.device | str) -> str | None:
@@ -119,7 +118,7 @@ def choose_backend(
         tune = "off"
     if candidates is None:
         taken = auto_backend(dtype, device)
-        candidates = AUTO_BACKENDS.get(device.type, ()) if taken is None else (taken,)
+        candidates = [b.name for b in for_auto(device.type)] if taken is None else [taken]
     reasons = {name: supports(name, layer, dtype, device) for name in candidates if name != "dense"}
     able = [name for name, reason in reasons.items() if reason is None]
     if not able:
@@ -148,9 +147,10 @@ def _times(
 ) -> dict[str, float]:
     """Return the time of each backend and of dense: stored, or measured if asked for, or nothing."""
     key, configs = layer_key(layer, dtype, device), {}
-    if "triton" in backends:
-        configs["triton"] = launch_config(layer, dtype, device, tune, store)
-        key = f"{key} | {launch_key(configs['triton'])}"
+    for name in backends:
+        if BACKENDS[name].has_configs:
+            configs[name] = launch_config(layer, dtype, device, tune, store)
+            key = f"{key} | {launch_key(configs[name])}"
     stored = store.get(key)
     wanted = (*backends, "dense")
     found = {name: stored.get(name) for name in wanted}

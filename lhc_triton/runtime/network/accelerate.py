@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from lhc_triton.planning import plan as make_plan
+from lhc_triton.planning.backends import BACKENDS
 from lhc_triton.planning.cost import CostModel
-from lhc_triton.planning.schema import LayerPlan, Plan
+from lhc_triton.planning.network_plan import Plan
+from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.choosing.calibration import cost_model
 from lhc_triton.runtime.choosing.dispatch import choose_backend, launch_config, passed_over, supports
 from lhc_triton.runtime.choosing.launch_configs import deterministic
@@ -496,6 +498,6 @@ def choose(
     reason = supports(requested, layer, dtype, device)
     if reason is not None:
         raise ValueError(f"layer {layer.name!r} cannot run on the forced backend {requested!r}: {reason}")
-    if requested == "triton" and tune == "full":
+    if tune == "full" and requested != "dense" and BACKENDS[requested].has_configs:
         launch_config(layer, dtype, device, tune)  # stores what the layer will look up
     return Choice(requested, "forced")

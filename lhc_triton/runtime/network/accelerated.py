@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lhc_triton.planning.schema import LayerPlan, Plan
+from lhc_triton.planning.network_plan import Plan
+from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.network.grouped import check_move
 from lhc_triton.runtime.network.sites import Site
 from lhc_triton.runtime.op.dense import FusedConv2d

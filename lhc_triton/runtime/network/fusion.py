@@ -74,7 +74,7 @@ def fuse(
         norm: the batch norm to fold, or None.
         layer: its plan; None for a layer without one, which runs dense.
         backend: "dense", or the sparse backend that runs the plan.
-        activation: "none" or "relu".
+        activation: a name of `epilogue.ACTIVATIONS`.
         pool: "none" or "max2x2".
         tune: "off" for the kernels' heuristic configs, see GroupedConv2d.
         in_place: whether the model's own code will call it: then it writes the memory format that the

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from lhc_triton.files import printable
-from lhc_triton.planning.schema import LayerPlan, Plan
+from lhc_triton.planning.backends import BACKENDS
+from lhc_triton.planning.network_plan import Plan
+from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.network.grouped import GroupedConv2d
-from lhc_triton.runtime.op.backends import BACKENDS
 from lhc_triton.runtime.op.dense import DenseConv2d, FusedConv2d
 from lhc_triton.runtime.saved.operations import (
     IDENTITIES,

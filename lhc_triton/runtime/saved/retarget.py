@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from lhc_triton.planning.cost import itemsize_of
+from lhc_triton.planning.network_plan import Plan
 from lhc_triton.planning.planner import plan_layer, price_tiles
-from lhc_triton.planning.schema import LayerPlan, Plan
+from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.choosing.calibration import cost_model
 from lhc_triton.runtime.choosing.dispatch import choose_backend, supports
 from lhc_triton.runtime.network.accelerated import LayerRow, Record

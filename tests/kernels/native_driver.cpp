@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "conv.h"
+#include "prepared.h"
 #include "vectors.h"
 
 namespace {
@@ -117,7 +117,7 @@ bool one_call() {
   if (chance() < 0.3) conv.scale = scale.floats.data();
   if (chance() < 0.4) conv.residual = residual.data();
   conv.activation = static_cast<lhc::Activation>(draw(0, 2));
-  lhc::grouped_conv2d(conv, threads);
+  lhc::grouped_conv2d(conv, lhc::Prepared(conv), threads);
 
   double error = 0, norm = 1e-30;
   for (size_t i = 0; i < y.floats.size(); ++i)

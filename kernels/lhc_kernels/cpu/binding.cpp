@@ -46,6 +46,8 @@ void grouped_conv2d(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit:
   lhc::Call call;
   if (torch::jit::peek(*stack, lhc::kBackend, lhc::kArguments).toStringRef() != "native" || !lhc::read(*stack, call))
     return run_python(stack);
+  const auto prepared = lhc::prepare(call);
+  if (!prepared) return run_python(stack);
   lhc::Conv& conv = call.conv;
   uint32_t count = 1;
   torch_get_num_threads(&count);
@@ -53,7 +55,7 @@ void grouped_conv2d(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit:
   at::Tensor y = at::empty({conv.batch, conv.out_channels, conv.out_height / step, conv.out_width / step},
                            call.x.options().memory_format(at::MemoryFormat::ChannelsLast));
   conv.y = y.mutable_data_ptr();
-  if (conv.batch > 0) lhc::grouped_conv2d(conv, {static_cast<int>(count), run_threads});
+  if (conv.batch > 0) lhc::grouped_conv2d(conv, *prepared, {static_cast<int>(count), run_threads});
   if (y.scalar_type() != call.type) y = y.to(call.type);
   torch::jit::drop(*stack, lhc::kArguments);
   torch::jit::push(*stack, std::move(y));

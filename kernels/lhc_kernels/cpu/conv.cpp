@@ -7,8 +7,7 @@
 
 #include "cells.h"
 #include "finish.h"
-#include "layer.h"
-#include "regions.h"
+#include "prepared.h"
 
 namespace lhc {
 namespace {
@@ -29,9 +28,10 @@ alignas(64) constexpr float kZeros[kMaxVectors * kLanes] = {};
 // A convolution cut into cells: a tile of filters by a block of pixels.
 struct Job {
   const Conv& conv;
-  Layer layer;
-  Regions regions;
-  std::vector<int64_t> chunks;  // first tile of each chunk of tiles, and the end
+  const Layer& layer;
+  const Regions& regions;
+  const std::vector<int64_t>& chunks;
+  Columns columns;
 };
 
 // A place in the order of work: chunk of tiles by chunk, block by block, tile by tile.
@@ -72,7 +72,7 @@ void run_panel(const Job& job, const Block& block, int64_t tile, size_t index) {
   cell.steps = layer.steps.data() + layer.first_step[static_cast<size_t>(tile)];
   cell.end = layer.steps.data() + layer.first_step[static_cast<size_t>(tile) + 1];
   cell.column_shift = panel.column * 4, cell.row_step = layer.row_step;
-  cell.bias = conv.scale ? kZeros : layer.bias.data() + place;
+  cell.bias = conv.scale ? kZeros : job.columns.bias + place;
   for (int v = 0; v < filled.vectors; ++v)
     cell.filters[v] = layer.filters[place + static_cast<size_t>(v * panel.lanes)];
   cell.residual = static_cast<const float*>(conv.residual), cell.y = static_cast<float*>(conv.y);
@@ -90,7 +90,7 @@ void run_panel(const Job& job, const Block& block, int64_t tile, size_t index) {
       cell.sums = direct ? nullptr : sums + a * kernel.pixels * filled.vectors * panel.lanes;
       kernel.run(cell);
     }
-    if (!direct) finish(conv, layer, tile, static_cast<int64_t>(index), block, {sums, kernel.pixels, first, count});
+    if (!direct) finish(conv, layer, job.columns, tile, static_cast<int64_t>(index), block, {sums, kernel.pixels, first, count});
   }
 }
 
@@ -125,7 +125,7 @@ void run_cells(const Job& job, int64_t begin_cost, int64_t end_cost) {
   Block block;
   int64_t placed = -1;
   while (at < end) {
-    if (placed != at.block) job.regions.place(placed = at.block, block);
+    if (placed != at.block) job.regions.place(conv, placed = at.block, block);
     const int64_t first = job.chunks[static_cast<size_t>(at.chunk)];
     fetch_ahead(conv, block, at.tile - first, job.chunks[static_cast<size_t>(at.chunk) + 1] - first);
     for (size_t panel = 0; panel < job.layer.panels.size(); ++panel) run_panel(job, block, at.tile, panel);
@@ -149,8 +149,12 @@ std::vector<int64_t> cut_into_chunks(const Conv& conv) {
 
 }  // namespace
 
-void grouped_conv2d(const Conv& conv, const Threads& threads) {
-  const Job job{conv, Layer(conv), Regions(conv), cut_into_chunks(conv)};
+Prepared::Prepared(const Conv& conv) : layer(conv), regions(conv), chunks(cut_into_chunks(conv)) {}
+
+size_t Prepared::bytes() const { return layer.bytes() + regions.bytes() + chunks.size() * sizeof(int64_t); }
+
+void grouped_conv2d(const Conv& conv, const Prepared& prepared, const Threads& threads) {
+  const Job job{conv, prepared.layer, prepared.regions, prepared.chunks, Columns(conv, prepared.layer)};
   int64_t cost = 0;
   if (__builtin_mul_overflow(job.layer.cost.back() * kItemsPerThread * threads.count, job.regions.blocks(), &cost))
     throw std::length_error("grouped_conv2d: the weights and the output are too large for each other");

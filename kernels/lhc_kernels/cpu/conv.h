@@ -36,7 +36,10 @@ struct Conv {
 // A product of sizes for addresses, which count modulo 2^64: a tap that lies outside may lie anywhere.
 inline uintptr_t times(int64_t a, int64_t b) { return static_cast<uintptr_t>(a) * static_cast<uintptr_t>(b); }
 
-// y = pool(act(scale * sums + bias + residual))
-void grouped_conv2d(const Conv& conv, const Threads& threads);
+struct Prepared;
+
+// y = pool(act(scale * sums + bias + residual)). `prepared` was made for a convolution with the same sizes, tables,
+// weight address and steps of x.
+void grouped_conv2d(const Conv& conv, const Prepared& prepared, const Threads& threads);
 
 }  // namespace lhc

@@ -63,7 +63,7 @@ void scatter(Value* p, const int32_t* filters, bool in_fours, Vec<L> v) {
 }
 
 template <int L, typename Value>
-void run(const Conv& conv, const Layer& layer, int64_t tile, int64_t index, const Block& block, const Sums& sums) {
+void run(const Conv& conv, const Layer& layer, const Columns& columns, int64_t tile, int64_t index, const Block& block, const Sums& sums) {
   const Panel& panel = layer.panels[static_cast<size_t>(index)];
   const Layer::Filled& filled = layer.filled[static_cast<size_t>(tile) * layer.panels.size() + static_cast<size_t>(index)];
   const auto place = static_cast<size_t>(tile * layer.padded_width + panel.place);
@@ -78,7 +78,7 @@ void run(const Conv& conv, const Layer& layer, int64_t tile, int64_t index, cons
       for (int a = 0; a < pixels; ++a) {
         Vec<L> v = load<L>(sums.values + (a * sums.pixels + i - sums.first) * width + column);
         if (conv.scale)
-          v = v * load<L>(layer.scale.data() + place + column) + load<L>(layer.bias.data() + place + column);
+          v = v * load<L>(columns.scale + place + column) + load<L>(columns.bias + place + column);
         if (residual) {
           const Value* from = residual + block.residual[i] + (a / 2 * conv.out_width + a % 2) * conv.out_channels;
           v += filled.adjacent ? load<L>(from + *filters) : gather<L>(from, filters);
@@ -95,21 +95,21 @@ void run(const Conv& conv, const Layer& layer, int64_t tile, int64_t index, cons
 }
 
 template <int L>
-void run(const Conv& conv, const Layer& layer, int64_t tile, int64_t index, const Block& block, const Sums& sums) {
+void run(const Conv& conv, const Layer& layer, const Columns& columns, int64_t tile, int64_t index, const Block& block, const Sums& sums) {
   if (conv.pairs)
-    run<L, uint16_t>(conv, layer, tile, index, block, sums);
+    run<L, uint16_t>(conv, layer, columns, tile, index, block, sums);
   else
-    run<L, float>(conv, layer, tile, index, block, sums);
+    run<L, float>(conv, layer, columns, tile, index, block, sums);
 }
 
 }  // namespace
 
-void finish(const Conv& conv, const Layer& layer, int64_t tile, int64_t index, const Block& block, const Sums& sums) {
+void finish(const Conv& conv, const Layer& layer, const Columns& columns, int64_t tile, int64_t index, const Block& block, const Sums& sums) {
   const int lanes = layer.panels[static_cast<size_t>(index)].lanes;
-  if (lanes == kLanes) return run<kLanes>(conv, layer, tile, index, block, sums);
+  if (lanes == kLanes) return run<kLanes>(conv, layer, columns, tile, index, block, sums);
   if constexpr (kLanes == 16)
-    if (lanes == 8) return run<8>(conv, layer, tile, index, block, sums);
-  run<4>(conv, layer, tile, index, block, sums);
+    if (lanes == 8) return run<8>(conv, layer, columns, tile, index, block, sums);
+  run<4>(conv, layer, columns, tile, index, block, sums);
 }
 
 }  // namespace lhc

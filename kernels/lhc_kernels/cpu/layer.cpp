@@ -85,18 +85,11 @@ void Layer::read_entries(const Conv& conv) {
 
 void Layer::read_filters(const Conv& conv) {
   const auto all = static_cast<size_t>(conv.tiles * padded_width);
-  filters.assign(all, -1), bias.assign(all, 0.0f);
-  if (conv.scale) scale.assign(all, 1.0f);
+  filters.assign(all, -1);
   filled.reserve(static_cast<size_t>(conv.tiles) * panels.size());
   for (int64_t tile = 0; tile < conv.tiles; ++tile) {
     int32_t* to = filters.data() + tile * padded_width;
     std::copy_n(conv.filters + tile * conv.tile_width, conv.tile_width, to);
-    for (int64_t i = 0; i < conv.tile_width; ++i) {
-      if (to[i] < 0) continue;
-      const auto at = static_cast<size_t>(tile * padded_width + i);
-      if (conv.bias) bias[at] = conv.bias[to[i]];
-      if (conv.scale) scale[at] = conv.scale[to[i]];
-    }
     for (const Panel& panel : panels) {
       const int32_t* f = to + panel.place;
       Filled found{0, panel.vectors, true, true};
@@ -111,6 +104,25 @@ void Layer::read_filters(const Conv& conv) {
       filled.push_back(found);
     }
   }
+  in_order = true;
+  for (size_t i = 0; in_order && i < all; ++i) in_order = filters[i] == static_cast<int64_t>(i);
+}
+
+size_t Layer::bytes() const {
+  return steps.size() * sizeof(Step) + (first_step.size() + cost.size()) * sizeof(int64_t) +
+         filters.size() * sizeof(int32_t) + filled.size() * sizeof(Filled) + last_entries_.size();
+}
+
+Columns::Columns(const Conv& conv, const Layer& layer) : bias(conv.bias), scale(conv.scale) {
+  const auto spread = [&](const float*& values, std::vector<float>& kept, float missing) {
+    if (values && layer.in_order) return;
+    kept.assign(layer.filters.size(), missing);
+    for (size_t i = 0; values && i < kept.size(); ++i)
+      if (layer.filters[i] >= 0) kept[i] = values[layer.filters[i]];
+    values = kept.data();
+  };
+  spread(bias, bias_, 0.0f);
+  if (scale) spread(scale, scale_, 1.0f);
 }
 
 }  // namespace lhc

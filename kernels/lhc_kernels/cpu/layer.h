@@ -1,4 +1,4 @@
-// A call's tables and vectors, decoded into what the inner loops read.
+// A layer's tables, decoded into what the inner loops read.
 #pragma once
 
 #include <cstdint>
@@ -31,10 +31,10 @@ class Layer {
   std::vector<int64_t> first_step;  // of each tile, and the end
   std::vector<int64_t> cost;        // of all tiles before each tile, and of all: units of steps, and the epilogue
   std::vector<Panel> panels;
-  // For each tile, padded to whole vectors: zero, one and -1 where a column has no filter.
+  // For each tile, padded to whole vectors: -1 where a column has no filter.
   int64_t padded_width;
-  std::vector<float> bias, scale;
   std::vector<int32_t> filters;
+  bool in_order;                    // whether the filters are 0, 1, 2, ... without a gap
   // For each tile and panel: columns up to the last filter; vectors that hold them; whether each vector's filters are
   // adjacent, and whether those of each four columns are, or there are none.
   struct Filled {
@@ -45,11 +45,27 @@ class Layer {
   std::vector<Filled> filled;
   int64_t row_step;                 // bytes from one unit of the weight to the next
 
+  // Whether some weights were copied: the layer then holds what they were.
+  bool copies_weights() const { return !last_entries_.empty(); }
+  size_t bytes() const;
+
  private:
   void read_entries(const Conv& conv);
   void read_filters(const Conv& conv);
 
   std::vector<char> last_entries_;  // of the weight, and room behind them
+};
+
+// A call's bias and scale in the order of a layer's columns, [tiles, padded width]: what the caller has, where that is
+// the order of the filters, else a copy; zero and one where a column has no filter.
+class Columns {
+ public:
+  Columns(const Conv& conv, const Layer& layer);
+
+  const float *bias, *scale;        // scale is null where there is none
+
+ private:
+  std::vector<float> bias_, scale_;
 };
 
 }  // namespace lhc

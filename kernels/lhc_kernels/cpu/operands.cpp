@@ -47,14 +47,13 @@ bool read_list(const c10::IValue& value, int64_t least, int64_t (&out)[N]) {
   return true;
 }
 
-bool read_vector(const c10::IValue& value, const Call& call, std::vector<float>& kept, const float*& out) {
+bool read_vector(const c10::IValue& value, const Call& call, at::Tensor& kept, const float*& out) {
   if (value.isNone()) return true;
   const at::Tensor& given = value.toTensor();
   const int64_t count = call.conv.out_channels;
   if (!is_host(given) || given.scalar_type() != call.type || given.dim() != 1 || given.size(0) != count) return false;
-  const at::Tensor floats = given.to(at::kFloat).contiguous();
-  kept.assign(floats.const_data_ptr<float>(), floats.const_data_ptr<float>() + count);
-  out = kept.data();
+  kept = given.to(at::kFloat).contiguous();
+  out = kept.const_data_ptr<float>();
   return true;
 }
 
@@ -64,47 +63,19 @@ at::Tensor converted(const at::Tensor& t, at::ScalarType type) {
   return at::empty(t.sizes(), t.options().dtype(type).memory_format(format)).copy_(t);
 }
 
-// Whether the tables fit the layer: no index may reach foreign memory, and every filter must be computed once.
-bool tables_fit(const Call& call) {
-  const Conv& conv = call.conv;
-  const auto &tile_ptr = call.tables[0], &entries = call.tables[1], &filters = call.tables[2];
-  const auto entry_count = static_cast<int64_t>(entries.size()) - 1;
-  if (tile_ptr.front() != 0 || tile_ptr.back() != entry_count) return false;
-  if (!std::is_sorted(tile_ptr.begin(), tile_ptr.end())) return false;
-  // Of kernel rows times kernel columns times blocks, all that an entry of 31 bits can reach.
-  const int64_t in_blocks = (conv.channels - 1) / conv.in_block + 1;
-  const auto taps = static_cast<__int128>(conv.kernel[0]) * conv.kernel[1];
-  const auto possible = static_cast<int64_t>(std::min<__int128>(taps * in_blocks, int64_t{1} << 31));
-  for (int64_t e = 0; e < entry_count; ++e)
-    if (const int32_t entry = entries[static_cast<size_t>(e)]; entry < 0 || entry >= possible) return false;
-  if (conv.out_channels > static_cast<int64_t>(filters.size())) return false;
-  std::vector<bool> seen(static_cast<size_t>(conv.out_channels), false);
-  int64_t found = 0;
-  for (const int32_t f : filters) {
-    if (f < 0) continue;
-    if (f >= conv.out_channels || seen[static_cast<size_t>(f)]) return false;
-    seen[static_cast<size_t>(f)] = true;
-    ++found;
-  }
-  return found == conv.out_channels;
-}
-
+// All but the tables' values.
 bool read_tables(const c10::IValue& value, Call& call) {
-  Conv& conv = call.conv;
-  const auto tables = value.toTensorVector();
+  const auto tables = value.toListRef();
   if (tables.size() != 3) return false;
   for (size_t i = 0; i < 3; ++i) {
-    if (!is_host(tables[i]) || tables[i].scalar_type() != at::kInt) return false;
-    const at::Tensor adjacent = tables[i].contiguous();
-    const auto* values = adjacent.const_data_ptr<int32_t>();
-    call.tables[i].assign(values, values + adjacent.numel());
+    call.tables[i] = tables[i].toTensor();
+    if (!is_host(call.tables[i]) || call.tables[i].scalar_type() != at::kInt) return false;
   }
-  conv.tiles = tables[0].numel() - 1;
-  if (tables[0].dim() != 1 || conv.tiles < 0 || tables[1].sizes() != c10::IntArrayRef({call.weight.size(0) + 1}) ||
-      tables[2].sizes() != c10::IntArrayRef({conv.tiles, conv.tile_width}) || !tables_fit(call))
-    return false;
-  conv.tile_ptr = call.tables[0].data(), conv.entries = call.tables[1].data(), conv.filters = call.tables[2].data();
-  return true;
+  Conv& conv = call.conv;
+  conv.tiles = call.tables[0].numel() - 1;
+  return call.tables[0].dim() == 1 && conv.tiles >= 0 &&
+         call.tables[1].sizes() == c10::IntArrayRef({call.weight.size(0) + 1}) &&
+         call.tables[2].sizes() == c10::IntArrayRef({conv.tiles, conv.tile_width});
 }
 
 // The output's size, before pooling.
@@ -163,6 +134,7 @@ bool read_weight(const at::Tensor& given, Call& call) {
     call.weight = prepare_weight(given, call.conv.channels);
   else
     return false;
+  call.own_weight = !call.weight.is_same(given);
   call.conv.pairs = call.weight.dim() == 4;
   call.conv.in_block = call.weight.size(1) * (call.conv.pairs ? 2 : 1), call.conv.tile_width = call.weight.size(2);
   return true;

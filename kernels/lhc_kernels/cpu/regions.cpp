@@ -49,8 +49,7 @@ std::vector<Span> spans(const Axis& axis, bool pooled) {
 }  // namespace
 
 Regions::Regions(const Conv& conv)
-    : conv_(conv),
-      rows_(spans({conv.height, conv.out_height, conv.kernel[0], conv.stride[0], conv.dilation[0], conv.top},
+    : rows_(spans({conv.height, conv.out_height, conv.kernel[0], conv.stride[0], conv.dilation[0], conv.top},
                   conv.pooled)),
       columns_(spans({conv.width, conv.out_width, conv.kernel[1], conv.stride[1], conv.dilation[1], conv.left},
                      conv.pooled)) {
@@ -58,38 +57,42 @@ Regions::Regions(const Conv& conv)
   first_block_.reserve(regions + 1);
   first_block_.push_back(0);
   for (size_t region = 0; region < regions; ++region)
-    first_block_.push_back(first_block_.back() + ceil_div(pixels(region), kBlock));
+    first_block_.push_back(first_block_.back() + ceil_div(pixels(conv, region), kBlock));
 }
 
-int64_t Regions::pixels(size_t region) const {
-  return conv_.batch * rows_[region / columns_.size()].count * columns_[region % columns_.size()].count;
+size_t Regions::bytes() const {
+  return (rows_.size() + columns_.size()) * sizeof(Span) + first_block_.size() * sizeof(int64_t);
 }
 
-void Regions::place(int64_t block, Block& out) const {
+int64_t Regions::pixels(const Conv& conv, size_t region) const {
+  return conv.batch * rows_[region / columns_.size()].count * columns_[region % columns_.size()].count;
+}
+
+void Regions::place(const Conv& conv, int64_t block, Block& out) const {
   const auto found = std::upper_bound(first_block_.begin(), first_block_.end(), block) - 1;
   const auto region = static_cast<size_t>(found - first_block_.begin());
   const Span &rows = rows_[region / columns_.size()], &columns = columns_[region % columns_.size()];
   // Blocks of a region differ by one pixel at most.
-  const int64_t blocks = found[1] - found[0], all = pixels(region), first = all * (block - *found) / blocks;
+  const int64_t blocks = found[1] - found[0], all = pixels(conv, region), first = all * (block - *found) / blocks;
   out.count = static_cast<int>(all * (block - *found + 1) / blocks - first);
   out.rows = &rows, out.columns = &columns;
 
-  const int64_t step = conv_.pooled ? 2 : 1;
-  const int64_t height = conv_.out_height / step, width = conv_.out_width / step;
+  const int64_t step = conv.pooled ? 2 : 1;
+  const int64_t height = conv.out_height / step, width = conv.out_width / step;
   int64_t column = first % columns.count, row = first / columns.count % rows.count;
   int64_t image = first / columns.count / rows.count;
-  const uintptr_t x_step = times(step * conv_.stride[1], conv_.column_step);
+  const uintptr_t x_step = times(step * conv.stride[1], conv.column_step);
   for (int i = 0; i < out.count;) {
     const int64_t oh = rows.first + row, ow = columns.first + column;
-    const int64_t ih = oh * step * conv_.stride[0], iw = ow * step * conv_.stride[1];
-    uintptr_t x = reinterpret_cast<uintptr_t>(conv_.x) + times(image, conv_.image_step) +
-                  times(ih, conv_.row_step) + times(iw, conv_.column_step);
-    int64_t y = ((image * height + oh) * width + ow) * conv_.out_channels;
-    int64_t residual = ((image * conv_.out_height + oh * step) * conv_.out_width + ow * step) * conv_.out_channels;
+    const int64_t ih = oh * step * conv.stride[0], iw = ow * step * conv.stride[1];
+    uintptr_t x = reinterpret_cast<uintptr_t>(conv.x) + times(image, conv.image_step) +
+                  times(ih, conv.row_step) + times(iw, conv.column_step);
+    int64_t y = ((image * height + oh) * width + ow) * conv.out_channels;
+    int64_t residual = ((image * conv.out_height + oh * step) * conv.out_width + ow * step) * conv.out_channels;
     const int end = static_cast<int>(std::min<int64_t>(out.count, i + columns.count - column));
     for (; i < end; ++i) {
       out.x[i] = x, out.out[i] = y, out.residual[i] = residual;
-      x += x_step, y += conv_.out_channels, residual += step * conv_.out_channels;
+      x += x_step, y += conv.out_channels, residual += step * conv.out_channels;
     }
     column = 0;
     if (++row < rows.count) continue;

@@ -39,12 +39,13 @@ class Regions {
  public:
   explicit Regions(const Conv& conv);
   int64_t blocks() const { return first_block_.back(); }
-  void place(int64_t block, Block& out) const;
+  // Of a convolution with the sizes that these regions were made for.
+  void place(const Conv& conv, int64_t block, Block& out) const;
+  size_t bytes() const;
 
  private:
-  int64_t pixels(size_t region) const;
+  int64_t pixels(const Conv& conv, size_t region) const;
 
-  const Conv& conv_;
   std::vector<Span> rows_, columns_;
   std::vector<int64_t> first_block_;  // of each region, row by row, and the end
 };

@@ -159,7 +159,7 @@ def test_any_layer_equals_the_dense_convolution(case):
         torch.use_deterministic_algorithms(False)
     oracle = case.oracle()
     assert y.shape == oracle.shape
-    assert relative_error(y, oracle) < 2e-6
+    assert relative_error(y, oracle) < 1e-5  # a single output may be a small difference of large sums
 
 
 @settings(max_examples=80, deadline=None)
@@ -173,7 +173,7 @@ def test_special_values_go_where_the_live_entries_take_them(case, seed):
     assert torch.equal(y.isinf(), expected.isinf())
     assert torch.equal(y[y.isinf()], expected[expected.isinf()])
     finite = expected.isfinite()
-    assert relative_error(y[finite], expected[finite].double()) < 2e-6
+    assert relative_error(y[finite], expected[finite].double()) < 1e-5
 
 
 @pytest.mark.parametrize("backend", ["native", "torch", "reference"])

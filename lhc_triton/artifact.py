@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 
 from lhc_triton.files import StrPath, parse_json, printable, write_beside
 from lhc_triton.planning.network_plan import Plan
-from lhc_triton.runtime.network.accelerated import AcceleratedModel, Record
+from lhc_triton.runtime.network.accelerated import AcceleratedModel
+from lhc_triton.runtime.network.record import Record
 from lhc_triton.runtime.op.dense import FusedConv2d
 from lhc_triton.runtime.saved.graph_file import (
     FLOATS,

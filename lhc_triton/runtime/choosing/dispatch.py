@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -42,7 +42,12 @@ class Decision:
 
     backend: str
     reason: str
-    measured_us: dict[str, float]
+    measured_us: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def time_us(self) -> float | None:
+        """The measured time of the backend, or None."""
+        return self.measured_us.get(self.backend)
 
 
 def auto_backend(dtype: torch.dtype, device: torch.device | str) -> str | None:
@@ -122,7 +127,7 @@ def choose_backend(
     reasons = {name: supports(name, layer, dtype, device) for name in candidates if name != "dense"}
     able = [name for name, reason in reasons.items() if reason is None]
     if not able:
-        return Decision("dense", next(iter(reasons.values()), None) or "no sparse backend for the device", {})
+        return Decision("dense", next(iter(reasons.values()), None) or "no sparse backend for the device")
     times = {} if tune == "off" else _times(layer, dtype, device, able, tune, store or TimingStore())
     if times:
         fastest = min(able, key=lambda name: times[name])
@@ -134,7 +139,25 @@ def choose_backend(
         itemsize = itemsize_of(str(dtype).removeprefix("torch."))
         cost = CostModel.for_device(device.type, able[0])
         layer = price_tiles(layer.topology, layer.tiles, layer.tile_width, cost, itemsize)
-    return Decision(layer.backend, layer.reason, {})
+    return Decision(layer.backend, layer.reason)
+
+
+def decide(
+    layer: LayerPlan,
+    dtype: torch.dtype,
+    device: torch.device,
+    tune: str = "cached",
+    requested: str = "auto",
+) -> Decision:
+    """Choose who runs a planned layer; ValueError where a forced backend cannot."""
+    if requested == "auto":
+        return choose_backend(layer, dtype, device, tune)
+    reason = supports(requested, layer, dtype, device)
+    if reason is not None:
+        raise ValueError(f"layer {layer.name!r} cannot run on the forced backend {requested!r}: {reason}")
+    if tune == "full" and requested != "dense" and BACKENDS[requested].has_configs:
+        launch_config(layer, dtype, device, tune)  # stores what the layer will look up
+    return Decision(requested, "forced")
 
 
 def _times(

@@ -11,7 +11,7 @@ import torch
 
 from lhc_triton.files import printable
 from lhc_triton.planning.backends import requests, runs
-from lhc_triton.runtime.network.accelerated import LayerRow, Record
+from lhc_triton.runtime.network.record import LayerRow, Record
 from lhc_triton.runtime.network.sites import Site
 from lhc_triton.runtime.op.epilogue import ACTIVATIONS, POOLS
 from lhc_triton.runtime.saved.operations import GraphError

@@ -205,7 +205,7 @@ def test_a_forced_backend_that_differs_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_a_network_that_differs_only_as_a_whole_runs_dense_or_as_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lhc_triton.runtime.network.accelerate.network_tolerance", lambda *_: 0.0)
+    monkeypatch.setattr("lhc_triton.runtime.network.reading.network_tolerance", lambda *_: 0.0)
     fast = accelerate(vgg(), image(), plan=make_plan(vgg(), image(), backend="torch"), tune="off")
     assert {row["backend"] for row in fast.report()["layers"]} == {"dense"}
     assert "the network differs from the model" in fast.report()["layers"][1]["reason"]

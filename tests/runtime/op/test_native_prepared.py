@@ -49,7 +49,9 @@ def test_weights_and_bias_are_read_at_every_call(out_block):
 
 def test_one_layer_on_many_sizes_in_turn():
     cases = [
-        Problem(ConvGeometry(batch, 64, 48, height, width, (3, 3), stride, padding), in_block=32, out_block=16)
+        Problem(
+            ConvGeometry(batch, 64, 48, height, width, (3, 3), stride, padding), in_block=32, out_block=16
+        )
         for batch, height, width in ((1, 9, 7), (2, 9, 7), (1, 7, 9), (1, 12, 20))
         for stride in ((1, 1), (2, 1))
         for padding in ((1, 1, 1, 1), (0, 2, 1, 0))

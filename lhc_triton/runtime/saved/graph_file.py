@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lhc_triton.errors import first_line
 from lhc_triton.files import printable
 from lhc_triton.planning.backends import BACKENDS
 from lhc_triton.planning.network_plan import Plan
@@ -167,7 +168,7 @@ def build_module(name: str, spec: Any, layers: Mapping[str, LayerPlan]) -> nn.Mo
     except GraphError:
         raise
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise GraphError(f"{where}: {str(error).splitlines()[0]}") from error
+        raise GraphError(f"{where}: {first_line(error)}") from error
 
 
 def _build_norm(where: str, values: dict[str, Any]) -> nn.BatchNorm2d:

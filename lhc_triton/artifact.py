@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from lhc_triton.files import StrPath, parse_json, printable, write_beside
-from lhc_triton.planning.schema import Plan
-from lhc_triton.planning.serialization import plan_from_data, plan_to_data
-from lhc_triton.runtime.network.accelerated import AcceleratedModel, Record
+from lhc_triton.planning.network_plan import Plan
+from lhc_triton.runtime.network.accelerated import AcceleratedModel
+from lhc_triton.runtime.network.record import Record
 from lhc_triton.runtime.op.dense import FusedConv2d
 from lhc_triton.runtime.saved.graph_file import (
     FLOATS,
@@ -116,7 +116,7 @@ def _document(fast: AcceleratedModel, kind: str) -> dict[str, Any]:
         "why": "",
         "device": home.type,
         "record": store_record(fast.record),
-        "plan": plan_to_data(fast.plan),
+        "plan": fast.plan.to_data(),
         "modules": {},
         "nodes": None,
         "outline": None,
@@ -273,7 +273,7 @@ def _rebuild(
     Without its model, a network that is stored by its layers is None; ``needed`` makes that an error.
     """
     try:
-        plan = plan_from_data(document["plan"])
+        plan = Plan.from_data(document["plan"])
     except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"its plan is not valid: {error}") from error
     check_sizes(plan, document["modules"], sum(tensor.numel() for tensor in tensors.values()))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from .errors import first_line
 from .layers import LHCConv2d
 from .takeover import own_forward, weight_in_force
 from .topology import LHCConfig
@@ -315,9 +316,8 @@ def output_pixels(
             model(*inputs)
     except (RuntimeError, ValueError) as error:
         shapes = ", ".join(str(tuple(i.shape)) for i in inputs if isinstance(i, Tensor))
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{type(model).__name__} does not run on an input of shape {shapes}: {first_line}"
+            f"{type(model).__name__} does not run on an input of shape {shapes}: {first_line(error)}"
         ) from error
     finally:
         for handle in handles:

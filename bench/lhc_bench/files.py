@@ -1,14 +1,18 @@
-"""Results on disk: written beside, then renamed, so that a reader never sees half a file."""
+"""Results on disk, written whole or not at all, in folders that are made for them."""
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable
+import io
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lhc_triton.files import write_beside
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-def write_beside(path: str | Path, text: str) -> Path:
+def write_text(path: str | Path, text: str) -> Path:
     """Write a text file whole or not at all.
 
     Args:
@@ -21,7 +25,7 @@ def write_beside(path: str | Path, text: str) -> Path:
     Raises:
         OSError: if the folder or the file cannot be written.
     """
-    return replace_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    return _write(path, text.encode())
 
 
 def made_folder(path: str | Path) -> Path:
@@ -40,23 +44,18 @@ def check_writable(folder: str | Path) -> None:
     Raises:
         OSError: it cannot be made or written.
     """
-    write_beside(Path(folder) / ".writable", "").unlink()
+    write_text(Path(folder) / ".writable", "").unlink()
 
 
-def replace_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Let ``write`` make a temporary file beside ``path``, then rename it; nothing is left after an error."""
+def write_figure(path: str | Path, figure: Figure, **options: Any) -> Path:
+    """Write a figure whole or not at all; ``options`` are those of ``savefig``."""
+    made = io.BytesIO()
+    figure.savefig(made, **options)
+    return _write(path, made.getvalue())
+
+
+def _write(path: str | Path, content: bytes) -> Path:
     path = Path(path)
     made_folder(path.parent)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        write(beside)
-        beside.replace(path)
-    except OSError as error:
-        if error.filename is None:  # a full disk names no file
-            error.filename = str(path)
-        raise
-    finally:
-        beside.unlink(missing_ok=True)
+    write_beside(path, content)
     return path

@@ -25,11 +25,11 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Batch the filters that share a pattern and say how every layer will run, and why."""
-    from lhc_bench.files import write_beside
+    from lhc_bench.files import write_text
 
     made = plan_of(network, batch, backend)
     if out is not None:
-        write_beside(out, made.to_json() + "\n")
+        write_text(out, made.to_json() + "\n")
     typer.echo(made.to_json() if as_json else made.explain())
 
 

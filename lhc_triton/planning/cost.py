@@ -21,12 +21,11 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .schema import ConvGeometry, LayerTopology, Tile
+from .schema import ConvGeometry, LayerTopology, Tile
 
 _T = TypeVar("_T")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from .schema import LayerPlan, Plan
+from collections.abc import Sequence
+
+from .schema import LayerPlan
+from .totals import Totals
 
 HEADER = (
     "layer",
@@ -18,25 +21,31 @@ HEADER = (
 )
 
 
-def explain_plan(plan: Plan) -> str:
+def explain_plan(
+    layers: Sequence[LayerPlan],
+    totals: Totals,
+    skipped: Sequence[tuple[str, str]],
+    device: str,
+    dtype: str,
+) -> str:
     """Return a table of how every layer will run, totals, and what stays dense and why.
 
     "patterns" are the distinct ones over the filter groups; "waste" is the share of the tiles'
     multiply-accumulates that unions add; times are the cost model's.
     """
-    rows = [HEADER, *(_cells(layer) for layer in plan.layers)]
+    rows = [HEADER, *(_cells(layer) for layer in layers)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
-    reasons = ["why", *(layer.reason for layer in plan.layers)]
+    reasons = ["why", *(layer.reason for layer in layers)]
     lines = []
     for row, reason in zip(rows, reasons, strict=True):
         left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
         right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
         lines.append("  ".join([*left, *right, _printable(reason)]).rstrip())
-    if not plan.layers:
-        lines = [f"no layer is planned ({_printable(plan.device)}, {plan.dtype})"]
+    if not layers:
+        lines = [f"no layer is planned ({_printable(device)}, {dtype})"]
     else:
-        lines += ["", *_totals(plan)]
-    lines += [f"left as it is: {_printable(name)} ({_printable(reason)})" for name, reason in plan.skipped]
+        lines += ["", *_total_lines(totals, device, dtype)]
+    lines += [f"left as it is: {_printable(name)} ({_printable(reason)})" for name, reason in skipped]
     return "\n".join(lines)
 
 
@@ -66,11 +75,9 @@ def _cells(layer: LayerPlan) -> tuple[str, ...]:
     )
 
 
-def _totals(plan: Plan) -> list[str]:
-    totals = plan.totals
+def _total_lines(totals: Totals, device: str, dtype: str) -> list[str]:
     lines = [
-        f"{totals.layers} layers planned for {_printable(plan.device)} in {plan.dtype}, "
-        f"{totals.sparse_layers} sparse",
+        f"{totals.layers} layers planned for {_printable(device)} in {dtype}, {totals.sparse_layers} sparse",
         f"live MACs    {totals.macs:>16,} -> {totals.live_macs:,} ({_ratio(totals.macs, totals.live_macs)})",
         f"live weights {totals.weights:>16,} -> {totals.live_weights:,} "
         f"({_ratio(totals.weights, totals.live_weights)})",

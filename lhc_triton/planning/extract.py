@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lhc_triton.conversion import evaluating
+from lhc_triton.errors import first_line
 from lhc_triton.layers import LHCConv2d, convolves_plainly
 from lhc_triton.takeover import weight_in_force
 
@@ -126,7 +127,7 @@ def _input_shapes(
             model(*inputs)
     except Exception as error:  # the model's code is not ours: whatever it raises becomes one line
         shapes = ", ".join(str(tuple(value.shape)) for value in inputs if isinstance(value, Tensor))
-        line = (str(error).splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         raise ValueError(
             f"{type(model).__name__} does not run on inputs of shape {shapes}: {line}"
         ) from error

@@ -6,20 +6,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from .backends import check_backend
 from .cost import CostModel, itemsize_of
 from .grouping import candidate_widths, form_tiles
-from .schema import LayerPlan, LayerTopology, Plan, Tile
+from .network_plan import Plan
+from .schema import LayerPlan, LayerTopology, Tile
 
 if TYPE_CHECKING:
     from torch import nn
-
-BACKENDS = ("auto", "dense", "reference", "torch", "native", "triton")
-
-
-def check_backend(backend: str) -> None:
-    """Raise a ValueError unless ``backend`` is "auto" or the name of a backend."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is not known; choose one of {', '.join(BACKENDS)}")
 
 
 def choose_tiles(

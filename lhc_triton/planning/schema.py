@@ -1,15 +1,28 @@
-"""What a plan is: frozen, pure data that says how every layer of a network will run."""
+"""What a plan is made of: a convolution's geometry, its topology, tiles, and how the layer will run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 Pair = tuple[int, int]
+
+
+def out_size(
+    image: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Pair:
+    """Return OH, OW of a convolution of an image [H, W]; padding is (top, bottom, left, right)."""
+    rows = image[0] + padding[0] + padding[1] - dilation[0] * (kernel[0] - 1) - 1
+    columns = image[1] + padding[2] + padding[3] - dilation[1] * (kernel[1] - 1) - 1
+    return rows // stride[0] + 1, columns // stride[1] + 1
 
 
 @dataclass(frozen=True)
@@ -33,23 +46,26 @@ class ConvGeometry:
     dilation: Pair = (1, 1)
 
     @property
+    def out_size(self) -> Pair:
+        """Rows and columns of the output, OH and OW."""
+        image = (self.height, self.width)
+        return out_size(image, self.kernel, self.stride, self.padding, self.dilation)
+
+    @property
     def out_height(self) -> int:
         """Rows of the output."""
-        top, bottom, _, _ = self.padding
-        reach = self.dilation[0] * (self.kernel[0] - 1) + 1
-        return (self.height + top + bottom - reach) // self.stride[0] + 1
+        return self.out_size[0]
 
     @property
     def out_width(self) -> int:
         """Columns of the output."""
-        _, _, left, right = self.padding
-        reach = self.dilation[1] * (self.kernel[1] - 1) + 1
-        return (self.width + left + right - reach) // self.stride[1] + 1
+        return self.out_size[1]
 
     @property
     def out_pixels(self) -> int:
         """Output pixels over the whole batch, N * OH * OW."""
-        return self.batch * self.out_height * self.out_width
+        rows, columns = self.out_size
+        return self.batch * rows * columns
 
     @property
     def in_values(self) -> int:
@@ -255,93 +271,3 @@ class LayerPlan:
             filters = sum(len(topology.group_filters(g)) for g in tile.groups)
             total += filters * sum(len(topology.entry_channels(e)) for e in tile.entries)
         return total * topology.geometry.out_pixels
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Sums over the planned layers of a network.
-
-    Attributes:
-        layers, sparse_layers: how many are planned, and how many of them do not run dense.
-        weights, live_weights: of the dense layers, and of their topologies.
-        macs, live_macs, planned_macs: multiply-accumulates of the dense layers, of their topologies, and of
-            the tiles (a layer that runs dense counts in full).
-        dense_us, planned_us: predicted time all dense, and with the planned backends; a backend that the cost
-            model does not price (a forced one) makes ``planned_us`` None.
-    """
-
-    layers: int
-    sparse_layers: int
-    weights: int
-    live_weights: int
-    macs: int
-    live_macs: int
-    planned_macs: int
-    dense_us: float
-    planned_us: float | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a whole network will run: one LayerPlan per planned convolution.
-
-    Attributes:
-        layers: in the order in which the network calls them.
-        skipped: (module name, reason) of the convolutions that stay as they are.
-        device: the device kind the cost model priced ("cpu" or "cuda").
-        dtype: the compute type, for example "float32".
-    """
-
-    layers: tuple[LayerPlan, ...]
-    skipped: tuple[tuple[str, str], ...]
-    device: str
-    dtype: str
-
-    def __getitem__(self, name: str) -> LayerPlan:
-        """Return the plan of the layer with this name; KeyError if there is none."""
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise KeyError(name)
-
-    @property
-    def totals(self) -> Totals:
-        """Sums over the planned layers."""
-        topologies = [layer.topology for layer in self.layers]
-        sparse = [layer.backend != "dense" for layer in self.layers]
-        macs = [topology.geometry.macs for topology in topologies]
-        times = [layer.predicted_us.get(layer.backend) for layer in self.layers]
-        priced = [us for us in times if us is not None]
-        return Totals(
-            layers=len(self.layers),
-            sparse_layers=sum(sparse),
-            weights=sum(topology.geometry.weights for topology in topologies),
-            live_weights=sum(topology.live_weights for topology in topologies),
-            macs=sum(macs),
-            live_macs=sum(topology.live_macs for topology in topologies),
-            planned_macs=sum(
-                layer.planned_macs if is_sparse else dense
-                for layer, is_sparse, dense in zip(self.layers, sparse, macs, strict=True)
-            ),
-            dense_us=sum(layer.predicted_us.get("dense", 0.0) for layer in self.layers),
-            planned_us=sum(priced) if len(priced) == len(times) else None,
-        )
-
-    def explain(self) -> str:
-        """Return a table for people: how every layer will run, and why."""
-        from .explanation import explain_plan
-
-        return explain_plan(self)
-
-    def to_json(self) -> str:
-        """Return the plan as JSON text."""
-        from .serialization import plan_to_json
-
-        return plan_to_json(self)
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Read a plan that `to_json` wrote; ValueError with one line if the text is no valid plan."""
-        from .serialization import plan_from_json
-
-        return plan_from_json(text)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from .backends import runs
 from .cost import ITEMSIZES
 from .grouping import TILE_WIDTHS, candidate_widths
-from .planner import BACKENDS
-from .schema import ConvGeometry, LayerPlan, LayerTopology, Plan, Tile
+from .schema import ConvGeometry, LayerPlan, LayerTopology, Tile
 
 PLAN_VERSION = 1
 
@@ -26,19 +27,16 @@ MAX_NAME = 1000
 MAX_REASON = 2**16
 
 
-def plan_to_json(plan: Plan) -> str:
-    """Return a plan as JSON text."""
-    return json.dumps(plan_to_data(plan))
-
-
-def plan_to_data(plan: Plan) -> dict[str, Any]:
-    """Return a plan as what JSON can hold, to be part of a larger document."""
+def plan_to_data(
+    layers: Sequence[LayerPlan], skipped: Sequence[tuple[str, str]], device: str, dtype: str
+) -> dict[str, Any]:
+    """Return the parts of a plan as what JSON can hold."""
     return {
         "version": PLAN_VERSION,
-        "device": plan.device,
-        "dtype": plan.dtype,
-        "skipped": [list(pair) for pair in plan.skipped],
-        "layers": [_layer_document(layer) for layer in plan.layers],
+        "device": device,
+        "dtype": dtype,
+        "skipped": [list(pair) for pair in skipped],
+        "layers": [_layer_document(layer) for layer in layers],
     }
 
 
@@ -63,27 +61,20 @@ def _layer_document(layer: LayerPlan) -> dict[str, Any]:
     }
 
 
-def plan_from_json(text: str) -> Plan:
-    """Read a plan that `plan_to_json` wrote.
-
-    Raises:
-        ValueError: if the text is no plan of this version, or a layer contradicts itself; the message says
-            which layer and what.
-        TypeError: if ``text`` is no str.
-    """
+def parse_plan(text: str) -> Any:
+    """Return what a plan's JSON text holds, not yet checked; ValueError or TypeError if it is none."""
     if not isinstance(text, str):
         raise TypeError(f"the plan is a {type(text).__name__}: give the text that Plan.to_json() returned")
     if len(text) > MAX_TEXT:
         raise ValueError(f"the plan has {len(text)} characters; at most {MAX_TEXT} are read")
     try:
-        document = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # also a number with thousands of digits
         raise ValueError(f"the plan is not JSON: {error}") from None
-    return plan_from_data(document)
 
 
-def plan_from_data(document: Any) -> Plan:
-    """Read what `plan_to_data` returned; ValueError as in `plan_from_json`."""
+def plan_from_data(document: Any) -> tuple[tuple[LayerPlan, ...], tuple[tuple[str, str], ...], str, str]:
+    """Read what `plan_to_data` returned; ValueError naming the layer and what is wrong with it."""
     fields = _object(document, "the plan")
     if type(fields.get("version")) is not int or fields["version"] != PLAN_VERSION:
         raise ValueError(
@@ -105,7 +96,7 @@ def plan_from_data(document: Any) -> Plan:
         raise ValueError(f"the plan has {pairs} live blocks; up to {MAX_PAIRS} are read")
     device = _text(fields.get("device"), "the plan: device")
     dtype = _one_of(fields.get("dtype"), "the plan: dtype", tuple(ITEMSIZES))
-    return Plan(layers, tuple(skipped), device, dtype)
+    return layers, tuple(skipped), device, dtype
 
 
 def _layer(item: Any, place: int) -> LayerPlan:
@@ -151,7 +142,7 @@ def _layer(item: Any, place: int) -> LayerPlan:
         _text(key, f"{where}: a backend's name"): _time(value, f"{where}: predicted_us of {_short(key)}")
         for key, value in predicted.items()
     }
-    backend = _one_of(fields.get("backend"), f"{where}: backend", BACKENDS[1:])
+    backend = _one_of(fields.get("backend"), f"{where}: backend", runs())
     reason = _text(fields.get("reason"), f"{where}: reason", MAX_REASON)
     return LayerPlan(topology, tiles, tile_width, backend, reason, times)
 

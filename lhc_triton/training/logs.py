@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from lhc_triton.models.weights import write_beside
+from lhc_triton.files import write_beside
 from lhc_triton.training.metrics import EpochMetrics, LayerMetrics
 
 _COLUMNS = [field.name for field in fields(LayerMetrics)]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lhc_triton.conversion import freeze, lhc_layers, output_pixels
+from lhc_triton.files import write_beside
 from lhc_triton.layers import LHCConv2d
-from lhc_triton.models.weights import write_beside
 from lhc_triton.schedule import TopologySchedule
 from lhc_triton.training.averaging import WeightAverage
 from lhc_triton.training.checkpoints import load_checkpoint, restore, save_checkpoint

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lhc_triton.conversion import lhc_layers
-from lhc_triton.models.weights import write_beside
+from lhc_triton.files import write_beside
 from lhc_triton.topology import mask_correlation, shape_counts
 
 DENSITY_TOLERANCE = 0.01

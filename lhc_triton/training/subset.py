@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lhc_triton.models.weights import write_beside
+from lhc_triton.files import write_beside
 from lhc_triton.training.data.fashion import FILES, read_fashion
 from lhc_triton.training.data.splits import balanced_indices
 

@@ -65,7 +65,7 @@ def test_doctor_json_names_devices_and_backends(run):
 
 
 def test_plan_of_the_shipped_network_round_trips_through_json(run, tmp_path):
-    from lhc_triton.planning.schema import Plan
+    from lhc_triton.planning.network_plan import Plan
 
     path = tmp_path / "plan.json"
     done = run("plan", "lhc", "--batch", "2", "--out", str(path), "--json")

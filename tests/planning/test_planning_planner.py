@@ -17,7 +17,8 @@ from lhc_triton.planning import (
     plan_layer,
     plan_topologies,
 )
-from lhc_triton.planning.planner import BACKENDS, choose_tiles
+from lhc_triton.planning.backends import runs
+from lhc_triton.planning.planner import choose_tiles
 
 
 @QUICK
@@ -60,7 +61,7 @@ def test_a_gain_within_the_margin_goes_to_dense():
     assert plan_layer(topology, dataclasses.replace(CPU, margin=share * 0.99)).backend == "dense"
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("backend", runs())
 def test_a_forced_backend_is_kept_whatever_it_costs(backend):
     for density in (0.1, 1.0):
         planned = plan_layer(random_layer(0, density=density), CPU, backend=backend)
@@ -126,4 +127,4 @@ def test_unknown_names_are_refused(call):
 
 def test_the_function_plan_and_the_module_of_that_name_are_both_at_hand():
     assert callable(plan)
-    assert sys.modules["lhc_triton.planning.schema"].Plan is Plan
+    assert sys.modules["lhc_triton.planning.network_plan"].Plan is Plan

@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny_runs import CONFIG, SOURCE, assert_same_run, lines_of, one_thread, tiny_data
 
+from lhc_triton.files import write_beside
 from lhc_triton.models import weights
 from lhc_triton.training import Data, EpochMetrics, ImageSet, loop, train
 from lhc_triton.training.checkpoints import Checkpoint
@@ -234,7 +235,7 @@ def test_a_disk_that_is_full_at_the_end_gives_the_same_line(whole, tmp_path, mon
     with pytest.raises(OSError, match=r"run: cannot be written \(No space left on device\).*make room"):
         train(CONFIG, tmp_path / "run", progress=False, data=tiny_data())
     with pytest.raises(OSError, match="No space") as caught:
-        weights.write_beside(tmp_path / "file", b"1")
+        write_beside(tmp_path / "file", b"1")
     assert caught.value.filename == str(tmp_path / "file")
     monkeypatch.undo()
     assert (tmp_path / "run" / "lhc.safetensors").read_bytes() == written

@@ -13,7 +13,7 @@ from torch import Tensor
 import lhc_triton.runtime.op.grouped_conv2d  # noqa: F401  (registers torch.ops.lhc)
 from lhc_bench.measure.cases import LayerCase
 from lhc_bench.measure.masks import expand, random_mask
-from lhc_bench.measure.peers import dense_peers, norm_error
+from lhc_bench.measure.peers import dense_peers
 from lhc_bench.measure.replayed import reason_of
 from lhc_bench.measure.rivals import SEMI_STRUCTURED_DENSITY, block_sparse, narrow, semi_structured
 from lhc_bench.measure.setting import LIMITS, Call, Contender, Setting, Sparse
@@ -22,6 +22,7 @@ from lhc_triton.planning.planner import plan_layer
 from lhc_triton.planning.schema import ConvGeometry, LayerPlan, LayerTopology
 from lhc_triton.runtime.choosing.dispatch import choose_backend, launch_config, supports
 from lhc_triton.runtime.choosing.launch_configs import launch_shape, pixel_bucket
+from lhc_triton.runtime.op.accuracy import norm_error
 from lhc_triton.runtime.op.dense import DenseConv2d
 from lhc_triton.runtime.op.packing import pack
 

@@ -16,13 +16,14 @@ from lhc_bench.measure.cases import IMAGE_SIZE
 from lhc_bench.measure.engines import ENGINES
 from lhc_bench.measure.masks import random_mask
 from lhc_bench.measure.memory import tensors_mb, transient_mb
-from lhc_bench.measure.peers import compiled_or_reason, layouts, norm_error, reset_compiler
+from lhc_bench.measure.peers import compiled_or_reason, layouts, reset_compiler
 from lhc_bench.measure.replayed import reason_of
 from lhc_bench.measure.setting import LIMITS, Call, Contender, Setting, Sparse
 from lhc_triton.conversion import Summary, SummaryRow, lhc_layers
 from lhc_triton.models.resnet import WIDTHS, BasicBlock, Bottleneck, ResNet
 from lhc_triton.models.vgg import CLASSES, VGG, VGG16_WIDTHS, Images
 from lhc_triton.runtime.network.accelerate import accelerate
+from lhc_triton.runtime.op.accuracy import norm_error
 from lhc_triton.runtime.op.backends import unavailable
 
 ERROR_FACTOR = 10  # errors of layers add up

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lhc_bench.measure.replayed import reason_of
 from lhc_triton.planning.schema import ConvGeometry
 from lhc_triton.runtime.network.accelerate import accelerate
+from lhc_triton.runtime.op.accuracy import norm_error
 
 Call = Callable[[], Tensor]
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}  # norm error against eager; other types: 2e-2
@@ -157,14 +158,6 @@ def _compile(model: nn.Module, example: Tensor) -> tuple[nn.Module | None, str |
     if not error <= tolerance:
         return None, f"torch.compile's output differs from eager's: norm error {error:.1e} > {tolerance:.0e}"
     return compiled, None
-
-
-def norm_error(found: Tensor, expected: Tensor) -> float:
-    """Return ||found - expected|| / ||expected|| in float64 (the plain norm where ``expected`` is zero)."""
-    expected = expected.double()
-    error = float((found.double() - expected).norm())
-    size = float(expected.norm())
-    return error / size if size else error
 
 
 def _no_compiler(device: torch.device) -> str | None:

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lhc_bench.measure.peers import layouts, norm_error
+from lhc_bench.measure.peers import layouts
 from lhc_bench.measure.setting import Contender
 from lhc_triton.planning.schema import ConvGeometry
+from lhc_triton.runtime.op.accuracy import norm_error
 
 CHANNEL_STEP = 8  # narrower layers keep channel counts that vector units and tensor cores like
 SEMI_STRUCTURED_DENSITY = 0.5

@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from lhc_bench.files import write_beside
+from lhc_bench.files import write_text
 from lhc_triton.runtime.choosing.doctor import cpu_name, package_versions
+from lhc_triton.runtime.choosing.timing import geometric_mean
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 """Densities that rows are sorted under unless a run names its own."""
@@ -178,7 +179,7 @@ def summarise(rows: Iterable[Row], densities: Sequence[float] = DENSITIES) -> di
         groups[row.backend, row.in_block, row.out_block, density].append(row)
     return {
         "geomean_speedup": {
-            backend: {str(d): _geomean([row.speedup for row in found[d]]) for d in sorted(found)}
+            backend: {str(d): geometric_mean([row.speedup for row in found[d]]) for d in sorted(found)}
             for backend, found in sorted(by_backend.items())
         },
         "wins": sum(row.speedup > 1 for row in rows),
@@ -193,16 +194,12 @@ def _group(key: tuple[str, int, int, float], rows: Sequence[Row]) -> dict[str, A
     return {
         **dict(zip(("backend", "in_block", "out_block", "density"), key, strict=True)),
         "cases": len(rows),
-        "speedup": _geomean([row.speedup for row in rows]),
-        "floor_share": _geomean([row.floor_us / row.time_us for row in rows]),
-        "peak_share": _geomean(shares) if len(shares) == len(rows) else None,
+        "speedup": geometric_mean([row.speedup for row in rows]),
+        "floor_share": geometric_mean([row.floor_us / row.time_us for row in rows]),
+        "peak_share": geometric_mean(shares) if len(shares) == len(rows) else None,
         "worst_case": worst.case,
         "worst_speedup": worst.speedup,
     }
-
-
-def _geomean(values: Sequence[float]) -> float:
-    return math.exp(math.fsum(map(math.log, values)) / len(values))
 
 
 def write_results(out_dir: str | Path, results: Results) -> tuple[Path, Path]:
@@ -220,7 +217,7 @@ def write_document(
     writer.writeheader()
     writer.writerows(document["rows"])
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    return write_beside(out / "results.json", text), write_beside(out / "results.csv", table.getvalue())
+    return write_text(out / "results.json", text), write_text(out / "results.csv", table.getvalue())
 
 
 def read_results(path: str | Path) -> Results:

@@ -9,8 +9,9 @@ import torch
 from lhc_bench.measure.cases import batch_of, eligible_cases
 from lhc_bench.measure.masks import random_mask
 from lhc_triton.planning.cost import CostModel
+from lhc_triton.planning.network_plan import Plan
 from lhc_triton.planning.planner import plan_layer
-from lhc_triton.planning.schema import ConvGeometry, LayerPlan, LayerTopology, Plan, Tile
+from lhc_triton.planning.schema import ConvGeometry, LayerPlan, LayerTopology, Tile
 from lhc_triton.runtime.choosing.tuning_jobs import Job
 
 TUNING_SUITES = ("standard",)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lhc_bench.files import replace_whole
+from lhc_bench.files import write_figure
 from lhc_bench.measure.rivals import MASK_FREE
 from lhc_bench.measure.rows import Results, Row, describe, nearest_density
 from lhc_bench.pictures.demo_bars import SPARSE
@@ -86,16 +85,11 @@ def under_densities(rows: Sequence[Row], densities: Sequence[float]) -> dict[flo
     return dict(sorted(found.items()))
 
 
-def geomean(values: Sequence[float]) -> float:
-    """Return the geometric mean of positive values."""
-    return math.exp(math.fsum(map(math.log, values)) / len(values))
-
-
 def save(figure: Figure, path: Path, kind: str) -> Path:
     """Write a figure whole or not at all."""
     # Without the date, the same results give the same file.
     metadata = {"Date": None} if kind == "svg" else None
-    return replace_whole(path, lambda beside: figure.savefig(beside, dpi=DPI, format=kind, metadata=metadata))
+    return write_figure(path, figure, dpi=DPI, format=kind, metadata=metadata)
 
 
 def caption_lines(results: Results, width: float) -> list[str]:

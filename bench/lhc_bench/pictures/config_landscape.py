@@ -8,12 +8,12 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lhc_bench.files import replace_whole
+from lhc_bench.files import write_figure
 from lhc_triton.runtime.choosing.launch_configs import config_of, key_parts
+from lhc_triton.runtime.choosing.timing import geometric_mean
 from lhc_triton.runtime.choosing.timing_store import Measured, TimingStore
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _landscape(group: tuple[str, ...], layers: Sequence[tuple[int, Mapping[str, 
             wins[best] += 1
             for cell, time in least.items():
                 ratios[cell].append(time / least[best])
-    means = {cell: math.exp(math.fsum(map(math.log, r)) / len(r)) for cell, r in ratios.items()}
+    means = {cell: geometric_mean(r) for cell, r in ratios.items()}
     device, kernels, triton, dtype = group
     failed = frozenset(seen - set(means))
     return Landscape(device, dtype, kernels, triton, widths, means, wins, failed, configs, failures)
@@ -137,7 +137,7 @@ def draw_landscapes(store_path: str | Path, out_dir: str | Path) -> list[Path]:
         if path not in paths or landscape.configs >= paths[path].configs:
             paths[path] = landscape
     for path, landscape in paths.items():
-        replace_whole(path, partial(draw_landscape(landscape).savefig, dpi=200, format="png"))
+        write_figure(path, draw_landscape(landscape), dpi=200, format="png")
     return list(paths)
 
 

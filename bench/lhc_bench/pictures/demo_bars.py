@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lhc_bench.files import replace_whole
+from lhc_bench.files import write_figure
 
 DENSE = "#9aa5ab"
 SPARSE = "#0b6e99"
@@ -38,7 +38,7 @@ def draw_speedup(report: Mapping[str, Any], path: Path) -> Path:
     caption = f"{report['device']}, {report['threads']} threads, {report['dtype']}, batch {report['batch']}; "
     caption += f"medians of {report['rounds']} interleaved rounds, lines span p20 to p80"
     figure.text(0.015, 0.03, caption, fontsize=8, color="#555555")
-    return replace_whole(path, lambda beside: figure.savefig(beside, dpi=200, format="png"))
+    return write_figure(path, figure, dpi=200, format="png")
 
 
 def _draw_networks(axis: Any, report: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lhc_bench.measure.rows import Results, Row
 from lhc_bench.pictures import canvas
 from lhc_bench.pictures.demo_bars import DENSE, IDEAL
+from lhc_triton.runtime.choosing.timing import geometric_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +38,7 @@ def speedup_figure(results: Results) -> Figure:
         axis.set_ylim(low / 1.35, high * 1.25)
         axis.axhline(1, color=DENSE, linewidth=1.4, label="best dense, 1x")
         axis.plot(shown, [1 / d for d in shown], color=IDEAL, linestyle="--", label="1 / density")
-        means = [canvas.geomean([row.baseline_us / row.floor_us for row in at]) for at in by_density.values()]
+        means = [geometric_mean([row.baseline_us / row.floor_us for row in at]) for at in by_density.values()]
         axis.plot(shown, means, color=canvas.GREY, linestyle=":", label="roof: rates of this machine")
         _curves(axis, mine, results.densities, lambda row: row.speedup, "{:.2f}x")
     axes[0].set_ylabel("times the speed of the best dense form", fontsize=9)
@@ -53,7 +54,7 @@ def peak_figure(results: Results) -> Figure:
     for axis, block in zip(axes, canvas.blocks_of(rows), strict=True):
         mine = canvas.under_block(rows, block)
         by_density = canvas.under_densities(mine, results.densities)
-        dense = [canvas.geomean([_dense_share(row) for row in at]) for at in by_density.values()]
+        dense = [geometric_mean([_dense_share(row) for row in at]) for at in by_density.values()]
         _densities(axis, list(by_density))
         axis.set_ylim(0, most * 1.08)
         axis.plot(list(by_density), dense, color=DENSE, linewidth=1.6, label="best dense, all MACs")
@@ -124,7 +125,7 @@ def _curves(axis: Axes, rows: Sequence[Row], densities: Sequence[float], value: 
         color, marker = canvas.look(backend)
         mine = [row for row in rows if row.backend == backend]
         found = {d: [value(r) for r in at] for d, at in canvas.under_densities(mine, densities).items()}
-        curve = [canvas.geomean(values) for values in found.values()]
+        curve = [geometric_mean(values) for values in found.values()]
         rival = backend in canvas.NAMES
         if not rival:
             lows, highs = [min(v) for v in found.values()], [max(v) for v in found.values()]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lhc_bench.files import replace_whole
+from lhc_bench.files import write_figure
 from lhc_bench.pictures.canvas import write_title
 from lhc_triton.planning.schema import LayerTopology
 
@@ -129,7 +129,7 @@ def draw_topology(
                     fontweight="bold",
                 )
     write_title(figure, title, 0.015, 1 - 0.36 / height, 13)
-    return replace_whole(path, lambda beside: figure.savefig(beside, dpi=DPI, format="png"))
+    return write_figure(path, figure, dpi=DPI, format="png")
 
 
 def _draw_density(

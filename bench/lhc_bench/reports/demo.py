@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lhc_triton as lhc
-from lhc_bench.files import made_folder, write_beside
+from lhc_bench.files import made_folder, write_text
 from lhc_bench.measure.peers import network_peers
 from lhc_bench.pictures.demo_bars import draw_speedup
 from lhc_bench.pictures.topology_map import draw_topology, topology_statistics
@@ -146,7 +146,7 @@ def run_demo(
     title += f"{counts.macs / counts.live_macs:.1f}x fewer MACs"
     draw_topology(topologies, out / "topology.png", title, target=TARGET_DENSITY)
     draw_speedup(report, out / "speedup.png")
-    write_beside(out / "report.json", json.dumps(report, indent=2) + "\n")
+    write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     return report
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lhc_bench.files import made_folder, write_beside
+from lhc_bench.files import made_folder, write_text
 from lhc_bench.measure.rows import environment
 from lhc_bench.pictures import canvas
 from lhc_bench.pictures.topology_map import draw_topology
@@ -119,8 +119,8 @@ def make_report(
     sections = [_overview(report, out)]
     sections += [_section(number, found, out) for number, found in enumerate(report.experiments, start=1)]
     _remove_stale(out, {picture.path for section in sections for picture in section.pictures})
-    write_beside(out / "report.json", json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
-    write_beside(out / "report.html", page(report.experiments, report.env, batch, report.rounds, sections))
+    write_text(out / "report.json", json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
+    write_text(out / "report.html", page(report.experiments, report.env, batch, report.rounds, sections))
     return report
 
 

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from .folders import cache_folder
+
 SOURCES = Path(__file__).resolve().parent
 COMPILERS = ("c++", "g++", "clang++")
 TARGET_FLAGS = ("-march=native",)
@@ -65,20 +67,12 @@ def target_flags() -> list[str]:
     return list(TARGET_FLAGS) if given is None else given
 
 
-def cache_folder() -> Path:
-    """Return where built libraries are kept: $LHC_TRITON_CACHE/native, else under the user's cache folder.
-
-    Raises:
-        BuildError: no variable says where, and the user has no home.
-    """
-    folder = os.environ.get("LHC_TRITON_CACHE")
-    if folder:
-        return Path(folder) / "native"
+def native_folder() -> Path:
+    """Return where built libraries are kept; BuildError where the user has no place for them."""
     try:
-        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        return cache_folder() / "native"
     except RuntimeError as error:
         raise BuildError("this user has no home for the native kernel; set LHC_TRITON_CACHE") from error
-    return Path(cache) / "lhc_triton" / "native"
 
 
 def digest(compiler: list[str], target: list[str]) -> str:
@@ -105,7 +99,7 @@ def build() -> Path:
         BuildError: there is no compiler, it fails, or the cache folder cannot be written.
     """
     compiler, target = find_compiler(), target_flags()
-    folder = cache_folder() / digest(compiler, target)
+    folder = native_folder() / digest(compiler, target)
     library = folder / LIBRARY
     try:
         if _is_intact(library):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 
 import numpy as np
@@ -13,7 +12,7 @@ from lhc_triton.planning.planner import plan_layer
 from lhc_triton.planning.schema import ConvGeometry, LayerPlan, LayerTopology
 from lhc_triton.runtime.choosing.dispatch import auto_backend
 from lhc_triton.runtime.choosing.launch_configs import deterministic
-from lhc_triton.runtime.choosing.timing import time_paired
+from lhc_triton.runtime.choosing.timing import geometric_mean, time_paired
 from lhc_triton.runtime.choosing.timing_store import TimingStore, code_version, device_name
 from lhc_triton.runtime.choosing.workload import Workload
 
@@ -72,7 +71,7 @@ def calibrated(cost: CostModel, dtype: torch.dtype, store: TimingStore) -> CostM
                 warnings.warn(f"the calibration of the CPU is not kept: {error}", stacklevel=4)
         for backend, found in ratios.items():
             found.append(times[backend] / plan.predicted_us[backend])
-    dense, sparse = (math.exp(math.fsum(map(math.log, found)) / len(found)) for found in ratios.values())
+    dense, sparse = (geometric_mean(found) for found in ratios.values())
     return cost.scaled(dense, sparse, f"calibrated on {here}")
 
 

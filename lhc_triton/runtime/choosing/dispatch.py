@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from lhc_triton.errors import one_line
+from lhc_triton.planning.backends import BACKENDS, for_auto
 from lhc_triton.planning.cost import CostModel, itemsize_of
 from lhc_triton.planning.planner import price_tiles
 from lhc_triton.planning.schema import LayerPlan
@@ -18,16 +19,14 @@ from lhc_triton.runtime.choosing.layer_tuner import tune_layer
 from lhc_triton.runtime.choosing.timing import time_paired
 from lhc_triton.runtime.choosing.timing_store import TimingStore, layer_key
 from lhc_triton.runtime.choosing.workload import Workload
-from lhc_triton.runtime.op.backends import BACKENDS, DTYPES, FLOATS, unavailable
-
-AUTO_BACKENDS = {"cpu": ("native", "torch"), "cuda": ("triton",)}
-"""The sparse backends of "auto" on each device kind, the fastest first: it takes the first that can serve."""
+from lhc_triton.runtime.op.backends import unavailable
 
 CLEARLY = 1.03
 """How many times as fast as dense a sparse backend must be measured: nearer times are noise."""
 
 ROUNDS = 9
 BUDGET_S = 0.3
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 TUNES = ("off", "cached", "full")
 
 
@@ -43,12 +42,17 @@ class Decision:
 
     backend: str
     reason: str
-    measured_us: dict[str, float]
+    measured_us: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def time_us(self) -> float | None:
+        """The measured time of the backend, or None."""
+        return self.measured_us.get(self.backend)
 
 
 def auto_backend(dtype: torch.dtype, device: torch.device | str) -> str | None:
     """Return the sparse backend that "auto" sets against dense on this device; None if there is none."""
-    names = AUTO_BACKENDS.get(torch.device(device).type, ())
+    names = [backend.name for backend in for_auto(torch.device(device).type)]
     return next((name for name in names if unavailable(name, dtype, device) is None), None)
 
 
@@ -57,10 +61,10 @@ def passed_over(dtype: torch.dtype, device: torch.device | str) -> str | None:
 
     None, too, where that backend does not serve the type at all: nothing is amiss then.
     """
-    best = next(iter(AUTO_BACKENDS.get(torch.device(device).type, ())), None)
-    if best is None or dtype not in DTYPES[best]:
+    best = next(iter(for_auto(torch.device(device).type)), None)
+    if best is None or str(dtype).removeprefix("torch.") not in best.dtypes:
         return None
-    return unavailable(best, dtype, device)
+    return unavailable(best.name, dtype, device)
 
 
 def supports(backend: str, layer: LayerPlan, dtype: torch.dtype, device: torch.device | str) -> str | None:
@@ -119,11 +123,11 @@ def choose_backend(
         tune = "off"
     if candidates is None:
         taken = auto_backend(dtype, device)
-        candidates = AUTO_BACKENDS.get(device.type, ()) if taken is None else (taken,)
+        candidates = [b.name for b in for_auto(device.type)] if taken is None else [taken]
     reasons = {name: supports(name, layer, dtype, device) for name in candidates if name != "dense"}
     able = [name for name, reason in reasons.items() if reason is None]
     if not able:
-        return Decision("dense", next(iter(reasons.values()), None) or "no sparse backend for the device", {})
+        return Decision("dense", next(iter(reasons.values()), None) or "no sparse backend for the device")
     times = {} if tune == "off" else _times(layer, dtype, device, able, tune, store or TimingStore())
     if times:
         fastest = min(able, key=lambda name: times[name])
@@ -135,7 +139,25 @@ def choose_backend(
         itemsize = itemsize_of(str(dtype).removeprefix("torch."))
         cost = CostModel.for_device(device.type, able[0])
         layer = price_tiles(layer.topology, layer.tiles, layer.tile_width, cost, itemsize)
-    return Decision(layer.backend, layer.reason, {})
+    return Decision(layer.backend, layer.reason)
+
+
+def decide(
+    layer: LayerPlan,
+    dtype: torch.dtype,
+    device: torch.device,
+    tune: str = "cached",
+    requested: str = "auto",
+) -> Decision:
+    """Choose who runs a planned layer; ValueError where a forced backend cannot."""
+    if requested == "auto":
+        return choose_backend(layer, dtype, device, tune)
+    reason = supports(requested, layer, dtype, device)
+    if reason is not None:
+        raise ValueError(f"layer {layer.name!r} cannot run on the forced backend {requested!r}: {reason}")
+    if tune == "full" and requested != "dense" and BACKENDS[requested].has_configs:
+        launch_config(layer, dtype, device, tune)  # stores what the layer will look up
+    return Decision(requested, "forced")
 
 
 def _times(
@@ -148,9 +170,10 @@ def _times(
 ) -> dict[str, float]:
     """Return the time of each backend and of dense: stored, or measured if asked for, or nothing."""
     key, configs = layer_key(layer, dtype, device), {}
-    if "triton" in backends:
-        configs["triton"] = launch_config(layer, dtype, device, tune, store)
-        key = f"{key} | {launch_key(configs['triton'])}"
+    for name in backends:
+        if BACKENDS[name].has_configs:
+            configs[name] = launch_config(layer, dtype, device, tune, store)
+            key = f"{key} | {launch_key(configs[name])}"
     stored = store.get(key)
     wanted = (*backends, "dense")
     found = {name: stored.get(name) for name in wanted}

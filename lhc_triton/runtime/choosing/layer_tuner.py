@@ -18,7 +18,7 @@ from lhc_triton.runtime.choosing.launch_configs import PRECISION, config_name, p
 from lhc_triton.runtime.choosing.timing import race
 from lhc_triton.runtime.choosing.timing_store import Measured, TimingStore
 from lhc_triton.runtime.choosing.workload import Workload
-from lhc_triton.runtime.op.accuracy import layer_tolerance, norm_error
+from lhc_triton.runtime.op.accuracy import layer_tolerance, strict_error
 
 ROUNDS = 15
 MARGIN = 1.15
@@ -80,7 +80,7 @@ class GpuBench:
         del stale
         with torch.inference_mode():
             y = call()
-            error = norm_error(y[:1], self._expected)
+            error = strict_error(y[:1], self._expected)
             whole = bool(torch.isfinite(y).all())
         if not (error <= self._tolerance and whole):
             raise ArithmeticError(f"wrong result: norm error {error:.1e}" if whole else "wrong result: NaN")

@@ -6,7 +6,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -160,3 +160,8 @@ def _cuda_sample(function: Callable[[], object], repeats: int, _clock: Callable[
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / repeats * 1e3
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Return the geometric mean of positive values."""
+    return math.exp(math.fsum(map(math.log, values)) / len(values))

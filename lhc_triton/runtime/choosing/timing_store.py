@@ -38,14 +38,10 @@ def default_path() -> Path:
 
     A user without a home has a folder of his own among the temporary files.
     """
-    folder = os.environ.get("LHC_TRITON_CACHE")
-    if folder:
-        return Path(folder) / "timings.json"
-    cache = os.environ.get("XDG_CACHE_HOME")
-    if cache:
-        return Path(cache) / "lhc_triton" / "timings.json"
+    from lhc_kernels.cpu.folders import cache_folder  # here, so that importing lhc_triton loads no kernels
+
     try:
-        return Path.home() / ".cache" / "lhc_triton" / "timings.json"
+        return cache_folder() / "timings.json"
     except RuntimeError:
         return Path(tempfile.gettempdir()) / f"lhc_triton-{os.getuid()}" / "timings.json"
 

@@ -6,83 +6,18 @@ import contextlib
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from lhc_triton.planning.schema import LayerPlan, Plan
+from lhc_triton.planning.network_plan import Plan
 from lhc_triton.runtime.network.grouped import check_move
-from lhc_triton.runtime.network.sites import Site
+from lhc_triton.runtime.network.record import Record, si, sum_of, table_of
 from lhc_triton.runtime.op.dense import FusedConv2d
 from lhc_triton.runtime.replay.cpu_recordings import Tapes, why_not_recordable
 from lhc_triton.runtime.replay.cuda_graphs import Graphs
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """What became of one convolution.
-
-    Attributes:
-        layer: the module's name in the accelerated network.
-        backend: who runs it; "dense" for torch's own convolution.
-        density: live share of the weights, 1.0 for a layer without a plan.
-        patterns, tiles, tile_width: of its plan; None without one.
-        macs, live_macs, planned_macs: dense, live, and actually computed multiply-accumulates on the example,
-            over all calls of the layer.
-        predicted_us: the cost model's time of this backend, or None.
-        measured_us: its measured time where the layer was tuned, or None.
-        reason: why this backend, in one phrase.
-        rel_err: norm error of its output against the model's on the example; None if it was not compared.
-        epilogue: what else it does, for example "bn+add+relu".
-    """
-
-    layer: str
-    backend: str
-    density: float
-    patterns: int | None
-    tiles: int | None
-    tile_width: int | None
-    macs: int
-    live_macs: int
-    planned_macs: int
-    predicted_us: float | None
-    measured_us: float | None
-    reason: str
-    rel_err: float | None
-    epilogue: str = "-"
-
-    @property
-    def runs_sparse(self) -> bool:
-        """Whether dead weights are skipped; a sparse backend may run a layer that has none."""
-        return self.backend != "dense" and self.density < 1
-
-
-@dataclass(frozen=True)
-class Record:
-    """How a network was accelerated: what ``report`` and ``explain`` tell and ``save`` stores.
-
-    Attributes:
-        model: class name of the model.
-        requested: the backend that was asked for.
-        traced: whether torch.fx could trace the model, so that epilogues were fused.
-        sites: the calls that were replaced.
-        rows: one per replaced convolution.
-        inputs: (shape, dtype name) of each example input.
-        output_error: norm error of the output against the model's on the example.
-        notes: what else people should know, one line each.
-    """
-
-    model: str
-    requested: str
-    traced: bool
-    sites: tuple[Site, ...]
-    rows: tuple[LayerRow, ...]
-    inputs: tuple[tuple[tuple[int, ...], str], ...]
-    output_error: float
-    notes: tuple[str, ...] = ()
 
 
 class AcceleratedModel(nn.Module):
@@ -236,8 +171,8 @@ class AcceleratedModel(nn.Module):
                 "live_macs": sum(row.live_macs for row in record.rows),
                 "planned_macs": planned,
                 "mac_reduction": macs / planned if planned else None,
-                "predicted_us": _sum([row.predicted_us for row in record.rows]),
-                "measured_us": _sum([row.measured_us for row in record.rows]),
+                "predicted_us": sum_of([row.predicted_us for row in record.rows]),
+                "measured_us": sum_of([row.measured_us for row in record.rows]),
                 "rel_err": record.output_error,
             },
             "notes": [*record.notes, *self._replay_notes()],
@@ -260,10 +195,10 @@ class AcceleratedModel(nn.Module):
             f"{totals['sparse_layers']} of {totals['layers']} convolutions run sparse "
             f"(backend {report['backend']!r}; {how})",
             "",
-            *_table(self.record.rows),
+            *table_of(self.record.rows),
             "",
-            f"MACs on the example: {_si(totals['macs'])} dense, {_si(totals['live_macs'])} live, "
-            f"{_si(totals['planned_macs'])} planned",
+            f"MACs on the example: {si(totals['macs'])} dense, {si(totals['live_macs'])} live, "
+            f"{si(totals['planned_macs'])} planned",
             f"output against the model's on the example: norm error {totals['rel_err']:.1e}",
         ]
         return "\n".join([*lines, *(f"note: {note}" for note in report["notes"])])
@@ -272,55 +207,6 @@ class AcceleratedModel(nn.Module):
         """Say how many layers run sparse."""
         sparse = sum(row.runs_sparse for row in self.record.rows)
         return f"{sparse} of {len(self.record.rows)} convolutions sparse"
-
-
-def make_row(
-    site: Site,
-    layer: LayerPlan | None,
-    backend: str,
-    reason: str,
-    dense_macs: int,
-    rel_err: float | None = None,
-    measured_us: float | None = None,
-) -> LayerRow:
-    """Describe one fused module; ``dense_macs`` counts all its calls on the example."""
-    if layer is None:
-        return LayerRow(
-            site.module,
-            backend,
-            1.0,
-            None,
-            None,
-            None,
-            dense_macs,
-            dense_macs,
-            dense_macs,
-            None,
-            measured_us,
-            reason,
-            rel_err,
-            site.epilogue,
-        )
-    topology = layer.topology
-    calls = dense_macs / topology.geometry.macs  # the plan may have been made for another size or batch
-    live = round(topology.live_macs * calls)
-    planned = dense_macs if backend == "dense" else round(layer.planned_macs * calls)
-    return LayerRow(
-        site.module,
-        backend,
-        topology.density,
-        len(topology.patterns),
-        len(layer.tiles),
-        layer.tile_width,
-        dense_macs,
-        live,
-        planned,
-        layer.predicted_us.get(backend),
-        measured_us,
-        reason,
-        rel_err,
-        site.epilogue,
-    )
 
 
 def _parameters(network: nn.Module) -> tuple[str, ...]:
@@ -357,48 +243,3 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
     if isinstance(value, dict):
         return all(_is_plain(item, depth + 1) for pair in value.items() for item in pair)
     return isinstance(value, list | tuple | set) and all(_is_plain(item, depth + 1) for item in value)
-
-
-def _sum(values: Sequence[float | None]) -> float | None:
-    """Add the times up; None unless every one is known, for a part of a sum misleads."""
-    known = [value for value in values if value is not None]
-    return sum(known) if known and len(known) == len(values) else None
-
-
-def _si(count: float) -> str:
-    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count:.0f}"
-
-
-def _table(rows: Sequence[LayerRow]) -> list[str]:
-    def text(value: float | None, pattern: str) -> str:
-        return "-" if value is None else format(value, pattern)
-
-    head = ("layer", "backend", "density", "patterns", "tiles", "MACs", "us", "rel err", "epilogue", "why")
-    cells = [
-        (
-            row.layer,
-            row.backend,
-            f"{row.density:.3f}",
-            text(row.patterns, "d"),
-            "-" if row.tiles is None else f"{row.tiles}x{row.tile_width}",
-            _si(row.planned_macs),
-            text(row.measured_us if row.measured_us is not None else row.predicted_us, ".0f"),
-            text(row.rel_err, ".0e"),
-            row.epilogue,
-            row.reason,
-        )
-        for row in rows
-    ]
-    widths = [max(len(line[column]) for line in (head, *cells)) for column in range(len(head))]
-    right = {2, 3, 4, 5, 6, 7}
-    lines = []
-    for line in (head, tuple("-" * width for width in widths), *cells):
-        padded = [
-            cell.rjust(width) if index in right else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return lines

@@ -10,21 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from lhc_triton.layers import LHCConv2d
-from lhc_triton.planning.schema import LayerTopology, Plan
+from lhc_triton.planning.backends import requests
+from lhc_triton.planning.network_plan import Plan
+from lhc_triton.planning.schema import LayerTopology
 from lhc_triton.runtime.choosing.dispatch import TUNES
 from lhc_triton.runtime.network.fusion import border, conv_weight
 from lhc_triton.runtime.network.sites import is_fusible
-from lhc_triton.runtime.op.backends import BACKENDS
-
-REQUESTS = ("auto", "dense", *BACKENDS)
 
 
 def check_names(tune: str, backend: str) -> None:
     """Raise ValueError for an unknown tuning mode or backend."""
     if tune not in TUNES:
         raise ValueError(f"tune={tune!r} is not known; use one of {', '.join(map(repr, TUNES))}")
-    if backend not in REQUESTS:
-        raise ValueError(f"backend={backend!r} is not known; use one of {', '.join(map(repr, REQUESTS))}")
+    if backend not in requests():
+        raise ValueError(f"backend={backend!r} is not known; use one of {', '.join(map(repr, requests()))}")
 
 
 def check_inputs(model: nn.Module, example_input: Any) -> tuple[Tensor, ...]:

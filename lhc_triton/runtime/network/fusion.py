@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def fuse(
         norm: the batch norm to fold, or None.
         layer: its plan; None for a layer without one, which runs dense.
         backend: "dense", or the sparse backend that runs the plan.
-        activation: "none" or "relu".
+        activation: a name of `epilogue.ACTIVATIONS`.
         pool: "none" or "max2x2".
         tune: "off" for the kernels' heuristic configs, see GroupedConv2d.
         in_place: whether the model's own code will call it: then it writes the memory format that the
@@ -84,26 +84,58 @@ def fuse(
         ValueError: the backend cannot serve the weight's type and device.
     """
     weight, bias = folded(conv, norm)
-    fused: FusedConv2d
-    if layer is None or backend == "dense":
-        fused = DenseConv2d(
-            weight,
-            bias,
-            stride=conv.stride,
-            padding=border(conv),
-            dilation=conv.dilation,
-            groups=conv.groups,
-            activation=activation,
-            pool=pool,
-        )
-    else:
-        fused = GroupedConv2d.from_weight(
-            layer, weight, bias, backend=backend, activation=activation, pool=pool, tune=tune
-        )
+    fused = build_fused(
+        weight,
+        bias,
+        layer,
+        backend,
+        stride=conv.stride,
+        padding=border(conv),
+        dilation=conv.dilation,
+        groups=conv.groups,
+        activation=activation,
+        pool=pool,
+        tune=tune,
+    )
     if in_place:
         # torch's convolution writes channels_last where its weight has that format, whatever its input has
         fused.keeps_format = not is_channels_last(weight)
     return fused
+
+
+def build_fused(
+    weight: Tensor,
+    bias: Tensor | None,
+    layer: LayerPlan | None,
+    backend: str,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    pool: str,
+    tune: str = "cached",
+) -> FusedConv2d:
+    """Build a fused module for a weight [O, I / groups, kh, kw]: dense, or planned and sparse.
+
+    Raises:
+        ValueError: the backend cannot serve the weight's type and device.
+    """
+    if layer is None or backend == "dense":
+        return DenseConv2d(
+            weight,
+            bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            activation=activation,
+            pool=pool,
+        )
+    return GroupedConv2d.from_weight(
+        layer, weight, bias, backend=backend, activation=activation, pool=pool, tune=tune
+    )
 
 
 def swapped(work: nn.Module, fused: Mapping[str, nn.Module]) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lhc_triton.runtime.op.grouped_conv2d  # noqa: F401  (registers torch.ops.lhc)
+from lhc_triton.planning.backends import BACKENDS
 from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.choosing.launch_configs import look_up, pixel_bucket
 from lhc_triton.runtime.op.backends import unavailable
@@ -30,7 +31,7 @@ class GroupedConv2d(FusedConv2d):
         layer: the plan; its tiles decide the packing.
         blocks: canonical blocks, see ``packing``.
         bias: [O] or None.
-        backend: "reference", "torch" or "triton".
+        backend: a name of `planning.backends.BACKENDS`.
         activation, pool: the epilogue, see FusedConv2d.
         tune: "off" takes the kernels' heuristic config, "cached" and "full" a measured one where known.
 
@@ -119,7 +120,7 @@ class GroupedConv2d(FusedConv2d):
                 residual = None if residual is None else residual.to(self.dtype)
                 return self._convolve(x, residual, activation, pool).to(result)
         config: list[int] = []
-        if self.backend == "triton":
+        if BACKENDS[self.backend].has_configs:
             images, _, height, width = self._sum_shape(x)
             config = self._config(pixel_bucket(images * height * width), height, width)
         y: Tensor = torch.ops.lhc.grouped_conv2d(

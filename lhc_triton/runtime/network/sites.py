@@ -21,9 +21,9 @@ from lhc_triton.layers import convolves_plainly
 from lhc_triton.runtime.network.aliasing import Aliases
 from lhc_triton.runtime.network.formats import restore_formats
 from lhc_triton.runtime.network.tracing import Seen, Shapes
+from lhc_triton.runtime.op.epilogue import ACTIVATIONS
 
 _ADDS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add})
-_RELUS: frozenset[Any] = frozenset({F.relu, torch.relu, torch.relu_, F.relu_})
 _FOLDABLE_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -36,7 +36,7 @@ class Site:
         module: name of the fused module that will serve this call; calls of one convolution with equal
             epilogues share it.
         norm: name of the folded batch norm, or None.
-        activation: "none" or "relu".
+        activation: a name of `epilogue.ACTIVATIONS`.
         pool: "none" or "max2x2".
         nodes: names of the graph nodes it replaces, convolution first.
         add: name of the node that adds the residual, or None.
@@ -72,8 +72,8 @@ def is_fusible(module: nn.Module) -> bool:
 def find_sites(traced: fx.GraphModule, shapes: Shapes) -> tuple[Site, ...]:
     """Return every call of a fusible convolution with the operations its epilogue can absorb.
 
-    Batch norm directly after the convolution, then a residual addition of equal shape, then ReLU, then a
-    2x2 max pool of stride 2; each only while nothing else reads the value in between.
+    Batch norm directly after the convolution, then a residual addition of equal shape, then an activation,
+    then a 2x2 max pool of stride 2; each only while nothing else reads the value in between.
 
     Args:
         traced: what ``trace`` returned, in eval mode.
@@ -132,9 +132,9 @@ class _Finder:
             # from the addition on, the residual must hold still as well
             read = read | self.aliases.roots[user.args[residual]]  # type: ignore[index]
             user = follow()
-        if user is not None and self._is_relu(user, nodes[-1]):
+        if user is not None and (found := self._activation(user, nodes[-1])) is not None:
             nodes.append(user)
-            activation = "relu"
+            activation = found
             user = follow()
         if user is not None and self._is_max2x2(user, nodes[-1]):
             nodes.append(user)
@@ -180,14 +180,17 @@ class _Finder:
             return None  # somebody else would have seen the residual change
         return operand
 
-    def _is_relu(self, node: fx.Node, value: fx.Node) -> bool:
-        if node.op == "call_module":
-            return type(self.aliases.module(node)) is nn.ReLU and _takes_only(node, value)
-        if node.op == "call_method":
-            return node.target in ("relu", "relu_") and _takes_only(node, value)
-        if node.op != "call_function" or node.target not in _RELUS or set(node.kwargs) - {"inplace", "input"}:
-            return False
-        return (node.args[0] if node.args else node.kwargs.get("input")) is value
+    def _activation(self, node: fx.Node, value: fx.Node) -> str | None:
+        """Return which activation of ``value`` a node is; None for any other node."""
+        kind = type(self.aliases.module(node)) if node.op == "call_module" else None
+        for name, known in ACTIVATIONS.items():
+            if kind in known.modules or (node.op == "call_method" and node.target in known.methods):
+                return name if _takes_only(node, value) else None
+            if node.op == "call_function" and node.target in known.functions:
+                plain = not set(node.kwargs) - {"inplace", "input"}
+                given = node.args[0] if node.args else node.kwargs.get("input")
+                return name if plain and given is value else None
+        return None
 
     def _is_max2x2(self, node: fx.Node, value: fx.Node) -> bool:
         if node.op == "call_module":

@@ -17,7 +17,7 @@ from lhc_triton.runtime.network.copying import preserved
 from lhc_triton.runtime.network.outputs import Outcome, differences, worst_error
 from lhc_triton.runtime.network.sites import Site, conv_input
 from lhc_triton.runtime.network.trials import Observed, Trial, observe
-from lhc_triton.runtime.op.accuracy import NETWORK_FACTOR, layer_tolerance, norm_error
+from lhc_triton.runtime.op.accuracy import NETWORK_FACTOR, layer_tolerance, strict_error
 
 _SHAKES = 4  # runs on inputs that are changed by about as much as rounding changes a layer
 _ROUNDING = 0.1  # of a layer's tolerance
@@ -162,7 +162,7 @@ class Findings:
         if isinstance(mine, str):
             self.problems[module] = mine
             return
-        error = norm_error(mine, reference)
+        error = strict_error(mine, reference)
         self.errors[module] = max(self.errors.get(module, 0.0), error)
         if error > layer_tolerance(reference.dtype, reference.device):
             self.problems[module] = f"its output differs from the model's by {error:.1e}"

@@ -1,4 +1,4 @@
-"""How far a result may be from another, and how far it is: the norm error, and the tolerances."""
+"""How far a result is from another, and how far it may be: norm errors and tolerances."""
 
 from __future__ import annotations
 
@@ -39,7 +39,15 @@ def network_tolerance(dtypes: Collection[torch.dtype], device: torch.device) -> 
     return NETWORK_FACTOR * max(layer_tolerance(dtype, device) for dtype in dtypes)
 
 
-def norm_error(mine: Tensor, reference: Tensor) -> float:
+def norm_error(found: Tensor, expected: Tensor) -> float:
+    """Return ||found - expected|| / ||expected|| in float64 (the plain norm where ``expected`` is zero)."""
+    expected = expected.double()
+    error = float((found.double() - expected).norm())
+    size = float(expected.norm())
+    return error / size if size else error
+
+
+def strict_error(mine: Tensor, reference: Tensor) -> float:
     """Return a tensor's error against another, see ``error_of``; infinite for another shape."""
     return error_of(mine, reference) if mine.shape == reference.shape else math.inf
 

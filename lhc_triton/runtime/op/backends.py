@@ -1,28 +1,14 @@
-"""The backends by name, and what each can serve."""
+"""The backends that ship, and whether one can run here."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 
-BACKENDS = ("reference", "torch", "native", "triton")
-"""The backends that this version has."""
+from lhc_triton.planning.backends import BACKENDS, register
+from lhc_triton.runtime.op import native_backend, reference, torch_backend, triton_backend
 
-DEVICES = {
-    "reference": ("cpu", "cuda"),
-    "torch": ("cpu", "cuda"),
-    "native": ("cpu",),
-    "triton": ("cpu", "cuda"),
-}
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-DTYPES = {
-    "reference": (*FLOATS, torch.float64, torch.int8),
-    "torch": (*FLOATS, torch.float64),
-    "native": FLOATS,
-    "triton": (*FLOATS, torch.int8),
-}
+for module in (reference, torch_backend, native_backend, triton_backend):
+    register(module.BACKEND)
 
 
 def unavailable(backend: str, dtype: torch.dtype, device: torch.device | str) -> str | None:
@@ -30,40 +16,14 @@ def unavailable(backend: str, dtype: torch.dtype, device: torch.device | str) ->
 
     Asking for "native" builds and loads it (some seconds, once on each machine).
     """
-    device = torch.device(device)
-    if backend not in BACKENDS:
-        return f'backend "{backend}" is unknown; use one of {_names()}'
-    if device.type not in DEVICES[backend]:
-        names = ", ".join(DEVICES[backend])
+    device, name = torch.device(device), str(dtype).removeprefix("torch.")
+    record = BACKENDS.get(backend)
+    if record is None:
+        names = ", ".join(f'"{b}"' for b in BACKENDS)
+        return f'backend "{backend}" is unknown; use one of {names}'
+    if device.type not in record.devices:
+        names = ", ".join(record.devices)
         return f'backend "{backend}" does not serve device type "{device.type}"; use one of {names}'
-    if dtype not in DTYPES[backend]:
-        names = ", ".join(_short(d) for d in DTYPES[backend])
-        return f'backend "{backend}" does not serve {_short(dtype)}; use one of {names}'
-    if backend == "native":
-        return _native_problem()
-    if backend != "triton":
-        return None
-    if importlib.util.find_spec("triton") is None:
-        return 'backend "triton" needs the package triton, which is not installed; use "torch"'
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return (
-            'backend "triton" needs a CUDA device; on the CPU use "torch", or set TRITON_INTERPRET=1 '
-            "before the process starts to run it in Triton's slow interpreter"
-        )
-    return None
-
-
-def _native_problem() -> str | None:
-    # Only a build tells whether a compiler works; it is kept, so that later processes merely load it.
-    from lhc_kernels.cpu import problem
-
-    reason = problem()
-    return None if reason is None else f'backend "native" is not available: {reason}; or use "torch"'
-
-
-def _names() -> str:
-    return ", ".join(f'"{b}"' for b in BACKENDS)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    if name not in record.dtypes:
+        return f'backend "{backend}" does not serve {name}; use one of {", ".join(record.dtypes)}'
+    return record.problem(device.type)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lhc_triton.planning.schema import out_size
 from lhc_triton.runtime.op import prepacked
-from lhc_triton.runtime.op.epilogue import ACTIVATIONS, POOLS, in_format, is_channels_last
+from lhc_triton.runtime.op.epilogue import ACTIVATIONS, POOLS, in_format, is_channels_last, pooled
 
 
 class FusedConv2d(nn.Module):
@@ -48,7 +49,7 @@ class FusedConv2d(nn.Module):
             ("pool", pool, POOLS),
         ):
             if value not in choices:
-                raise ValueError(f"{name}={value!r}, expected one of {choices}")
+                raise ValueError(f"{name}={value!r}, expected one of {tuple(choices)}")
         if bias is not None and tuple(bias.shape) != (out_channels,):
             raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({out_channels},)")
         self.in_channels = in_channels
@@ -109,19 +110,11 @@ class FusedConv2d(nn.Module):
         """Run an epilogue on ``y``, which it may overwrite."""
         if residual is not None:
             y = y.add_(residual)
-        if activation == "relu":
-            y = y.relu_()
-        elif activation == "silu":
-            y = F.silu(y, inplace=True)
-        return F.max_pool2d(y, 2) if pool == "max2x2" else y
+        return pooled(ACTIVATIONS[activation].in_place(y), pool)
 
     def _sum_shape(self, x: Tensor) -> tuple[Any, ...]:
-        sizes = []
-        for axis in (0, 1):
-            reach = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
-            border = self.padding[2 * axis] + self.padding[2 * axis + 1]
-            sizes.append((x.shape[2 + axis] + border - reach) // self.stride[axis] + 1)
-        return (x.shape[0], self.out_channels, *sizes)
+        size = out_size(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation)
+        return (x.shape[0], self.out_channels, *size)
 
     def extra_repr(self) -> str:
         """Say the sizes, as nn.Conv2d does, and the epilogue."""

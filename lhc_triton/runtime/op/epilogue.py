@@ -2,13 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
-ACTIVATIONS = ("none", "relu", "silu")
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation that an epilogue can apply.
+
+    Attributes:
+        into: writes the activation of its first argument to its second, which may be the same, and returns
+            that.
+        in_place: overwrites its argument and returns it.
+        modules, functions, methods: what it is called in a traced network, where it can be absorbed.
+    """
+
+    into: Callable[[Tensor, Tensor], Tensor]
+    in_place: Callable[[Tensor], Tensor]
+    modules: tuple[type[nn.Module], ...] = ()
+    functions: tuple[Any, ...] = ()
+    methods: tuple[str, ...] = ()
+
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "none": Activation(lambda y, out: y, lambda y: y),
+    "relu": Activation(
+        lambda y, out: torch.clamp_min(y, 0, out=out),
+        torch.relu_,
+        (nn.ReLU,),
+        (F.relu, F.relu_, torch.relu, torch.relu_),
+        ("relu", "relu_"),
+    ),
+    "silu": Activation(
+        lambda y, out: torch.ops.aten.silu.out(y, out=out),
+        lambda y: F.silu(y, inplace=True),
+        (nn.SiLU,),
+        (F.silu,),
+    ),
+}
+"""By name, "none" first. A backend applies those that its record offers; the op applies the others."""
+
 POOLS = ("none", "max2x2")
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows the sums: ``pool(act(scale * sums + bias + residual))``.
+
+    Attributes:
+        bias: [O] or None.
+        residual: [N, O, OH, OW] or None, added before the activation.
+        scale: [O] or None, a factor for each filter's sum; int8 needs it.
+        activation: a name of `epilogue.ACTIVATIONS`.
+        pool: "none" or "max2x2" (2x2 windows, stride 2, an odd last row or column dropped).
+    """
+
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    scale: Tensor | None = None
+    activation: str = "none"
+    pool: str = "none"
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -16,26 +75,13 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.int8 else dtype
 
 
-def finish(
-    total: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    *,
-    activation: str,
-    pool: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Turn accumulated sums into the layer's output: ``pool(act(scale * total + bias + residual))``.
+def finish(total: Tensor, epilogue: Epilogue, dtype: torch.dtype) -> Tensor:
+    """Turn accumulated sums into the layer's output.
 
     Args:
         total: sums [N, O, OH, OW] in the accumulation type; it belongs to the caller's backend and may be
             overwritten.
-        bias: [O] or None.
-        residual: [N, O, OH, OW] or None, added before the activation.
-        scale: [O] or None, a factor for each filter's sum.
-        activation: "none", "relu" or "silu".
-        pool: "none" or "max2x2" (2x2 windows, stride 2, an odd last row or column dropped).
+        epilogue: what to do with them.
         dtype: type of the result.
 
     Returns:
@@ -43,21 +89,21 @@ def finish(
     """
     # The first step also copies ``total`` to channels_last, where it has another format.
     out = total if _has_format(total, torch.channels_last) else _empty_like(total, torch.channels_last)
-    if scale is not None:
-        total = torch.mul(total, scale.to(total.dtype).view(1, -1, 1, 1), out=out)
-    if bias is not None:
-        total = torch.add(total, bias.to(total.dtype).view(1, -1, 1, 1), out=out)
-    if residual is not None:
-        total = torch.add(total, residual, out=out)
-    if activation == "relu":
-        total = torch.clamp_min(total, 0, out=out)
-    elif activation == "silu":
-        total = F.silu(total, inplace=True)
+    if epilogue.scale is not None:
+        total = torch.mul(total, epilogue.scale.to(total.dtype).view(1, -1, 1, 1), out=out)
+    if epilogue.bias is not None:
+        total = torch.add(total, epilogue.bias.to(total.dtype).view(1, -1, 1, 1), out=out)
+    if epilogue.residual is not None:
+        total = torch.add(total, epilogue.residual, out=out)
+    total = ACTIVATIONS[epilogue.activation].into(total, out)
     if total is not out:
         out.copy_(total)
-    if pool == "max2x2":
-        out = F.max_pool2d(out, 2)
-    return in_format(out.to(dtype), torch.channels_last)
+    return in_format(pooled(out, epilogue.pool).to(dtype), torch.channels_last)
+
+
+def pooled(y: Tensor, pool: str) -> Tensor:
+    """Return ``y`` [N, O, OH, OW] pooled as an epilogue names it."""
+    return F.max_pool2d(y, 2) if pool == "max2x2" else y
 
 
 def in_format(y: Tensor, memory_format: torch.memory_format) -> Tensor:

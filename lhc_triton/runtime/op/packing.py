@@ -15,11 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lhc_triton.planning.backends import BACKENDS
 from lhc_triton.planning.schema import LayerPlan, LayerTopology
-
-# These backends loop over the tiles on the host, so their tables stay in its memory: reading them from a GPU
-# would stall it on every call.
-HOST_TABLE_BACKENDS = frozenset({"reference", "torch", "native"})
 
 
 @dataclass(frozen=True)
@@ -123,8 +120,7 @@ def pack_blocks(
         blocks: [pairs, out_block, in_block] in canonical order.
         dtype: of the packed weight; default that of ``blocks``.
         device: of the packed weight; default that of ``blocks``.
-        backend: who will read it: "triton" wants its tables on ``device``, the others in host memory;
-            "native" wants weights of half types prepared, once it is loaded.
+        backend: who will read it; its record tells where it wants its tables, and how its weights.
 
     Raises:
         ValueError: the blocks do not fit the plan, or the plan's tiles do not fit its topology.
@@ -158,14 +154,9 @@ def pack_blocks(
     weight = weight.to(device=device or here, dtype=dtype or blocks.dtype).transpose(1, 2)
     if weight.dtype != torch.int8:  # whose kernel reads adjacent input channels, as they lie already
         weight = weight.contiguous()
-    if backend == "native":
-        from lhc_kernels.cpu import loaded  # here, for importing this file shall load no kernels
-
-        if loaded():
-            weight = torch.ops.lhc.native_weight(weight, topology.geometry.in_channels)
-
-    host = torch.device("cpu")
-    where = host if backend in HOST_TABLE_BACKENDS else weight.device
+    reader = BACKENDS[backend]
+    weight = reader.prepare(weight, topology.geometry.in_channels)
+    where = torch.device("cpu") if reader.reads_host_tables else weight.device
     tables = [tile_ptr, np.append(entries, 0), filters]
     return Packed(weight, [torch.from_numpy(t.astype(np.int32)).to(where) for t in tables])
 

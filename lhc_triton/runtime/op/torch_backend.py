@@ -12,14 +12,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lhc_triton.planning.backends import Backend
+from lhc_triton.planning.cost import TORCH
+from lhc_triton.planning.schema import ConvGeometry
 from lhc_triton.runtime.op import reference
+from lhc_triton.runtime.op.call import Call
 from lhc_triton.runtime.op.epilogue import finish
 from lhc_triton.runtime.op.packing import check_tables
 
@@ -28,48 +32,28 @@ CACHED_BYTES = 3 << 19
 MIN_CHUNK = 1024
 
 
-def grouped_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    tables: Sequence[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    *,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-    pool: str,
-) -> Tensor:
-    """Run one grouped convolution; arguments and result as in ``reference.grouped_conv2d``.
+def run(call: Call) -> Tensor:
+    """Run one grouped convolution; the result is as that of ``reference.run``.
 
     Half types are computed in float32 and rounded once, at the end.
     """
+    x, geometry, epilogue = call.x, call.geometry, call.epilogue
     sums = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if x.device.type == "cpu" and not math.isfinite(weight.sum(dtype=torch.float64)):
+    if x.device.type == "cpu" and not math.isfinite(call.weight.sum(dtype=torch.float64)):
         # Zeros around the input would make NaN of an infinite weight: rare, so not worth masks.
-        return reference.grouped_conv2d(
-            x, weight, tables, bias, residual, scale, out_channels=out_channels,
-            kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
-            activation=activation, pool=pool,
-        )  # fmt: skip
-    n, channels, height, width = x.shape
-    options = (tuple(values) for values in (kernel_size, stride, padding, dilation))
-    grid = _grid(n, height, width, *options)
-    weight = weight.to(sums)
-    planes = _planes(x, grid, weight.shape[1], sums)
-    shape = (out_channels, grid.n * grid.height * grid.width)
+        return reference.run(call)
+    grid = _grid(geometry)
+    planes = _planes(x, grid, call.in_block, sums)
+    shape = (geometry.out_channels, grid.n * grid.height * grid.width)
     if planes.channels_last:
         out = planes.data.new_empty(shape[::-1]).t()
     else:
         out = planes.data.new_empty(shape)
-    _accumulate(out, planes, grid, channels, weight, tables, None if scale is not None else bias)
+    with_sums = epilogue.scale is None  # the first product of a tile brings the bias along
+    _accumulate(out, planes, grid, call, epilogue.bias if with_sums else None)
 
     view = out.as_strided(
-        (grid.n, out_channels, grid.out_height, grid.out_width),
+        (grid.n, geometry.out_channels, grid.out_height, grid.out_width),
         (
             grid.height * grid.width * out.stride(1),
             out.stride(0),
@@ -77,15 +61,7 @@ def grouped_conv2d(
             out.stride(1),
         ),
     )
-    return finish(
-        view,
-        bias if scale is not None else None,
-        residual,
-        scale,
-        activation=activation,
-        pool=pool,
-        dtype=x.dtype,
-    )
+    return finish(view, replace(epilogue, bias=None) if with_sums else epilogue, x.dtype)
 
 
 @dataclass(frozen=True)
@@ -123,18 +99,10 @@ class _Grid:
 
 
 @functools.lru_cache(maxsize=1024)
-def _grid(
-    n: int,
-    h: int,
-    w: int,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    dilation: tuple[int, int],
-) -> _Grid:
-    (sh, sw), (top, bottom, left, right), (dh, dw) = stride, padding, dilation
-    out_height = (h + top + bottom - dh * (kernel[0] - 1) - 1) // sh + 1
-    out_width = (w + left + right - dw * (kernel[1] - 1) - 1) // sw + 1
+def _grid(geometry: ConvGeometry) -> _Grid:
+    n, h, w, kernel = geometry.batch, geometry.height, geometry.width, geometry.kernel
+    (sh, sw), (top, bottom, left, right), (dh, dw) = geometry.stride, geometry.padding, geometry.dilation
+    out_height, out_width = geometry.out_size
     if sh == sw == 1:
         # The zeros right of a row serve as the zeros left of the next one; images likewise. The outputs must
         # fit all the same, and they are the wider where the border exceeds the kernel's reach.
@@ -260,20 +228,17 @@ def _accumulate(
     out: Tensor,
     planes: _Planes,
     grid: _Grid,
-    channels: int,
-    weight: Tensor,
-    tables: Sequence[Tensor],
+    call: Call,
     bias: Tensor | None,
 ) -> None:
     """Write bias plus products of every tile into ``out`` [O, grid pixels]."""
-    _, in_block, width = weight.shape
-    in_blocks = -(-channels // in_block)
+    in_block, width, in_blocks, tables = call.in_block, call.tile_width, call.in_blocks, call.tables
     tile_ptr, entries, filters = (table.cpu().numpy().tobytes() for table in tables)
     tiles = _read_tiles(tile_ptr, entries, filters, in_blocks, len(grid.taps), out.shape[0])
     biases: Sequence[Tensor | None] = [None] * len(tiles)
     if bias is not None:
         biases = bias.to(out.dtype)[tables[2].clamp(min=0)].unsqueeze(2).unbind(0)
-    weight = weight.contiguous()
+    weight = call.weight.to(out.dtype).contiguous()
     # One unbind makes a view per entry in a quarter of the time that slicing takes.
     weights = weight.transpose(1, 2).unbind(0)
     channel_step, pixel_step = planes.strides
@@ -325,3 +290,13 @@ def _like(out: Tensor, rows: int, pixels: int) -> Tensor:
     if out.stride(0) == 1:
         return out.new_empty((pixels, rows)).t()
     return out.new_empty((rows, pixels))
+
+
+BACKEND = Backend(
+    "torch",
+    devices=("cpu", "cuda"),
+    dtypes=("float32", "float16", "bfloat16", "float64"),
+    run=run,
+    auto={"cpu": 1},
+    price=TORCH,
+)

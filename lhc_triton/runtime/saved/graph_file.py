@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lhc_triton.errors import first_line
 from lhc_triton.files import printable
-from lhc_triton.planning.schema import LayerPlan, Plan
+from lhc_triton.planning.backends import BACKENDS
+from lhc_triton.planning.network_plan import Plan
+from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.network.grouped import GroupedConv2d
-from lhc_triton.runtime.op.backends import BACKENDS
 from lhc_triton.runtime.op.dense import DenseConv2d, FusedConv2d
 from lhc_triton.runtime.saved.operations import (
     IDENTITIES,
@@ -166,7 +168,7 @@ def build_module(name: str, spec: Any, layers: Mapping[str, LayerPlan]) -> nn.Mo
     except GraphError:
         raise
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise GraphError(f"{where}: {str(error).splitlines()[0]}") from error
+        raise GraphError(f"{where}: {first_line(error)}") from error
 
 
 def _build_norm(where: str, values: dict[str, Any]) -> nn.BatchNorm2d:

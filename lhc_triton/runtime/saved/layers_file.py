@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 
 from lhc_triton.errors import first_line
 from lhc_triton.files import printable
-from lhc_triton.runtime.network.accelerated import Record
 from lhc_triton.runtime.network.copying import carry_hooks, working_copy
 from lhc_triton.runtime.network.fusion import swapped
+from lhc_triton.runtime.network.record import Record
 from lhc_triton.runtime.network.sites import find_sites, rewrite
 from lhc_triton.runtime.network.tracing import Shapes, TraceError, record_shapes, trace
 from lhc_triton.runtime.op.dense import FusedConv2d

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from lhc_triton.files import printable
-from lhc_triton.runtime.network.accelerated import LayerRow, Record
+from lhc_triton.planning.backends import requests, runs
+from lhc_triton.runtime.network.record import LayerRow, Record
 from lhc_triton.runtime.network.sites import Site
-from lhc_triton.runtime.op.backends import BACKENDS
 from lhc_triton.runtime.op.epilogue import ACTIVATIONS, POOLS
 from lhc_triton.runtime.saved.operations import GraphError
 
@@ -26,7 +26,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     for dtype in vars(torch).values()
     if isinstance(dtype, torch.dtype)
 }
-_RUNS = ("dense", *BACKENDS)
 
 
 def _is_name(value: Any) -> bool:
@@ -72,7 +71,7 @@ def _is_side(value: Any) -> bool:
 
 _RECORD: Mapping[str, Callable[[Any], bool]] = {
     "model": _is_name,
-    "requested": _one_of("auto", *_RUNS),
+    "requested": lambda value: isinstance(value, str) and value in requests(),
     "traced": _one_of(True, False),
     "sites": _is_list_of(lambda value: True),
     "rows": _is_list_of(lambda value: True),
@@ -92,7 +91,7 @@ _SITE: Mapping[str, Callable[[Any], bool]] = {
 }
 _ROW: Mapping[str, Callable[[Any], bool]] = {
     "layer": _is_name,
-    "backend": _one_of(*_RUNS),
+    "backend": lambda value: isinstance(value, str) and value in runs(),
     "density": lambda value: _is_figure(value) and value <= 1,
     "patterns": _or_none(_is_count),
     "tiles": _or_none(_is_count),

@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from lhc_triton.planning.cost import itemsize_of
+from lhc_triton.planning.network_plan import Plan
 from lhc_triton.planning.planner import plan_layer, price_tiles
-from lhc_triton.planning.schema import LayerPlan, Plan
+from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.choosing.calibration import cost_model
 from lhc_triton.runtime.choosing.dispatch import choose_backend, supports
-from lhc_triton.runtime.network.accelerated import LayerRow, Record
+from lhc_triton.runtime.network.fusion import build_fused
 from lhc_triton.runtime.network.grouped import GroupedConv2d
+from lhc_triton.runtime.network.record import LayerRow, Record
 from lhc_triton.runtime.op.dense import DenseConv2d, FusedConv2d
 
 # Tiles are formed by comparing patterns pair by pair, entry by entry. The layers of a file together may take
@@ -124,22 +126,15 @@ def _rebuilt(module: FusedConv2d, layer: LayerPlan, backend: str, device: torch.
     else:
         assert isinstance(module, DenseConv2d)
         weight = module.weight.to(device)
-    if backend == "dense":
-        return DenseConv2d(
-            weight,
-            bias,
-            stride=module.stride,
-            padding=module.padding,
-            dilation=module.dilation,
-            groups=module.groups,
-            activation=module.activation,
-            pool=module.pool,
-        )
-    return GroupedConv2d.from_weight(
-        layer,
+    return build_fused(
         weight,
         bias,
-        backend=backend,
+        layer,
+        backend,
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+        groups=module.groups,
         activation=module.activation,
         pool=module.pool,
     )

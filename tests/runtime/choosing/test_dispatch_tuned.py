@@ -7,12 +7,13 @@ import torch
 from recorded_bench import CPU, HALF, Recorded, layer_of, names_of
 from runtime_networks import image, vgg
 
+from lhc_triton.planning.backends import BACKENDS
 from lhc_triton.runtime.choosing import dispatch, launch_configs
 from lhc_triton.runtime.choosing.dispatch import choose_backend, launch_config
 from lhc_triton.runtime.choosing.launch_configs import config_key, config_name
 from lhc_triton.runtime.choosing.layer_tuner import tune_layer
 from lhc_triton.runtime.choosing.timing_store import TimingStore
-from lhc_triton.runtime.network.accelerate import accelerate, choose
+from lhc_triton.runtime.network.accelerate import accelerate
 
 LAYER = dataclasses.replace(layer_of(), backend="triton", reason="said the model")
 NAMES = names_of(LAYER)
@@ -103,10 +104,11 @@ def test_full_tunes_on_a_gpu_and_cached_only_looks_up(store, pretended_gpu):
 
 
 def test_a_forced_backend_is_tuned_as_well(store, pretended_gpu, monkeypatch):
-    monkeypatch.setattr("lhc_triton.runtime.network.accelerate.supports", lambda *_: None)
-    choose(LAYER, HALF, CUDA, "cached", "triton")
+    here = dataclasses.replace(BACKENDS["triton"], problem=lambda device: None)
+    monkeypatch.setitem(BACKENDS, "triton", here)
+    dispatch.decide(LAYER, HALF, CUDA, "cached", "triton")
     assert pretended_gpu.prepared == []
-    assert choose(LAYER, HALF, CUDA, "full", "triton").backend == "triton"
+    assert dispatch.decide(LAYER, HALF, CUDA, "full", "triton").backend == "triton"
     assert pretended_gpu.prepared == NAMES
 
 

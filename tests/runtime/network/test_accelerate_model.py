@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from torch.nn.utils import prune
 
 import lhc_triton as lhc
 from lhc_triton.planning import plan as make_plan
+from lhc_triton.planning.backends import BACKENDS
 from lhc_triton.runtime.network.accelerate import accelerate
 from lhc_triton.runtime.network.grouped import GroupedConv2d
-from lhc_triton.runtime.op import torch_backend
+from lhc_triton.runtime.op.call import Call
 from lhc_triton.runtime.op.dense import DenseConv2d
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -160,17 +162,17 @@ def test_a_trace_is_used_only_if_it_computes_what_the_model_does(kind: type, tra
 
 
 def _broken_torch_backend(monkeypatch: pytest.MonkeyPatch, out_channels: int, how: str) -> None:
-    original = torch_backend.grouped_conv2d
+    backend = BACKENDS["torch"]
 
-    def broken(*args: Any, **kwargs: Any) -> Tensor:
-        y = original(*args, **kwargs)
-        if kwargs["out_channels"] != out_channels:
+    def broken(call: Call) -> Tensor:
+        y: Tensor = backend.run(call)
+        if call.geometry.out_channels != out_channels:
             return y
         if how == "raises":
             raise RuntimeError("out of luck")
         return y * 1.5 if how == "wrong" else y * float("nan")
 
-    monkeypatch.setattr(torch_backend, "grouped_conv2d", broken)
+    monkeypatch.setitem(BACKENDS, "torch", dataclasses.replace(backend, run=broken))
 
 
 @pytest.mark.parametrize("how", ["wrong", "nan", "raises"])
@@ -180,7 +182,6 @@ def test_a_layer_that_differs_is_put_back_to_dense(
 ) -> None:
     model = network()
     plan = make_plan(model, image(), backend="torch")
-    monkeypatch.setattr("lhc_triton.runtime.network.accelerate.choose_backend", _always_torch)
     width = 48 if network is vgg else 24
     _broken_torch_backend(monkeypatch, width, how)
     fast = accelerate(model, image(), plan=plan, tune="off")
@@ -195,12 +196,6 @@ def test_a_layer_that_differs_is_put_back_to_dense(
         assert rows["3"]["backend"] == "torch"
 
 
-def _always_torch(layer: Any, *_: Any) -> Any:
-    from lhc_triton.runtime.choosing.dispatch import Decision
-
-    return Decision("torch", "test", {})
-
-
 def test_a_forced_backend_that_differs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     _broken_torch_backend(monkeypatch, 48, "wrong")
     with pytest.raises(ValueError, match=r"layer '10' cannot run on the forced backend 'torch': its output"):
@@ -210,8 +205,7 @@ def test_a_forced_backend_that_differs_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_a_network_that_differs_only_as_a_whole_runs_dense_or_as_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lhc_triton.runtime.network.accelerate.choose_backend", _always_torch)
-    monkeypatch.setattr("lhc_triton.runtime.network.accelerate.network_tolerance", lambda *_: 0.0)
+    monkeypatch.setattr("lhc_triton.runtime.network.reading.network_tolerance", lambda *_: 0.0)
     fast = accelerate(vgg(), image(), plan=make_plan(vgg(), image(), backend="torch"), tune="off")
     assert {row["backend"] for row in fast.report()["layers"]} == {"dense"}
     assert "the network differs from the model" in fast.report()["layers"][1]["reason"]

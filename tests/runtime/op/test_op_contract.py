@@ -189,12 +189,3 @@ def test_tables_of_another_layer_are_refused_before_memory_is_read():
 def test_float64_is_computed_in_float64(backend):
     problem = Problem(GEOMETRY, dtype=torch.float64)
     assert relative_error(problem.run(backend), problem.oracle()) < 1e-14
-
-
-def test_the_output_size_is_the_planner_s():
-    for geometry in (GEOMETRY, ConvGeometry(1, 3, 4, 17, 11, (5, 2), (3, 2), (2, 0, 1, 3), (2, 3))):
-        size = grouped_conv2d.output_size(
-            geometry.height, geometry.width, geometry.kernel, geometry.stride, geometry.padding,
-            geometry.dilation,
-        )  # fmt: skip
-        assert size == (geometry.out_height, geometry.out_width)

@@ -1,0 +1,130 @@
+"""First step of accelerate: learn what the model does, and plan it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lhc_triton.planning import plan as make_plan
+from lhc_triton.planning.cost import CostModel
+from lhc_triton.planning.network_plan import Plan
+from lhc_triton.runtime.choosing.calibration import cost_model
+from lhc_triton.runtime.choosing.dispatch import passed_over
+from lhc_triton.runtime.network.arguments import check_convs, fitting_plan
+from lhc_triton.runtime.network.copying import Snapshot, preserved, unwrapped, working_copy, wrappers
+from lhc_triton.runtime.network.sites import is_fusible
+from lhc_triton.runtime.network.trials import Observed, observe_model
+from lhc_triton.runtime.network.verify import Judge
+from lhc_triton.runtime.op.accuracy import network_tolerance
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is to be accelerated, and what is known of it; nothing here changes any more.
+
+    Attributes:
+        work: the copy of the model, in eval mode.
+        convs: its convolutions that can be replaced, by name.
+        inputs: the example.
+        observed: what the model itself does.
+        judge: holds networks against that.
+        plan: of the convolutions.
+        tune, requested: what ``accelerate`` was asked for.
+        remarks: what people should know before any choice is made, one line each.
+        slower: why the device's fastest sparse kernel is not to be had, or None.
+    """
+
+    work: nn.Module
+    convs: Mapping[str, nn.Conv2d]
+    inputs: tuple[Tensor, ...]
+    observed: Observed
+    judge: Judge
+    plan: Plan
+    tune: str
+    requested: str
+    remarks: tuple[str, ...]
+    slower: str | None
+
+
+def read(model: nn.Module, inputs: tuple[Tensor, ...], plan: Plan | None, tune: str, requested: str) -> Case:
+    """Learn what the model does and how its layers shall run.
+
+    Raises:
+        ValueError: the model cannot be copied, a copy computes something else, or the plan is another's.
+    """
+    copies: dict[int, Any] = {}
+    work = working_copy(model, copies)
+    convs = check_convs(work)
+    given, model = model, unwrapped(model)
+    if Snapshot(work).iterates:
+        raise ValueError(
+            f"{type(model).__name__} holds an iterator, whose place no copy can follow; keep a number instead"
+        )
+    observed = observe_model(model, inputs, copies)
+    weight = next(m.weight for m in work.modules() if isinstance(m, nn.Conv2d))
+    judge = Judge(model, observed, network_tolerance(observed.dtypes or {weight.dtype}, weight.device))
+    if plan is None:
+        cost = cost_model(requested, weight.dtype, weight.device, tune)
+        plan = _plan_copy(work, model, judge, inputs, requested, cost)
+    else:
+        plan = fitting_plan(plan, convs)
+    slower = None
+    if requested == "auto" and plan.layers:
+        first = next(iter(convs.values())).weight
+        slower = passed_over(first.dtype, first.device)
+    remarks = _remarks(work, plan, wrappers(given))
+    return Case(work, convs, inputs, observed, judge, plan, tune, requested, remarks, slower)
+
+
+def _plan_copy(
+    work: nn.Module, model: nn.Module, judge: Judge, inputs: Sequence[Tensor], requested: str, cost: CostModel
+) -> Plan:
+    """Plan the copy of a model; ValueError if it does not run by itself, as the model did."""
+    originals = set(model.modules())
+    strangers: list[nn.Module] = []
+
+    def look(module: nn.Module, args: object, output: object) -> None:
+        if module in originals:
+            strangers.append(module)
+
+    handle = nn.modules.module.register_module_forward_hook(look)
+    try:
+        with preserved(work):
+            plan = make_plan(work, tuple(x.clone() for x in inputs), requested, cost, dense=True)
+    except ValueError as error:
+        problem = judge.verdict(work).problem
+        if problem is not None:
+            raise ValueError(unlike_its_copy(model, problem)) from error
+        raise
+    finally:
+        handle.remove()
+    if strangers:
+        raise ValueError(unlike_its_copy(model, "it calls the layers of the given model"))
+    return plan
+
+
+def unlike_its_copy(model: nn.Module, problem: str) -> str:
+    """Say that a copy of the model computes something else, and what to do about it."""
+    return (
+        f"a copy of {type(model).__name__} does not do what the model does: {problem}; it may keep state "
+        "outside of itself (a closure, a global, another object), which has to become its own"
+    )
+
+
+def _remarks(work: nn.Module, plan: Plan, unwrapped_names: Sequence[str]) -> tuple[str, ...]:
+    """Say which convolutions are left as they are, and whether any could run sparse at all."""
+    skipped = dict(plan.skipped)
+    notes = [
+        f"what wraps module {name!r} (torch.compile, DataParallel) is left out" for name in unwrapped_names
+    ]
+    notes += [
+        f"layer {name!r} is left as it is: {skipped.get(name, f'a {type(module).__name__}')}"
+        for name, module in work.named_modules()
+        if isinstance(module, nn.Conv2d) and not is_fusible(module)
+    ]
+    if all(layer.topology.density == 1 for layer in plan.layers):
+        notes.append("no convolution has a topology or structured zeros: everything runs dense")
+    return tuple(notes)

@@ -5,6 +5,7 @@ keep it (`save`, `load`).
 """
 
 from .artifact import load, save
+from .consolidation import consolidate
 from .conversion import convert, freeze, lhc_layers, summary
 from .layers import LHCConv2d
 from .planning import Plan, plan
@@ -21,6 +22,7 @@ __all__ = [
     "Plan",
     "TopologySchedule",
     "accelerate",
+    "consolidate",
     "convert",
     "freeze",
     "lhc_layers",

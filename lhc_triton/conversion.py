@@ -43,7 +43,8 @@ def convert(
     Weight and bias stay the same Parameter objects, but an optimiser made before lacks the new `effects`
     parameters, and the topology would not learn: make it after. Device, dtype, training and requires_grad
     flags are kept, and so are hooks and what else was added to a convolution (see LHCConv2d.from_conv). What
-    torch.nn.utils.prune has masked is 0 from then on, in the weight, not in the topology.
+    torch.nn.utils.prune has masked is 0 from then on, in the weight, not in the topology. A parametrised
+    weight is taken as it is now, and a warning says so.
 
     The model's first convolution stays dense, as do subclasses of nn.Conv2d and convolutions with groups,
     another padding_mode, a forward that was replaced on the instance, or (for rigid shapes) an even kernel.
@@ -63,7 +64,7 @@ def convert(
     Raises:
         ValueError: the model has no convolution, none can be converted, a weight has NaN or infinity, effects
             is another word, or something of a chosen convolution cannot be carried over, such as a weight
-            that is computed.
+            that is computed in a hook.
         TypeError: model or config is of another type, or the function returns something else.
     """
     if effects not in get_args(Effects):

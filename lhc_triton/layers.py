@@ -116,12 +116,13 @@ class LHCConv2d(nn.Conv2d):
 
         Device, dtype and training flag are kept. Hooks go over with the handles that remove them, and so do
         attributes, buffers and parameters that were added. A torch.nn.utils.prune mask becomes permanent:
-        what it has pruned starts as 0 in a topology that does not know of it, and may grow.
+        what it has pruned starts as 0 in a topology that does not know of it, and may grow. A parametrised
+        weight is taken as it is now, with a warning.
 
         Raises:
-            ValueError: something cannot be carried over: a weight that is computed (parametrised, weight
-                norm, spectral norm), a forward of the instance's own, a bound method as a hook, an attribute
-                with a name of this class.
+            ValueError: something cannot be carried over: a weight that is computed in a hook (the old weight
+                norm and spectral norm), a forward of the instance's own, a bound method as a hook, an
+                attribute with a name of this class.
         """
         problem = cls.why_not_from(conv)
         if problem is not None:
@@ -166,9 +167,9 @@ class LHCConv2d(nn.Conv2d):
             device="meta",
             dtype=self.weight.dtype,
         )
-        with torch.no_grad():
-            self.weight.copy_(self.masked_weight())
         take_over(self, conv, leave=_OWN)
+        with torch.no_grad():
+            conv.weight.copy_(self.masked_weight())
         return conv.train(self.training)
 
     def _create_topology(self, device: torch.device, dtype: torch.dtype) -> None:

@@ -18,6 +18,7 @@ from lhc_triton.takeover import weight_in_force
 from .cost import CostModel, itemsize_of
 from .patterns import infer_blocks
 from .schema import ConvGeometry, LayerTopology
+from .zeros import describe_zeros
 
 # Wider blocks of a mask are split: no tile has room for more filters, and no kernel wants longer entries.
 MAX_BLOCK = 128
@@ -178,7 +179,7 @@ def _read_layer(name: str, conv: _ConvNd, shape: tuple[int, ...]) -> LayerTopolo
         )
     blocks = infer_blocks(live)
     if blocks is None:
-        return f"{1 - live.mean():.0%} zeros, but too scattered for blocks"
+        return describe_zeros(live)
     return LayerTopology.from_mask(name, geometry, blocks.in_block, blocks.out_block, blocks.mask)
 
 

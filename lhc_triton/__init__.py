@@ -10,7 +10,7 @@ from .conversion import convert, freeze, lhc_layers, summary
 from .layers import LHCConv2d
 from .planning import Plan, plan
 from .pruning import prune, to_dense
-from .runtime.accelerate import accelerate
+from .runtime.network.accelerate import accelerate
 from .schedule import TopologySchedule
 from .topology import LHCConfig
 

@@ -9,7 +9,7 @@ from .consolidation import consolidate
 from .conversion import convert, freeze, lhc_layers, summary
 from .layers import LHCConv2d
 from .planning import Plan, plan
-from .pruning import prune, to_dense
+from .pruning import PruningReport, prune, to_dense
 from .runtime.network.accelerate import accelerate
 from .schedule import TopologySchedule
 from .topology import LHCConfig
@@ -20,6 +20,7 @@ __all__ = [
     "LHCConfig",
     "LHCConv2d",
     "Plan",
+    "PruningReport",
     "TopologySchedule",
     "accelerate",
     "consolidate",

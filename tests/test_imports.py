@@ -26,7 +26,8 @@ CHOOSING = REPLAY | {f"{ROOM}.replay"}
 NETWORK = CHOOSING | {f"{ROOM}.choosing"}
 SAVED = NETWORK | {f"{ROOM}.network"}
 RUN = SAVED | {f"{ROOM}.saved"}
-PRODUCT = RUN | {"lhc_triton", "lhc_triton.artifact", "lhc_triton.models", "lhc_triton.training"}
+SOURCES_OF = {"lhc_triton.artifact", "lhc_triton.models"}
+PRODUCT = RUN | SOURCES_OF | {"lhc_triton", "lhc_triton.training", "lhc_triton.sources"}
 MEASURE = PRODUCT | {"lhc_bench.files"}
 ALLOWED: dict[str, set[str]] = {
     "lhc_triton.files": set(),
@@ -51,6 +52,8 @@ ALLOWED: dict[str, set[str]] = {
     f"{ROOM}.network": NETWORK,
     f"{ROOM}.saved": SAVED,
     "lhc_triton.artifact": RUN,
+    "lhc_triton.predicting": {"lhc_triton.training"},
+    "lhc_triton.sources": RUN | SOURCES_OF,
     "lhc_triton": RUN | {"lhc_triton.artifact", "lhc_triton.pruning", "lhc_triton.consolidation"},
     "lhc_kernels": set(),
     "lhc_bench.measure": MEASURE,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lhc_triton.cli.app import Json, Network, app
+from lhc_triton.cli.app import Input, Json, Network, Weights, app
 from lhc_triton.cli.console import counting, print_json, show_diagnosis, show_kernels, show_topology
 from lhc_triton.cli.networks import plan_of
 
@@ -15,13 +15,16 @@ from lhc_triton.cli.networks import plan_of
 @app.command(epilog="Example: `lhc-triton inspect lhc --out topology.png`")
 def inspect(
     network: Network,
+    weights: Weights = None,
+    input_shape: Input = None,
     out: Annotated[Path | None, typer.Option(help="Write the topology picture (PNG).")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a network learned: density, patterns and kernel shapes of every layer."""
     from lhc_bench.pictures.topology_map import draw_topology, topology_statistics
 
-    topologies = [layer.topology for layer in plan_of(network).layers]
+    made = plan_of(network, weights=weights, input_shape=input_shape)
+    topologies = [layer.topology for layer in made.layers]
     if not topologies:
         raise ValueError(
             f"no layer of {network!r} has a learned or sparse topology; there is nothing to show"

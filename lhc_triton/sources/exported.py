@@ -11,6 +11,7 @@ import io
 import operator
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,7 +114,11 @@ def _check(path: Path) -> None:
                 if name.endswith(".json"):
                     _check_document(_json(archive.read(name).decode(), f"{path}: {name}"), why)
                 elif "/sample_inputs/" in name:
-                    torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+                    with warnings.catch_warnings():
+                        warnings.simplefilter(
+                            "ignore"
+                        )  # on other protocols of pickle, which are refused next
+                        torch.load(io.BytesIO(archive.read(name)), weights_only=True)
     except (zipfile.BadZipFile, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: is no intact archive of torch.export") from error
     except pickle.UnpicklingError:

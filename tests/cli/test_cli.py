@@ -25,6 +25,7 @@ COMMANDS = (
     "plot",
     "inspect",
     "doctor",
+    "build",
 )
 
 

@@ -1,7 +1,10 @@
 """The command line on one's own network: accelerate, prune, predict, plan, inspect, and what it refuses."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -304,3 +307,62 @@ def test_predict_needs_square_images(run, tmp_path):
     pictures(tmp_path / "photos", 1)
     assert "needs one [N, C, H, W]" in run("predict", "zoo.mine:make", "photos", "--input", "1x3x8x9").stderr
     assert isinstance(make(), nn.Module)
+
+
+def test_bench_of_ones_own_network_compares_its_dense_forms_with_ours(run, tmp_path):
+    sparse_weights(tmp_path / "w.safetensors")
+    arguments = ("zoo.mine:make", "--weights", "w.safetensors", "--input", SHAPE)
+    done = run("bench", "--suite", "mine", *arguments, "--out", "b", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    rows = {row["backend"]: row for row in found["rows"]}
+    assert "auto" in rows
+    for row in rows.values():
+        assert row["model"] == "zoo.mine:make"
+        assert row["speedup"] == pytest.approx(row["baseline_us"] / row["time_us"])
+        assert row["rel_err"] < 1e-4
+    assert json.loads((tmp_path / "b" / "results.json").read_text()) == found
+    assert run("bench", "--suite", "mine", "--out", "c").returncode == 2
+    assert "belongs to --suite mine" in run("bench", "zoo.mine:make", "--out", "c").stderr
+
+
+def test_build_compiles_ahead_of_time_and_doctor_shows_how(run, monkeypatch, tmp_path, native_kernel):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = run("build")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 2)
+    assert "CXX names the compiler 'no-such-compiler'" in done.stderr
+    found = json.loads(run("doctor", "--json").stdout)
+    assert found["environment"]["CXX"] == "no-such-compiler"
+    assert "no-such-compiler" in found["native"]["problem"]
+    monkeypatch.delenv("CXX")
+    if native_kernel is not None:
+        return
+    monkeypatch.delenv("LHC_TRITON_CACHE")
+    found = json.loads(run("build", "--json").stdout)
+    assert found["library"].endswith(".so")
+    assert "-std=c++20" in found["flags"]
+    assert json.loads(run("doctor", "--json").stdout)["native"]["compiler"] == found["compiler"]
+
+
+def test_load_warns_where_the_fastest_kernel_is_missing(tmp_path):
+    """In a process of its own: whether the kernel can be built is remembered."""
+    model = sparse_weights(tmp_path / "w.safetensors")
+    lhc.save(lhc.accelerate(model, torch.zeros(2, 3, 24, 24), tune="off"), tmp_path / "f.safetensors")
+    code = (
+        "import warnings, lhc_triton as lhc\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    lhc.load('f.safetensors')\n"
+        "print([str(w.message) for w in seen])\n"
+    )
+    environment = {**os.environ, "CXX": "no-such-compiler", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "the fastest sparse kernel is left out: " in done.stdout
+    assert "no-such-compiler" in done.stdout

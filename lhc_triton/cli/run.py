@@ -7,14 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from lhc_triton.cli.app import Json, Network, app
+from lhc_triton.cli.app import SOURCE_HELP, Input, Json, Network, Weights, app
 from lhc_triton.cli.console import counting, print_json
 from lhc_triton.cli.networks import plan_of
 
 
-@app.command(epilog="Example: `lhc-triton plan lhc --batch 8 --out plan.json`")
+@app.command(
+    epilog="Examples: `lhc-triton plan lhc --batch 8 --out plan.json`, "
+    "`lhc-triton plan mine.net:make --weights net.safetensors --input 1x3x224x224`"
+)
 def plan(
     network: Network,
+    weights: Weights = None,
+    input_shape: Input = None,
     batch: Annotated[
         int | None, typer.Option(help="Images per call that the plan is for; default: 1, or the artefact's.")
     ] = None,
@@ -27,7 +32,7 @@ def plan(
     """Batch the filters that share a pattern and say how every layer will run, and why."""
     from lhc_bench.files import write_text
 
-    made = plan_of(network, batch, backend)
+    made = plan_of(network, batch, backend, weights=weights, input_shape=input_shape)
     if out is not None:
         write_text(out, made.to_json() + "\n")
     typer.echo(made.to_json() if as_json else made.explain())
@@ -39,8 +44,10 @@ def plan(
 def tune(
     network: Annotated[
         str | None,
-        typer.Argument(help="A shipped network ('lhc', 'dense'), trained weights, or an artefact of `save`."),
+        typer.Argument(metavar="SOURCE", help=SOURCE_HELP),
     ] = None,
+    weights: Weights = None,
+    input_shape: Input = None,
     suite: Annotated[str | None, typer.Option(help="Instead of a network: standard.")] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds; what is left is resumed next time.")] = None,
     batch: Annotated[
@@ -61,7 +68,7 @@ def tune(
     from lhc_triton.runtime.choosing.tuning_jobs import run_jobs, tuning_device
 
     device, rank, ranks = tuning_device()
-    jobs = _tuning_jobs(network, suite, batch, dtype, device)
+    jobs = _tuning_jobs(network, suite, batch, dtype, device, weights, input_shape)
     with counting("tune" if ranks == 1 else f"tune, {rank} of {ranks}") as progress:
         report = run_jobs(
             jobs, device, TimingStore(store), budget_s=budget, rank=rank, ranks=ranks, progress=progress
@@ -75,7 +82,15 @@ def tune(
         raise typer.Exit(1)
 
 
-def _tuning_jobs(network: str | None, suite: str | None, batch: int | None, dtype: str, device: Any) -> Any:
+def _tuning_jobs(
+    network: str | None,
+    suite: str | None,
+    batch: int | None,
+    dtype: str,
+    device: Any,
+    weights: Path | None,
+    input_shape: str | None,
+) -> Any:
     from lhc_bench.measure.tuning_suite import compute_type, network_jobs, suite_jobs
 
     if (network is None) == (suite is None):
@@ -83,4 +98,5 @@ def _tuning_jobs(network: str | None, suite: str | None, batch: int | None, dtyp
     compute = compute_type(dtype)
     if network is None:
         return suite_jobs(suite or "", compute, batch)
-    return network_jobs(plan_of(network, batch, "auto", 64, device, compute))
+    made = plan_of(network, batch, "auto", 64, device, compute, weights=weights, input_shape=input_shape)
+    return network_jobs(made)

@@ -19,6 +19,7 @@ from lhc_triton.takeover import weight_in_force
 from .cost import CostModel, itemsize_of
 from .patterns import infer_blocks
 from .schema import ConvGeometry, LayerTopology
+from .zeros import describe_zeros
 
 # Wider blocks of a mask are split: no tile has room for more filters, and no kernel wants longer entries.
 MAX_BLOCK = 128
@@ -101,6 +102,18 @@ def read_model(
     return Reading(tuple(topologies), tuple(skipped), cost, dtype, tuple(dense))
 
 
+def call_geometries(model: nn.Module, example_input: Any) -> dict[str, ConvGeometry]:
+    """Run a network once and return the shapes of each nn.Conv2d's first call, in calling order.
+
+    Raises:
+        ValueError: the model does not run on the example.
+    """
+    inputs = example_input if isinstance(example_input, tuple | list) else (example_input,)
+    convs: dict[str, _ConvNd] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    shapes = _input_shapes(model, convs, inputs)
+    return {name: _geometry(model.get_submodule(name), shape) for name, shape in shapes.items()}  # type: ignore[arg-type]
+
+
 def _input_shapes(
     model: nn.Module, convs: dict[str, _ConvNd], inputs: Sequence[Any]
 ) -> dict[str, tuple[int, ...]]:
@@ -167,7 +180,7 @@ def _read_layer(name: str, conv: _ConvNd, shape: tuple[int, ...]) -> LayerTopolo
         )
     blocks = infer_blocks(live)
     if blocks is None:
-        return f"{1 - live.mean():.0%} zeros, but too scattered for blocks"
+        return describe_zeros(live)
     return LayerTopology.from_mask(name, geometry, blocks.in_block, blocks.out_block, blocks.mask)
 
 

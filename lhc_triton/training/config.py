@@ -36,7 +36,13 @@ TopologyName = Literal[
 ]
 Precision = Literal["auto", "fp32", "bf16"]
 
-OF_TARGET: Mapping[str, Any] = {"penalty": "weights", "mac_share": MAC_SHARE, "pattern_weight": 0.0}
+OF_TARGET: Mapping[str, Any] = {
+    "penalty": "weights",
+    "mac_share": MAC_SHARE,
+    "mac_budget": 0.0,
+    "gradual": False,
+    "pattern_weight": 0.0,
+}
 """Settings that only a learned topology with a density target has, at the values that they have without."""
 
 NOTHING = "none"  # how a file and the command line write None
@@ -134,6 +140,12 @@ class TrainConfig:
     mac_share: Annotated[
         float, Setting("share of the penalty that falls on all MACs; 0.01: the paper", 0, 0.99)
     ] = MAC_SHARE
+    mac_budget: Annotated[
+        float, Setting("share of all MACs up to which the penalty asks for none of them; 0: the paper", 0, 1)
+    ] = 0.0
+    gradual: Annotated[
+        bool, Setting("whether the density's target comes down from 1 over the warm-up; false: the paper")
+    ] = False
     pattern_weight: Annotated[
         float, Setting("weight of the aim for fewer patterns in a layer; 0: none", 0, 100)
     ] = 0.0

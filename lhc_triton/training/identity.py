@@ -34,6 +34,8 @@ TOPOLOGY_ONLY = (
     "shapes",
     "penalty",
     "mac_share",
+    "mac_budget",
+    "gradual",
     "pattern_weight",
     "warmup_epochs",
     "coarse_floor",

@@ -204,6 +204,8 @@ class _Work:
                 config.seed,
                 entry_costs=entry_costs(model, example, config.penalty),
                 mac_share=config.mac_share,
+                mac_budget=config.mac_budget,
+                gradual=config.gradual,
                 pattern_weight=config.pattern_weight if config.target is not None else 0.0,
             )
         average = None if config.ema is None else WeightAverage(model, config.ema)

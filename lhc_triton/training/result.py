@@ -31,6 +31,8 @@ TOPOLOGY_SETTINGS = (
     "pointwise_layers",
     "penalty",
     "mac_share",
+    "mac_budget",
+    "gradual",
     "pattern_weight",
 )
 FILES = {

@@ -30,6 +30,9 @@ RICH = dataclasses.replace(
     early_stop=2,
     penalty="macs",
     pattern_weight=0.1,
+    mac_share=0.2,
+    mac_budget=0.3,
+    gradual=True,
     shapes="rigid",
     dense_twin="none",
 )

@@ -111,7 +111,16 @@ def test_numbers_may_begin_with_their_point():
     assert TrainConfig().changed({"lr": ".1", "density": ".25"}) == TrainConfig(lr=0.1, density=0.25)
 
 
-@pytest.mark.parametrize("change", [{"pattern_weight": 1.0}, {"mac_share": 0.1}, {"penalty": "macs"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pattern_weight": 1.0},
+        {"mac_share": 0.1},
+        {"penalty": "macs"},
+        {"mac_budget": 0.2},
+        {"gradual": True},
+    ],
+)
 @pytest.mark.parametrize("without", [{"density": None}, {"topology": "cross"}])
 def test_what_shapes_the_penalty_needs_a_target(change, without):
     TrainConfig(**change)

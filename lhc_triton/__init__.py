@@ -8,6 +8,7 @@ from .artifact import load, save
 from .conversion import convert, freeze, lhc_layers, summary
 from .layers import LHCConv2d
 from .planning import Plan, plan
+from .pruning import prune, to_dense
 from .runtime.accelerate import accelerate
 from .schedule import TopologySchedule
 from .topology import LHCConfig
@@ -25,6 +26,8 @@ __all__ = [
     "lhc_layers",
     "load",
     "plan",
+    "prune",
     "save",
     "summary",
+    "to_dense",
 ]

@@ -10,18 +10,22 @@ from torch import Tensor, nn
 
 from .takeover import own_forward, take_over, why_not_taken_over
 from .topology import (
+    Effects,
     LHCConfig,
     apply_mask,
     block_grid,
+    block_means,
     count_weights,
     expand_mask,
     free_mask,
+    ordered_effects,
     rescued_groups,
     rigid_mask,
     rigid_shapes,
 )
 
 _STATE_VERSION = 1
+_OWN = frozenset({"effects", "topology", "masked_filters", "rigid", "config", "_frozen"})
 
 
 class LHCConv2d(nn.Conv2d):
@@ -145,6 +149,28 @@ class LHCConv2d(nn.Conv2d):
         """Say what of a convolution `from_conv` cannot take over, and what to do about it, or None."""
         return why_not_taken_over(conv, {*dir(cls), *cls.__annotations__})
 
+    def to_conv(self) -> nn.Conv2d:
+        """Return a plain convolution with this layer's parameters and hooks, dead weights set to 0.
+
+        Weight and bias are the same Parameter objects: the dead weights become 0 in place. Attributes that
+        were added go over, as in `from_conv`.
+        """
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,  # type: ignore[arg-type]
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+            bias=self.bias is not None,
+            device="meta",
+            dtype=self.weight.dtype,
+        )
+        with torch.no_grad():
+            self.weight.copy_(self.masked_weight())
+        take_over(self, conv, leave=_OWN)
+        return conv.train(self.training)
+
     def _create_topology(self, device: torch.device, dtype: torch.dtype) -> None:
         grid = block_grid(self.out_channels, self.in_channels, self.config.in_block, self.config.out_block)
         rigid = rigid_shapes(self.kernel_size) if self.config.shapes == "rigid" else None  # type: ignore[arg-type]
@@ -164,12 +190,17 @@ class LHCConv2d(nn.Conv2d):
             self.reset_effects()
 
     @torch.no_grad()
-    def reset_effects(self) -> None:
+    def reset_effects(self, effects: Effects = "random") -> None:
         """Draw the effects He-normal: about half of all entries of free shapes live. Ends a freeze.
 
-        fan_in is kh * kw * Gi for free shapes and S * Gi for rigid ones.
+        fan_in is kh * kw * Gi for free shapes and S * Gi for rigid ones. With "magnitude", the effects have
+        the same distribution and the order of the blocks' magnitudes: see `topology.ordered_effects`.
         """
-        self.effects.normal_(0.0, math.sqrt(2.0 / self.effects[0].numel()))
+        if effects == "magnitude":
+            means = block_means(self.weight.square(), self.config.in_block, self.config.out_block)
+            self.effects.copy_(ordered_effects(means, self.rigid))
+        else:
+            self.effects.normal_(0.0, math.sqrt(2.0 / self.effects[0].numel()))
         self._set_frozen(False)
         self._refresh_topology()
 

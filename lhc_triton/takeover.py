@@ -87,7 +87,7 @@ def _why_computed(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def take_over(conv: nn.Conv2d, layer: nn.Conv2d) -> None:
+def take_over(conv: nn.Conv2d, layer: nn.Conv2d, leave: Collection[str] = ()) -> None:
     """Hand a convolution's parameters, hooks and what was added to it to a layer of the same sizes.
 
     Pruning by torch.nn.utils.prune is made permanent first, as its own `remove` does: the masked values stay
@@ -96,16 +96,19 @@ def take_over(conv: nn.Conv2d, layer: nn.Conv2d) -> None:
     Args:
         conv: a convolution for which `why_not_taken_over` has nothing to say.
         layer: what replaces it.
+        leave: names of parameters, buffers and attributes that stay behind.
     """
     for name in _pruned(conv):
         prune.remove(conv, name)
     for name, parameter in conv._parameters.items():
-        layer.register_parameter(name, parameter)
+        if name not in leave:
+            layer.register_parameter(name, parameter)
     for name, buffer in conv._buffers.items():
-        layer.register_buffer(name, buffer, persistent=name not in conv._non_persistent_buffers_set)
+        if name not in leave:
+            layer.register_buffer(name, buffer, persistent=name not in conv._non_persistent_buffers_set)
     for name, child in conv._modules.items():
         layer.register_module(name, child)
-    for name in set(vars(conv)) - _PLAIN:
+    for name in set(vars(conv)) - _PLAIN - set(leave):
         setattr(layer, name, vars(conv)[name])
     for name in _HOOKS:
         hooks = vars(conv)[name]

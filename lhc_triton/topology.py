@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 ShapeFamily = Literal["free", "rigid"]
+Effects = Literal["random", "magnitude"]
 
 # Beyond this distance the straight-through gradient of an effect is damped, so that it can still come back.
 _LINEAR_RANGE = 1.0
@@ -284,6 +285,47 @@ def pattern_distance(block_mask: Tensor, sharers: int) -> Tensor:
     differing = (live[:, None] + live - 2 * shared).fill_diagonal_(math.inf)
     nearest = differing.sort(dim=1, stable=True).indices[:, :others]
     return (rows[:, None] - fixed[nearest]).abs().mean()
+
+
+def block_means(values: Tensor, in_block: int, out_block: int) -> Tensor:
+    """Return the mean of every block of values [O, I, kh, kw], float64 [Go, Gi, kh, kw]; crops are exact.
+
+    Of squared weights it is the blocks' magnitude per weight.
+    """
+    out_channels, in_channels, kh, kw = values.shape
+    groups, blocks = block_grid(out_channels, in_channels, in_block, out_block)
+    # Of a block that is larger than the layer only what is not cropped is built.
+    in_block, out_block = min(in_block, in_channels), min(out_block, out_channels)
+    rest = (0, 0, 0, 0, 0, blocks * in_block - in_channels, 0, groups * out_block - out_channels)
+    tiles = nn.functional.pad(values, rest).view(groups, out_block, blocks, in_block, kh, kw)
+    filters, channels = (
+        (size - block * torch.arange(count, device=values.device)).clamp(max=block)
+        for size, block, count in ((out_channels, out_block, groups), (in_channels, in_block, blocks))
+    )
+    return tiles.sum(dim=(1, 3), dtype=torch.float64) / (filters[:, None] * channels)[:, :, None, None]
+
+
+def ordered_effects(scores: Tensor, shapes: Tensor | None = None) -> Tensor:
+    """Return effects that follow the blocks' scores: the He-normal distribution's quantiles, in their order.
+
+    About half of the entries of free shapes live, as with random effects: those with the higher scores. A
+    rigid shape's score is the sum of its taps' scores, each less the layer's median. The rule is ours.
+
+    Args:
+        scores: float64 [Go, Gi, kh, kw], see `block_means`.
+        shapes: None for free shapes, else the rigid shapes, bool [S, kh, kw].
+
+    Returns:
+        The effects, float64 [Go, Gi, kh, kw] or [Go, Gi, S].
+    """
+    if shapes is not None:
+        scores = torch.einsum("gbrc,src->gbs", scores - scores.median(), shapes.to(scores.dtype))
+    count = scores.numel()
+    places = (torch.arange(count, dtype=torch.float64, device=scores.device) + 0.5) / count
+    deviation = math.sqrt(2.0 / scores[0].numel())
+    effects = torch.empty_like(places)
+    effects[scores.flatten().argsort(stable=True)] = deviation * torch.special.ndtri(places)
+    return effects.view(scores.shape)
 
 
 def mask_correlation(before: Tensor, after: Tensor) -> float:

@@ -100,6 +100,18 @@ def read_model(
     return Reading(tuple(topologies), tuple(skipped), cost, dtype, tuple(dense))
 
 
+def call_geometries(model: nn.Module, example_input: Any) -> dict[str, ConvGeometry]:
+    """Run a network once and return the shapes of each nn.Conv2d's first call, in calling order.
+
+    Raises:
+        ValueError: the model does not run on the example.
+    """
+    inputs = example_input if isinstance(example_input, tuple | list) else (example_input,)
+    convs: dict[str, _ConvNd] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    shapes = _input_shapes(model, convs, inputs)
+    return {name: _geometry(model.get_submodule(name), shape) for name, shape in shapes.items()}  # type: ignore[arg-type]
+
+
 def _input_shapes(
     model: nn.Module, convs: dict[str, _ConvNd], inputs: Sequence[Any]
 ) -> dict[str, tuple[int, ...]]:

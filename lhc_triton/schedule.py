@@ -36,16 +36,17 @@ class TopologySchedule:
     - ramp = 4 * min(epoch / penalty_epochs, 1),
     - scale = mean task loss of epoch 0 / (0.01 + 0.99 * max(target, 1 - target)).
 
-    Five additions of ours, all off by default, change R. ``mac_share`` takes the place of 0.01, and its rest
-    to 1 that of 0.99: more of it moves what is kept to layers where a weight costs fewer MACs. With
-    ``mac_budget`` b > 0 its term is ``max(live MACs / MACs - b, 0)``: MACs within the budget are free. With
-    ``gradual`` the target comes down from 1 to its value along a cubic over the ``penalty_epochs`` (`aim`;
-    M. Zhu, S. Gupta, arXiv 1710.01878), so that entries go one after the other. With ``entry_costs`` the 0.99
-    term steers the live share of the cost, ``sum(live weights * cost) / sum(weights * cost)`` over the layers
-    in place of the live share of the weights. With ``pattern_weight`` w > 0, R grows by ``w * D``: D is the
-    mean over the layers, each counted by its weights, of the share of entries in which a filter group differs
-    from its nearest ones, so many that together they have 64 filters (see `topology.pattern_distance`). It is
-    0 where every pattern is shared by 64 filters, the width from which tiles run well.
+    Five additions of ours, all off by default, change R. ``mac_share`` takes the place of 0.01, and its
+    rest to 1 that of 0.99: more of it moves what is kept to layers where a weight costs fewer MACs. With
+    ``mac_budget`` b > 0 its term is ``max(live MACs / MACs - b, 0)``: MACs within the budget are free.
+    With ``gradual`` target and budget come down from 1 to their values along a cubic over the
+    ``penalty_epochs`` (`aim`; M. Zhu, S. Gupta, arXiv 1710.01878), so that entries go one after the
+    other. With ``entry_costs`` the 0.99 term steers the live share of the cost, ``sum(live weights *
+    cost) / sum(weights * cost)`` over the layers, in place of the live share of the weights. With
+    ``pattern_weight`` w > 0, R grows by ``w * D``: D is the mean over the layers, each counted by its
+    weights, of the share of entries in which a filter group differs from its nearest ones, so many that
+    together they have 64 filters (see `topology.pattern_distance`). It is 0 where every pattern is shared
+    by 64 filters, the width from which tiles run well.
 
     Use it as::
 
@@ -66,7 +67,7 @@ class TopologySchedule:
             `training.entry_costs`); None steers the weights, as the method does.
         mac_share: share of the term of the MACs, at least 0 and below 1.
         mac_budget: live share of the MACs up to which they cost nothing, 0 to 1.
-        gradual: whether the target comes down from 1 over the penalty's epochs.
+        gradual: whether target and budget come down from 1 over the penalty's epochs.
         pattern_weight: weight of the aim for fewer patterns, 0 or more.
 
     Raises:
@@ -177,7 +178,7 @@ class TopologySchedule:
         live = self._live_weights()
         macs = self._mac_share(live)
         if self.mac_budget > 0:
-            macs = (macs - self.mac_budget).clamp_min(0)
+            macs = (macs - self._eased(self.mac_budget)).clamp_min(0)
         gap = (self.aim - self._steered(live)).abs()
         regulariser = self.mac_share * macs + (1 - self.mac_share) * gap
         if self.pattern_weight > 0:
@@ -259,10 +260,12 @@ class TopologySchedule:
     @property
     def aim(self) -> float | None:
         """The share that this epoch's penalty steers to; the target, unless it comes down gradually."""
-        if self.target is None or not self.gradual:
-            return self.target
-        left = 1 - min((self._epoch or 0) / self.penalty_epochs, 1.0)
-        return self.target + (1 - self.target) * left**3
+        return None if self.target is None else self._eased(self.target)
+
+    def _eased(self, share: float) -> float:
+        """What is asked for in this epoch, where ``share`` is in the end."""
+        left = 1 - min((self._epoch or 0) / self.penalty_epochs, 1.0) if self.gradual else 0.0
+        return share + (1 - share) * left**3
 
     @property
     def scale(self) -> float | None:

@@ -29,7 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "lhc_triton.selection": LEARN | {"lhc_triton.planning"},
     "lhc_triton.pruning": LEARN | {"lhc_triton.planning", "lhc_triton.selection"},
     "lhc_triton.models": LEARN | {FILES},
-    "lhc_triton.training": LEARN | {FILES, "lhc_triton.models", "lhc_triton.planning"},
+    "lhc_triton.training": LEARN
+    | {FILES, "lhc_triton.models", "lhc_triton.planning", "lhc_triton.pruning", "lhc_triton.selection"},
     "lhc_triton.planning": LEARN,
     "lhc_triton.runtime": RUN,
     "lhc_triton.artifact": RUN,

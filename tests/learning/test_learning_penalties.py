@@ -224,15 +224,18 @@ def test_training_on_the_penalty_keeps_to_the_budget_of_macs_and_spends_it():
     assert abs(macs - budget) < 0.02
 
 
-def test_a_gradual_target_comes_down_from_1_along_a_cubic():
+def test_a_gradual_target_and_budget_come_down_from_1_along_a_cubic():
     model = network()
     assert TopologySchedule(model, EXAMPLE, 2, 8, gradual=True).aim == 1
     for epoch, left in ((0, 1.0), (2, 0.75**3), (6, 0.25**3), (8, 0.0), (11, 0.0)):
-        schedule = started(model, warmup_epochs=2, penalty_epochs=8, gradual=True)
+        schedule = started(
+            model, warmup_epochs=2, penalty_epochs=8, mac_share=0.3, mac_budget=0.2, gradual=True
+        )
         schedule.start_epoch(epoch)
         assert schedule.aim == pytest.approx(0.1 + 0.9 * left)
-        regulariser = 0.01 * schedule.mac_density + 0.99 * abs(schedule.aim - schedule.density)
-        expected = 2.0 / (0.01 + 0.99 * 0.9) * 4.0 * min(epoch / 8, 1) * regulariser
+        macs = max(schedule.mac_density - (0.2 + 0.8 * left), 0)
+        regulariser = 0.3 * macs + 0.7 * abs(schedule.aim - schedule.density)
+        expected = 2.0 / (0.3 + 0.7 * 0.9) * 4.0 * min(epoch / 8, 1) * regulariser
         assert schedule.penalty().item() == pytest.approx(expected, rel=1e-6)
 
 

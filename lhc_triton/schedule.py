@@ -22,6 +22,8 @@ RAMP_TOP = 4.0
 SHARED_FILTERS = 64
 # Ours: epochs with a penalty after which effects that learn have moved. One may hold no optimiser step.
 _EPOCHS_TO_MOVE = 2
+# What a state that was kept before there were these has for them.
+_LATER = {"mac_budget": 0.0, "gradual": False}
 
 
 class TopologySchedule:
@@ -323,6 +325,7 @@ class TopologySchedule:
             TypeError: a value has the wrong type.
         """
         expected = self.state_dict()
+        state = {**_LATER, **state}
         if set(state) != set(expected):
             raise ValueError(
                 f"the schedule's state has the keys {sorted(state)}, expected {sorted(expected)}"

@@ -113,9 +113,8 @@ def load_checkpoint(path: str | Path, run: Mapping[str, Any], ignore: Collection
     found = document.get("run")
     if not isinstance(found, dict):
         raise ValueError(f"{path}: does not say which run it is of; delete it to start again")
-    differing = sorted(
-        key for key in {*found, *run} - {*ignore} if found.get(key, _LATER.get(key)) != run.get(key)
-    )
+    found = {**{name: value for name, value in _LATER.items() if name in run}, **found}
+    differing = sorted(key for key in {*found, *run} - {*ignore} if found.get(key) != run.get(key))
     if differing:
         key = differing[0]
         raise ValueError(

@@ -301,6 +301,15 @@ def test_load_state_dict_refuses_and_changes_nothing(change, error, message):
     assert schedule.state_dict() == GOOD_STATE
 
 
+def test_a_state_from_before_budgets_is_one_without():
+    older = {name: value for name, value in GOOD_STATE.items() if name not in ("mac_budget", "gradual")}
+    schedule = TopologySchedule(network(), EXAMPLE)
+    schedule.load_state_dict(older)
+    assert schedule.state_dict() == GOOD_STATE
+    with pytest.raises(ValueError, match=r"schedule with mac_budget=0\.0, this one has 0\.2"):
+        TopologySchedule(network(), EXAMPLE, mac_budget=0.2).load_state_dict(older)
+
+
 def test_load_state_dict_refuses_a_missing_key():
     with pytest.raises(ValueError, match="expected"):
         TopologySchedule(network(), EXAMPLE).load_state_dict({"epoch": 1})

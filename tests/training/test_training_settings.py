@@ -307,7 +307,7 @@ def test_an_unknown_setting_is_refused():
 
 
 def test_every_handcrafted_topology_and_data_set_can_be_chosen():
-    assert get_args(TopologyName) == ("learned", *HANDCRAFTED)
+    assert get_args(TopologyName) == ("learned", "pruned", *HANDCRAFTED)
 
 
 def test_warm_ups_take_a_third_of_the_coarse_stage_unless_told():

@@ -288,6 +288,11 @@ class LHCConv2d(nn.Conv2d):
         """Return weight * mask, [O, I, kh, kw], in the weight's memory format; no mixture."""
         return apply_mask(self.weight, self.block_mask(), self.config.in_block, self.config.out_block)
 
+    def _mixed_weight(self) -> Tensor:
+        """Return masked_weight(), those filters whole that the warm-up leaves dense."""
+        blocks = self.config.in_block, self.config.out_block
+        return apply_mask(self.weight, self.block_mask(), *blocks, self.masked_filters)
+
     def live_weights(self) -> Tensor:
         """Return the number of live weights (bias not counted) as a differentiable float64 scalar."""
         config = self.config
@@ -311,9 +316,7 @@ class LHCConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve input [N, I, H, W] (or [I, H, W]) with the masked weight; the warm-up's mixture holds."""
-        weight = self.masked_weight()
-        if not self._frozen:
-            weight = torch.where(self.masked_filters.view(-1, 1, 1, 1), weight, self.weight)
+        weight = self.masked_weight() if self._frozen else self._mixed_weight()
         return self._conv_forward(input, weight, self.bias)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

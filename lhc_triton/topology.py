@@ -125,11 +125,10 @@ class _FreeMask(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, effects: Tensor) -> Tensor:
         ctx.save_for_backward(effects)
-        mask = (effects > 0).flatten(1)
-        dead = ~mask.any(dim=1, keepdim=True)
+        # The best entry of a group lives if any does: it can be switched on without a look at the others.
         best = effects.flatten(1).argmax(dim=1, keepdim=True)
-        rescue = torch.zeros_like(mask).scatter_(1, best, True) & dead
-        return (mask | rescue).view(effects.shape).to(effects.dtype)
+        mask = (effects > 0).flatten(1).scatter_(1, best, True)
+        return mask.view(effects.shape).to(effects.dtype)
 
     @staticmethod
     @once_differentiable
@@ -225,18 +224,34 @@ def expand_mask(
     return tiled.reshape(groups * out_block, blocks * in_block, kh, kw)[:out_channels, :in_channels]
 
 
-def apply_mask(weight: Tensor, block_mask: Tensor, in_block: int, out_block: int) -> Tensor:
+def apply_mask(
+    weight: Tensor, block_mask: Tensor, in_block: int, out_block: int, masked_filters: Tensor | None = None
+) -> Tensor:
     """Return weight [O, I, kh, kw] times its expanded block mask, in the weight's memory format.
 
     Differentiable in both. Where the blocks divide the channels, no expanded mask is built.
+
+    Args:
+        weight: [O, I, kh, kw].
+        block_mask: [Go, Gi, kh, kw], zeros and ones of the weight's dtype.
+        in_block: input channels of a full block.
+        out_block: filters of a full group.
+        masked_filters: bool [O], the filters that use their mask, the others stay whole; None for all.
     """
     out_channels, in_channels, kh, kw = weight.shape
     in_block, out_block = min(in_block, in_channels), min(out_block, out_channels)
     if out_channels % out_block or in_channels % in_block:
-        return weight * expand_mask(block_mask, out_channels, in_channels, in_block, out_block)
+        mask = expand_mask(block_mask, out_channels, in_channels, in_block, out_block)
+        if masked_filters is not None:
+            mask = torch.where(masked_filters.view(-1, 1, 1, 1), mask, 1)
+        return weight * mask
     groups, blocks = out_channels // out_block, in_channels // in_block
     tiles = weight.view(groups, out_block, blocks, in_block, kh, kw)
-    return (tiles * block_mask[:, None, :, None]).reshape(weight.shape)
+    mask = block_mask[:, None, :, None]
+    if masked_filters is not None:
+        # Mixed while a block has one number for all of its channels: a choice among weights takes longer.
+        mask = torch.where(masked_filters.view(groups, out_block, 1, 1, 1, 1), mask, 1)
+    return (tiles * mask).reshape(weight.shape)
 
 
 def count_weights(
@@ -254,6 +269,9 @@ def count_weights(
         out_block: filters of a full group.
     """
     groups, blocks = block_grid(out_channels, in_channels, in_block, out_block)
+    in_block, out_block = min(in_block, in_channels), min(out_block, out_channels)
+    if groups * out_block == out_channels and blocks * in_block == in_channels:
+        return in_block * out_block * block_mask.sum(dtype=torch.float64)
     lost_filters = groups * out_block - out_channels
     lost_channels = blocks * in_block - in_channels
     taps = block_mask.to(torch.float64).sum(dim=(2, 3))

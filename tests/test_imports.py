@@ -43,7 +43,9 @@ ALLOWED: dict[str, set[str]] = {
     "lhc_triton.pruning": LEARN | ANYWHERE | {"lhc_triton.planning", "lhc_triton.selection"},
     "lhc_triton.consolidation": LEARN | ANYWHERE | {"lhc_triton.planning"},
     "lhc_triton.models": LEARN | ANYWHERE,
-    "lhc_triton.training": LEARN | ANYWHERE | {"lhc_triton.models", "lhc_triton.planning"},
+    "lhc_triton.training": LEARN
+    | ANYWHERE
+    | {f"lhc_triton.{name}" for name in ("models", "planning", "pruning", "selection")},
     "lhc_triton.planning": LEARN | ANYWHERE,
     ROOM: set(),
     f"{ROOM}.op": OP,

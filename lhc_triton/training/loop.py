@@ -44,7 +44,13 @@ from lhc_triton.training.metrics import (
     layer_metrics,
     write_metrics,
 )
-from lhc_triton.training.networks import apply_topology, architecture_of, build_network, check_topology
+from lhc_triton.training.networks import (
+    apply_topology,
+    architecture_of,
+    build_network,
+    check_topology,
+    prune_network,
+)
 from lhc_triton.training.presets import command_of, without_places
 from lhc_triton.training.progress import Progress, Silence, TerminalProgress
 from lhc_triton.training.recipe import StageName, make_optimiser, plateau, stage_epochs
@@ -179,10 +185,15 @@ class _Work:
         """The network at the start of a stage, or as the last checkpoint has it where that has begun."""
         config = self.config
         begun = bool(rows) and rows[-1].stage == stage
-        model = self.network(stage)
+        pruned = config.topology == "pruned"
+        takes_over = not begun and config.from_twin and stage == ("fine" if pruned else "coarse")
+        model = self.network(stage, (lambda dense: self.load_dense(rows, dense)) if takes_over else None)
         if stage == "fine":
             if not begun:
-                self.load_best("coarse", rows, model)
+                if pruned:
+                    prune_network(model, self.example(), config)
+                else:
+                    self.load_best("coarse", rows, model)
                 if self.between_stages is not None:
                     self.between_stages(model)
             if begun or not self.world.is_main:  # a checkpoint brings the topology; one process warns
@@ -204,6 +215,8 @@ class _Work:
                 config.seed,
                 entry_costs=entry_costs(model, example, config.penalty),
                 mac_share=config.mac_share,
+                mac_budget=config.mac_budget,
+                gradual=config.gradual,
                 pattern_weight=config.pattern_weight if config.target is not None else 0.0,
             )
         average = None if config.ema is None else WeightAverage(model, config.ema)
@@ -285,12 +298,19 @@ class _Work:
                 self.log.show(row, layers)
         self.world.barrier()
 
-    def network(self, stage: StageName) -> nn.Module:
-        """The network at its start: the same weights for the dense one and the one with a topology."""
+    def network(self, stage: StageName, take_over: Callable[[nn.Module], object] | None = None) -> nn.Module:
+        """The network at its start: the same weights for the dense one and the one with a topology.
+
+        Args:
+            stage: the stage.
+            take_over: gives it other weights while it is dense.
+        """
         first = stage == stages_of(self.config)[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             model = build_network(self.config, self.data.format, *([self.progress.say] if first else []))
+            if take_over is not None:
+                take_over(model)
             if stage != "dense":
                 apply_topology(model, self.config)
         if not self.config.channels_last:
@@ -316,7 +336,7 @@ class _Work:
         """Write the two networks, test what was written, and sum up."""
         config, world = self.config, self.world
         coarse = best_epoch(rows, "coarse", config.target)
-        if coarse is None:
+        if coarse is None and "coarse" in stages_of(config):
             raise ValueError(f"{self.out / LAST}: has no coarse epoch to choose; delete it to start again")
         dense = self.tested_dense(rows)
         model = self.network("fine")
@@ -336,19 +356,26 @@ class _Work:
         world.barrier()
         return result
 
-    def tested_dense(self, rows: list[EpochMetrics]) -> Chosen | None:
-        """The dense network, of this run or of the one it is taken from."""
-        if self.config.dense_twin == "none":
-            return None
-        model = self.network("dense")
+    def load_dense(self, rows: list[EpochMetrics], model: nn.Module) -> tuple[EpochMetrics, TrainConfig]:
+        """Put the best dense network, of this run or of the one it is taken from, into a model.
+
+        Returns:
+            The epoch that it is of, and the settings that trained it.
+        """
         if self.config.dense_twin == "train":
-            row = self.load_best("dense", rows, model)
-            return Chosen(row, self.tested("dense", model, self.config))
+            return self.load_best("dense", rows, model), self.config
         folder = Path(self.config.dense_twin)
         checkpoint = dense_twin(folder, self.config, self.run, self.precision)
         restore(folder, checkpoint, model)
-        trained_by = read_config(folder / "config.toml")
-        return Chosen(checkpoint.rows[-1], self.tested("dense", model, trained_by))
+        return checkpoint.rows[-1], read_config(folder / "config.toml")
+
+    def tested_dense(self, rows: list[EpochMetrics]) -> Chosen | None:
+        """The dense network, tested; None in a run without one."""
+        if self.config.dense_twin == "none":
+            return None
+        model = self.network("dense")
+        row, trained_by = self.load_dense(rows, model)
+        return Chosen(row, self.tested("dense", model, trained_by))
 
     def tested(self, kind: str, model: nn.Module, config: TrainConfig) -> float:
         """Write a network that a run with ``config`` trained, and return its accuracy on the test images."""

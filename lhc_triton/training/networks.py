@@ -6,14 +6,17 @@ from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lhc_triton.conversion import blocks_by_width, convert
 from lhc_triton.handcrafted import impose
+from lhc_triton.layers import LHCConv2d
 from lhc_triton.models.architecture import Architecture
 from lhc_triton.models.pretrained import load_initial
 from lhc_triton.models.resnet import WIDTHS
 from lhc_triton.models.vgg import VGG16_WIDTHS, VGG19_WIDTHS, Images
+from lhc_triton.pruning import prune
+from lhc_triton.topology import Effects
 from lhc_triton.training.config import TrainConfig
 from lhc_triton.training.data import ImageFormat, expected_format, most_images
 
@@ -112,8 +115,10 @@ def check_settings(config: TrainConfig) -> None:
 def apply_topology(model: ModelT, config: TrainConfig) -> ModelT:
     """Give a dense network the run's topology, in place: one to be learned, or one made by hand, frozen.
 
+    One that is to be pruned has all of its blocks until prune_network() chooses.
+
     Args:
-        model: what build_network gave.
+        model: what build_network gave, or the trained dense twin.
         config: the run.
 
     Raises:
@@ -123,7 +128,34 @@ def apply_topology(model: ModelT, config: TrainConfig) -> ModelT:
     def takes_part(name: str, conv: nn.Conv2d) -> bool:
         return config.pointwise_layers or conv.kernel_size != (1, 1)
 
+    blocks = blocks_by_width(config.lhc) if config.block_rule == "width" else config.lhc
+    if config.topology == "pruned":
+        return impose(model, "standard", blocks, filter_fn=takes_part)
     if config.topology != "learned":
         return impose(model, config.topology, parts=config.parts, filter_fn=takes_part)
-    blocks = blocks_by_width(config.lhc) if config.block_rule == "width" else config.lhc
-    return convert(model, blocks, takes_part)
+    effects: Effects = "magnitude" if config.start == "twin" else "random"
+    return convert(model, blocks, takes_part, effects=effects)
+
+
+def prune_network(model: ModelT, example: Tensor, config: TrainConfig) -> ModelT:
+    """Choose a pruned topology by the weights of the trained dense twin, in place.
+
+    The run's ``density`` is kept of what its ``penalty`` names; then, where more MACs than its ``mac_budget``
+    are left, more goes.
+
+    Args:
+        model: the dense twin after apply_topology().
+        example: one image's worth of anything.
+        config: the run.
+
+    Raises:
+        ValueError: the blocks are too large for the density.
+    """
+
+    def learnt(name: str, conv: nn.Conv2d) -> bool:
+        return isinstance(conv, LHCConv2d)
+
+    prune(model, example, config.lhc, budget=config.density, objective=config.penalty, filter_fn=learnt)
+    if config.mac_budget > 0:
+        prune(model, example, config.lhc, budget=config.mac_budget, objective="macs", filter_fn=learnt)
+    return model

@@ -22,6 +22,7 @@ from lhc_triton.training.stage import accuracy
 
 TOPOLOGY_SETTINGS = (
     "topology",
+    "start",
     "parts",
     "density",
     "in_block",
@@ -31,6 +32,8 @@ TOPOLOGY_SETTINGS = (
     "pointwise_layers",
     "penalty",
     "mac_share",
+    "mac_budget",
+    "gradual",
     "pattern_weight",
 )
 FILES = {
@@ -62,7 +65,7 @@ class TrainResult:
         steered_density: live share of what the penalty steers: weights, MACs or predicted time.
         weight_reduction, mac_reduction: one over the first two densities.
         patterns: distinct patterns of the converted convolutions, summed over them.
-        dense_epoch, coarse_epoch, fine_epoch: the epochs that were chosen, from 0.
+        dense_epoch, coarse_epoch, fine_epoch: the epochs that were chosen, from 0; None without such a stage.
         epochs: how many were trained, by stage; of a dense network that was taken over, none.
         precision: "fp32" or "bf16", of training.
         processes: how many trained together in the end.
@@ -88,7 +91,7 @@ class TrainResult:
     mac_reduction: float
     patterns: int
     dense_epoch: int | None
-    coarse_epoch: int
+    coarse_epoch: int | None
     fine_epoch: int
     epochs: dict[str, int]
     precision: str
@@ -153,7 +156,7 @@ def summed_up(
     precision: str,
     processes: int,
     dense: Chosen | None,
-    coarse: EpochMetrics,
+    coarse: EpochMetrics | None,
     fine: Chosen,
     bad_files: tuple[BadFile, ...],
 ) -> TrainResult:
@@ -177,7 +180,7 @@ def summed_up(
         mac_reduction=1 / row.mac_density,
         patterns=row.patterns,
         dense_epoch=None if dense is None else dense.row.epoch,
-        coarse_epoch=coarse.epoch,
+        coarse_epoch=None if coarse is None else coarse.epoch,
         fine_epoch=row.epoch,
         epochs={stage: sum(r.stage == stage for r in rows) for stage in ("dense", "coarse", "fine")},
         precision=precision,

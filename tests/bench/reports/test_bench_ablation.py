@@ -101,6 +101,18 @@ def test_each_combination_is_trained_once_with_every_seed(spec):
             },
         ),
         (
+            'topology = "pruned"\nstart = ["random", "twin"]\ndensity = [0.1, 0.2]\nmac_budget = 0.2\n'
+            "mac_share = [0.01, 0.5]\nshapes = ['free', 'rigid']",
+            {
+                f"topology=pruned,density={density},mac_budget=0.2,seed=0": {
+                    "topology": "pruned",
+                    "density": density,
+                    "mac_budget": 0.2,
+                }
+                for density in (0.1, 0.2)
+            },
+        ),
+        (
             'density = [0.1, "none"]\nmac_share = [0.01, 0.5]\nout_block = [8]',
             {
                 "density=0.1,mac_share=0.01,out_block=8,seed=0": {"out_block": 8},

@@ -190,10 +190,8 @@ def _compile(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    return _report(
-        triton.compile(source, target=TARGETS[target].gpu, options=options), kernel, config, target
-    )
+    compiled = triton.compile(source, target=TARGETS[target].gpu, options=config.options())
+    return _report(compiled, kernel, config, target)
 
 
 def _report(compiled: Any, kernel: Any, config: KernelConfig, target: str) -> CompileReport:

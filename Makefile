@@ -48,7 +48,8 @@ soak: $(READY)
 # Damaged files of every kind that is read, and random networks through files; the tests try some of each.
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 LHC_TRITON_FUZZ=$(CASES) LHC_TRITON_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest \
-	  tests/runtime/test_artifact_fuzz.py tests/runtime/test_artifact_random.py tests/runtime/test_readers_fuzz.py
+	  tests/runtime/saved/test_artifact_fuzz.py tests/runtime/saved/test_artifact_random.py \
+	  tests/runtime/saved/test_readers_fuzz.py
 
 matrix: $(TRITONS:%=matrix-%)
 

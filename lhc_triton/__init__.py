@@ -8,7 +8,7 @@ from .artifact import load, save
 from .conversion import convert, freeze, lhc_layers, summary
 from .layers import LHCConv2d
 from .planning import Plan, plan
-from .runtime.accelerate import accelerate
+from .runtime.network.accelerate import accelerate
 from .schedule import TopologySchedule
 from .topology import LHCConfig
 

@@ -21,20 +21,9 @@ from torch import Tensor, fx, nn
 from lhc_triton.files import StrPath, parse_json, printable, write_beside
 from lhc_triton.planning.schema import Plan
 from lhc_triton.planning.serialization import plan_from_data, plan_to_data
-from lhc_triton.runtime.accelerated import AcceleratedModel, Record
-from lhc_triton.runtime.layers_file import (
-    check_formats,
-    check_outline,
-    formats_of,
-    into_model,
-    outline,
-    tensors_of,
-)
-from lhc_triton.runtime.modules import FusedConv2d
-from lhc_triton.runtime.opset import GraphError, decode, encode
-from lhc_triton.runtime.retarget import check_device, retarget
-from lhc_triton.runtime.sealed import FileError, read_text, sealed, unsealed
-from lhc_triton.runtime.stored import (
+from lhc_triton.runtime.network.accelerated import AcceleratedModel, Record
+from lhc_triton.runtime.op.dense import FusedConv2d
+from lhc_triton.runtime.saved.graph_file import (
     FLOATS,
     build_graph,
     build_module,
@@ -42,7 +31,18 @@ from lhc_triton.runtime.stored import (
     store_graph,
     store_module,
 )
-from lhc_triton.runtime.stored_record import read_record, store_record
+from lhc_triton.runtime.saved.layers_file import (
+    check_formats,
+    check_outline,
+    formats_of,
+    into_model,
+    outline,
+    tensors_of,
+)
+from lhc_triton.runtime.saved.operations import GraphError, decode, encode
+from lhc_triton.runtime.saved.record_file import read_record, store_record
+from lhc_triton.runtime.saved.retarget import check_device, retarget
+from lhc_triton.runtime.saved.sealed_file import FileError, read_text, sealed, unsealed
 
 FORMAT_VERSION = 2
 _LONGEST = 500  # characters of a message, which may quote a file

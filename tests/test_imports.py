@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,26 +17,45 @@ LEARN = {
     f"lhc_triton.{name}"
     for name in ("topology", "takeover", "layers", "conversion", "handcrafted", "schedule")
 }
-FILES = "lhc_triton.files"
-RUN = LEARN | {FILES, "lhc_triton.planning", "lhc_triton.runtime", "lhc_kernels"}
+ANYWHERE = {"lhc_triton.files", "lhc_triton.errors"}
+ROOM = "lhc_triton.runtime"
+OPERATIONS = f"{ROOM}.saved.operations"  # the list of operations is below what is recorded by it, and saved
+OP = LEARN | ANYWHERE | {"lhc_triton.planning", "lhc_kernels"}
+REPLAY = OP | {f"{ROOM}.op", OPERATIONS}
+CHOOSING = REPLAY | {f"{ROOM}.replay"}
+NETWORK = CHOOSING | {f"{ROOM}.choosing"}
+SAVED = NETWORK | {f"{ROOM}.network"}
+RUN = SAVED | {f"{ROOM}.saved"}
+PRODUCT = RUN | {"lhc_triton", "lhc_triton.artifact", "lhc_triton.models", "lhc_triton.training"}
+MEASURE = PRODUCT | {"lhc_bench.files"}
 ALLOWED: dict[str, set[str]] = {
-    FILES: set(),
+    "lhc_triton.files": set(),
+    "lhc_triton.errors": set(),
     "lhc_triton.topology": set(),
     "lhc_triton.takeover": set(),
     "lhc_triton.layers": {"lhc_triton.topology", "lhc_triton.takeover"},
     "lhc_triton.conversion": {"lhc_triton.topology", "lhc_triton.takeover", "lhc_triton.layers"},
     "lhc_triton.handcrafted": {"lhc_triton.topology", "lhc_triton.layers", "lhc_triton.conversion"},
     "lhc_triton.schedule": {"lhc_triton.topology", "lhc_triton.layers", "lhc_triton.conversion"},
-    "lhc_triton.models": LEARN | {FILES},
-    "lhc_triton.training": LEARN | {FILES, "lhc_triton.models", "lhc_triton.planning"},
+    "lhc_triton.models": LEARN | ANYWHERE,
+    "lhc_triton.training": LEARN | ANYWHERE | {"lhc_triton.models", "lhc_triton.planning"},
     "lhc_triton.planning": LEARN,
-    "lhc_triton.runtime": RUN,
+    ROOM: set(),
+    f"{ROOM}.op": OP,
+    OPERATIONS: OP | {f"{ROOM}.op"},
+    f"{ROOM}.replay": REPLAY,
+    f"{ROOM}.choosing": CHOOSING,
+    f"{ROOM}.network": NETWORK,
+    f"{ROOM}.saved": SAVED,
     "lhc_triton.artifact": RUN,
     "lhc_triton": RUN | {"lhc_triton.artifact"},
     "lhc_kernels": set(),
-    "lhc_triton.cli": set(OURS),
-    "lhc_bench": set(OURS),
+    "lhc_bench.measure": MEASURE,
+    "lhc_bench.pictures": MEASURE | {"lhc_bench.measure"},
+    "lhc_bench.reports": MEASURE | {"lhc_bench.measure", "lhc_bench.pictures"},
+    "lhc_bench.files": ANYWHERE,
 }
+ALLOWED |= {"lhc_triton.cli": set(ALLOWED), "lhc_bench": {"lhc_triton"}}
 KERNEL_LIBRARIES = {"torch", "triton"}
 
 
@@ -52,6 +72,46 @@ def modules() -> dict[str, Path]:
 def part_of(module: str) -> str:
     """The longest part in ALLOWED that holds the module."""
     return max((p for p in ALLOWED if module == p or module.startswith(p + ".")), key=len)
+
+
+def holds(part: str, target: str) -> bool:
+    """Whether a part is or contains another; the whole package counts as its own top level only."""
+    return target == part or (part not in OURS and target.startswith(part + "."))
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """The groups of modules that import each other in a circle."""
+    found, at, stack, low = [], {}, [], {}
+
+    def visit(module: str) -> None:
+        at[module] = low[module] = len(at)
+        stack.append(module)
+        for other in graph[module]:
+            if other not in at:
+                visit(other)
+            if other in stack:
+                low[module] = min(low[module], low[other])
+        if low[module] == at[module]:
+            group = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for module in graph:
+        if module not in at:
+            visit(module)
+    return found
+
+
+def import_graph() -> dict[str, set[str]]:
+    """For each of our modules those it imports: at any depth, for types only, too."""
+    known = modules()
+    graph: dict[str, set[str]] = {}
+    for module, path in known.items():
+        names = imports_of(module, path) - {"lhc_triton.__version__"}
+        homes = {name if name in known else name.rpartition(".")[0] for name in names}
+        graph[module] = (homes & set(known)) - {module}
+    return graph
 
 
 def for_types(node: ast.stmt) -> bool:
@@ -90,17 +150,26 @@ def test_every_import_points_the_same_way():
             if name.split(".")[0] not in OURS or name == "lhc_triton.__version__":
                 continue
             target = part_of(name)
-            allowed = any(target == a or target.startswith(a + ".") for a in ALLOWED[part])
-            if target != part and not allowed:
+            if target != part and not any(holds(a, target) for a in ALLOWED[part]):
                 wrong.append(f"{module} imports {name}")
     assert not wrong, "\n".join(wrong)
 
 
 def test_the_rules_see_a_wrong_import(tmp_path):
     path = tmp_path / "bad.py"
-    path.write_text("def f():\n    from ..runtime.ops import grouped_conv2d\n")
-    assert imports_of("lhc_triton.planning.bad", path) == {"lhc_triton.runtime.ops.grouped_conv2d"}
-    assert part_of("lhc_triton.runtime.ops.grouped_conv2d") not in ALLOWED["lhc_triton.planning"]
+    path.write_text("def f():\n    from ..runtime.op.packing import pack\n")
+    assert imports_of("lhc_triton.planning.bad", path) == {"lhc_triton.runtime.op.packing.pack"}
+    assert part_of("lhc_triton.runtime.op.packing.pack") not in ALLOWED["lhc_triton.planning"]
+
+
+def test_no_files_import_each_other_in_a_circle():
+    planning = [m for m in modules() if m.startswith("lhc_triton.planning.")]
+    assert [c for c in circles(import_graph()) if not set(c) <= set(planning)] == []
+
+
+def test_a_circle_is_seen():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a", "f"}, "f": {"e"}}
+    assert circles(graph) == [["b", "c"], ["e", "f"]]
 
 
 @pytest.mark.parametrize("module", [m for m in modules() if m.startswith("lhc_kernels")])

@@ -7,8 +7,8 @@ from typing import Any
 
 from .choice import candidate_configs, choose_config, heuristic_config
 from .configs import KernelConfig, LaunchShape, config_problem, store_run
-from .costs import CostSheet, cost_sheet
 from .devices import device_limits
+from .roofline import CostSheet, cost_sheet
 from .sources import native_source_digest, source_digest
 
 __all__ = [

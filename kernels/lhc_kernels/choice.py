@@ -16,8 +16,8 @@ from .configs import (
     next_power_of_two,
     shared_bytes,
 )
-from .costs import CostSheet, cost_sheet
 from .resources import MAX_REGISTERS, load_bytes
+from .roofline import CostSheet, cost_sheet
 
 HOPELESS = 2.0
 """Configs predicted to take this many times as long as the fastest are not worth timing."""

@@ -1,1 +1,1 @@
-"""Running: packing, the one op, its backends, and whole networks."""
+"""Running, in rooms from the bottom up: op, replay, choosing, network, saved."""

@@ -52,7 +52,7 @@ class World:
         if self.size == 1:
             return tensor
         total = tensor.detach().to(self.device, copy=True)
-        dist.all_reduce(total)
+        _sum_in_place(total)
         return total
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -179,6 +179,21 @@ def joined(device: str) -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def _sum_in_place(tensor: Tensor) -> None:
+    """Sum over the processes, and return only when no thread of gloo's holds the tensor any more.
+
+    Such a thread lets go of it after the sum is known, and needs Python's lock for that. Where the program
+    ends in between, the thread finds an interpreter that is gone and aborts the process. gloo's threads
+    outlive the group (torch 2.13), so that destroying it is no way around.
+    """
+    holders = tensor._use_count()  # type: ignore[attr-defined]
+    try:
+        dist.all_reduce(tensor)
+    finally:
+        while tensor.device.type == "cpu" and tensor._use_count() > holders:  # type: ignore[attr-defined]
+            time.sleep(0)
+
+
 def _join(device: torch.device) -> None:
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=_TIMEOUT)))
     store.set_timeout(_TIMEOUT)
@@ -253,13 +268,13 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         total = tensor.clone()
-        dist.all_reduce(total)
+        _sum_in_place(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         total = gradient.contiguous().clone()
-        dist.all_reduce(total)
+        _sum_in_place(total)
         return total
 
 

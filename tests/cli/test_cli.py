@@ -9,7 +9,7 @@ import pytest
 
 from lhc_triton import LHCConfig, convert, freeze
 from lhc_triton.cli import app, main
-from lhc_triton.console import print_table
+from lhc_triton.cli.console import print_table
 from lhc_triton.models.architecture import Architecture
 from lhc_triton.models.pretrained import save_network
 
@@ -240,7 +240,7 @@ def test_rank_0_tells_a_mistake_where_processes_share_no_folder(run, monkeypatch
 
 
 def test_bench_of_loading_prints_a_table_and_plot_draws_it_again(run, monkeypatch, tmp_path):
-    from lhc_bench import loading
+    from lhc_bench.measure import loading
 
     for name, value in {"PICTURES": 8, "WIDTH": 60, "HEIGHT": 40, "ROUNDS": 1, "WORKERS": (0, 1)}.items():
         monkeypatch.setattr(loading, name, value)
@@ -300,7 +300,7 @@ def test_what_is_no_file_is_not_waited_for(run, tmp_path, command):
 def save_with(path, text):
     import torch
 
-    from lhc_triton.runtime.sealed import sealed
+    from lhc_triton.runtime.saved.sealed_file import sealed
 
     path.write_bytes(b"".join(sealed(text, {"x": torch.zeros(1)})))
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lhc_triton.cli import main
-from lhc_triton.runtime import tuner_jobs
-from lhc_triton.runtime.dispatch import Decision
-from lhc_triton.runtime.store import TimingStore
-from lhc_triton.runtime.tuner_jobs import run_jobs
+from lhc_triton.runtime.choosing import tuning_jobs
+from lhc_triton.runtime.choosing.dispatch import Decision
+from lhc_triton.runtime.choosing.timing_store import TimingStore
+from lhc_triton.runtime.choosing.tuning_jobs import run_jobs
 
 
 class FlatBench:
@@ -46,9 +46,9 @@ def tune(monkeypatch, capsys, tmp_path):
 @pytest.fixture
 def gpu(monkeypatch):
     """Let the CPU stand for a GPU whose kernels need no time to run."""
-    monkeypatch.setattr(tuner_jobs, "tuning_device", lambda: (torch.device("cpu"), 0, 1))
-    monkeypatch.setattr(tuner_jobs, "run_jobs", partial(run_jobs, benches=FlatBench()))
-    monkeypatch.setattr(tuner_jobs, "choose_backend", lambda *_: Decision("triton", "", {}))
+    monkeypatch.setattr(tuning_jobs, "tuning_device", lambda: (torch.device("cpu"), 0, 1))
+    monkeypatch.setattr(tuning_jobs, "run_jobs", partial(run_jobs, benches=FlatBench()))
+    monkeypatch.setattr(tuning_jobs, "choose_backend", lambda *_: Decision("triton", "", {}))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -104,14 +104,14 @@ def test_a_table_shows_what_was_found_for_people(tune, gpu, tmp_path):
 def test_what_the_budget_leaves_is_said(tune, gpu, monkeypatch):
     slow = iter(float(second) for second in range(10_000))
     timed = partial(run_jobs, benches=FlatBench(), clock=lambda: next(slow))
-    monkeypatch.setattr(tuner_jobs, "run_jobs", timed)
+    monkeypatch.setattr(tuning_jobs, "run_jobs", timed)
     code, out, _ = tune("lhc", "--batch", "1", "--budget", "9")
     assert code == 0
     assert "are left, run it again" in out
 
 
 def test_the_standard_suite_is_cut_by_its_budget_from_the_end(gpu):
-    from lhc_bench.tuning_suite import DENSITIES, TILE_WIDTHS, suite_jobs
+    from lhc_bench.measure.tuning_suite import DENSITIES, TILE_WIDTHS, suite_jobs
 
     jobs = suite_jobs("standard", torch.float16)
     densities = [round(job.layer.topology.density, 1) for job in jobs]

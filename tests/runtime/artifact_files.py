@@ -11,9 +11,9 @@ from runtime_networks import image
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lhc_triton.runtime.accelerate import accelerate
-from lhc_triton.runtime.accelerated import AcceleratedModel
-from lhc_triton.runtime.sealed import sealed
+from lhc_triton.runtime.network.accelerate import accelerate
+from lhc_triton.runtime.network.accelerated import AcceleratedModel
+from lhc_triton.runtime.saved.sealed_file import sealed
 
 
 def run(module: nn.Module, *inputs: Tensor) -> Any:

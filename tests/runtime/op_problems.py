@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-import lhc_triton.runtime.ops  # noqa: F401  (registers torch.ops.lhc)
+import lhc_triton.runtime.op.grouped_conv2d  # noqa: F401  (registers torch.ops.lhc)
 from lhc_triton.planning.schema import ConvGeometry, LayerPlan, LayerTopology, Tile
-from lhc_triton.runtime.packing import Packed, pack
+from lhc_triton.runtime.op.packing import Packed, pack
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 

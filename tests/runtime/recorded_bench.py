@@ -10,7 +10,7 @@ import torch
 from op_problems import Problem
 
 from lhc_triton.planning.schema import ConvGeometry, LayerPlan
-from lhc_triton.runtime.tuning import config_name, launch_shape, pixel_bucket
+from lhc_triton.runtime.choosing.launch_configs import config_name, launch_shape, pixel_bucket
 
 CPU = torch.device("cpu")
 HALF = torch.float16

@@ -80,6 +80,8 @@ with joined("cpu") as world:
     torch.testing.assert_close(shared.eval()(images), alone.eval()(images))
     assert world.sum(torch.tensor([1, world.rank])).tolist() == [2, 1]
     assert world.mean(torch.tensor(float(world.rank))) == 0.5
+    # A thread that still held a sum would abort a program that ends now.
+    assert all(world.sum(torch.ones(100))._use_count() == 1 for _ in range(200))
     world.check_same("greeting", "hello")
     refused("rank 1 has another name than rank 0", world.check_same, "name", str(world.rank))
     world.check_shared(Path(out))

@@ -1,0 +1,1 @@
+"""What is measured: cases, masks, dense peers, rivals, engines, and the rows they give."""

@@ -1,0 +1,85 @@
+"""The layers that ``lhc-triton tune`` tunes: a network's, or those of the benchmarks under random masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from lhc_bench.measure.cases import batch_of, eligible_cases
+from lhc_bench.measure.masks import random_mask
+from lhc_triton.planning.cost import CostModel
+from lhc_triton.planning.planner import plan_layer
+from lhc_triton.planning.schema import ConvGeometry, LayerPlan, LayerTopology, Plan, Tile
+from lhc_triton.runtime.choosing.tuning_jobs import Job
+
+TUNING_SUITES = ("standard",)
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DENSITIES = (0.1, 0.2, 0.5)
+TILE_WIDTHS = (128, 64, 16)
+IN_BLOCK, OUT_BLOCK = 32, 16
+
+
+def compute_type(name: str) -> torch.dtype:
+    """Return the dtype of a name; ValueError for one that Triton's kernels are not tuned for."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not known to the tuner; choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def network_jobs(plan: Plan) -> tuple[Job, ...]:
+    """Return the jobs of a planned network, with the choice against dense; ValueError where there is none."""
+    if not plan.layers:
+        raise ValueError("no layer of the network has a learned or sparse topology: there is nothing to tune")
+    dtype = compute_type(plan.dtype)
+    return tuple(Job(layer, dtype, choose=True) for layer in plan.layers)
+
+
+def suite_jobs(name: str, dtype: torch.dtype, batch: int | None = None) -> tuple[Job, ...]:
+    """Return the jobs of a suite, those that most networks gain from first, so that a budget may cut it.
+
+    Args:
+        name: one of `TUNING_SUITES`.
+        dtype: of the activations.
+        batch: images; by default those of the GPU benchmarks, 64 (ImageNet) and 256 (CIFAR).
+
+    Returns:
+        For each density, the 3x3 layers of VGG16 and the ResNets as the planner tiles them in whole networks
+        (blocks of 32x16), and with patterns shared by exactly 128, 64 and 16 filters.
+
+    Raises:
+        ValueError: the suite is not known, or the batch is below 1.
+    """
+    if name not in TUNING_SUITES:
+        raise ValueError(f"suite {name!r} is not known; choose one of {', '.join(TUNING_SUITES)}")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch is {batch}; it must be at least 1")
+    return tuple(Job(layer, dtype) for layer in _layers(dtype, batch))
+
+
+def _layers(dtype: torch.dtype, batch: int | None) -> Iterator[LayerPlan]:
+    cases = [(c.name, c.geometry(batch or batch_of(c.model, "cuda"))) for c in eligible_cases()]
+    cost, compute = CostModel.for_device("cuda"), str(dtype).removeprefix("torch.")
+    for density in DENSITIES:
+        for name, geometry in cases:
+            topology = _topology(name, geometry, density, OUT_BLOCK)
+            yield plan_layer(topology, cost, backend="triton", dtype=compute)
+        for width in TILE_WIDTHS:
+            for name, geometry in cases:
+                if width <= geometry.out_channels:
+                    yield shared_plan(name, geometry, density, width)
+
+
+def _topology(name: str, geometry: ConvGeometry, density: float, out_block: int) -> LayerTopology:
+    mask = random_mask(
+        geometry.out_channels, geometry.in_channels, geometry.kernel, density, IN_BLOCK, out_block
+    )
+    return LayerTopology.from_mask(name, geometry, IN_BLOCK, out_block, mask)
+
+
+def shared_plan(name: str, geometry: ConvGeometry, density: float, width: int) -> LayerPlan:
+    """Plan a layer whose patterns are shared by ``width`` filters each: every group is a tile of its own."""
+    topology = _topology(name, geometry, density, width)
+    tiles = [Tile((group,), topology.pattern_of(group)) for group in range(topology.groups)]
+    longest_first = tuple(sorted(tiles, key=lambda tile: -len(tile.entries)))
+    return LayerPlan(topology, longest_first, width, "triton", f"patterns shared by {width} filters")

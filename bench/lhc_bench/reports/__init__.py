@@ -1,0 +1,1 @@
+"""Trainings told and timed: runs read, reports, ablations, the demo."""

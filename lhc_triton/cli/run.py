@@ -1,0 +1,86 @@
+"""Preparing a network to run: `plan`, `tune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lhc_triton.cli.app import Json, Network, app
+from lhc_triton.cli.console import counting, print_json
+from lhc_triton.cli.networks import plan_of
+
+
+@app.command(epilog="Example: `lhc-triton plan lhc --batch 8 --out plan.json`")
+def plan(
+    network: Network,
+    batch: Annotated[
+        int | None, typer.Option(help="Images per call that the plan is for; default: 1, or the artefact's.")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="auto, or one backend for every layer; an artefact has its own.")
+    ] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Write the plan as JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Batch the filters that share a pattern and say how every layer will run, and why."""
+    from lhc_bench.files import write_beside
+
+    made = plan_of(network, batch, backend)
+    if out is not None:
+        write_beside(out, made.to_json() + "\n")
+    typer.echo(made.to_json() if as_json else made.explain())
+
+
+@app.command(
+    epilog="Examples: `lhc-triton tune lhc --batch 256`, `lhc-triton tune --suite standard --budget 500`"
+)
+def tune(
+    network: Annotated[
+        str | None,
+        typer.Argument(help="A shipped network ('lhc', 'dense'), trained weights, or an artefact of `save`."),
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="Instead of a network: standard.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Seconds; what is left is resumed next time.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Images per call; default: 64, the suite's, or the artefact's.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    store: Annotated[
+        Path | None, typer.Option(help="File of measurements; default: the user's, which `accelerate` reads.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure launch configs of the GPU's kernels and remember them; torchrun shares the work out over GPUs.
+
+    What is recorded is not measured again, so a run that was stopped goes on where it was.
+    `lhc-triton plot` draws the landscape from the file.
+    """
+    from lhc_triton.runtime.choosing.timing_store import TimingStore
+    from lhc_triton.runtime.choosing.tuning_jobs import run_jobs, tuning_device
+
+    device, rank, ranks = tuning_device()
+    jobs = _tuning_jobs(network, suite, batch, dtype, device)
+    with counting("tune" if ranks == 1 else f"tune, {rank} of {ranks}") as progress:
+        report = run_jobs(
+            jobs, device, TimingStore(store), budget_s=budget, rank=rank, ranks=ranks, progress=progress
+        )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(report.explain())
+    if report.problem:
+        typer.echo(f"lhc-triton: {report.problem}", err=True)
+        raise typer.Exit(1)
+
+
+def _tuning_jobs(network: str | None, suite: str | None, batch: int | None, dtype: str, device: Any) -> Any:
+    from lhc_bench.measure.tuning_suite import compute_type, network_jobs, suite_jobs
+
+    if (network is None) == (suite is None):
+        raise ValueError("give either a network or --suite")
+    compute = compute_type(dtype)
+    if network is None:
+        return suite_jobs(suite or "", compute, batch)
+    return network_jobs(plan_of(network, batch, "auto", 64, device, compute))

@@ -1,0 +1,1 @@
+"""Who runs a layer, and with which launch config: timing, measurements kept, tuning, dispatch."""

@@ -1,0 +1,1 @@
+"""From a model to an accelerated network: trace, find sites, rewrite, fuse, verify."""

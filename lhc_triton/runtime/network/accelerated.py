@@ -1,0 +1,404 @@
+"""The accelerated network, and what it tells about itself."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lhc_triton.planning.schema import LayerPlan, Plan
+from lhc_triton.runtime.network.grouped import check_move
+from lhc_triton.runtime.network.sites import Site
+from lhc_triton.runtime.op.dense import FusedConv2d
+from lhc_triton.runtime.replay.cpu_recordings import Tapes, why_not_recordable
+from lhc_triton.runtime.replay.cuda_graphs import Graphs
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What became of one convolution.
+
+    Attributes:
+        layer: the module's name in the accelerated network.
+        backend: who runs it; "dense" for torch's own convolution.
+        density: live share of the weights, 1.0 for a layer without a plan.
+        patterns, tiles, tile_width: of its plan; None without one.
+        macs, live_macs, planned_macs: dense, live, and actually computed multiply-accumulates on the example,
+            over all calls of the layer.
+        predicted_us: the cost model's time of this backend, or None.
+        measured_us: its measured time where the layer was tuned, or None.
+        reason: why this backend, in one phrase.
+        rel_err: norm error of its output against the model's on the example; None if it was not compared.
+        epilogue: what else it does, for example "bn+add+relu".
+    """
+
+    layer: str
+    backend: str
+    density: float
+    patterns: int | None
+    tiles: int | None
+    tile_width: int | None
+    macs: int
+    live_macs: int
+    planned_macs: int
+    predicted_us: float | None
+    measured_us: float | None
+    reason: str
+    rel_err: float | None
+    epilogue: str = "-"
+
+    @property
+    def runs_sparse(self) -> bool:
+        """Whether dead weights are skipped; a sparse backend may run a layer that has none."""
+        return self.backend != "dense" and self.density < 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a network was accelerated: what ``report`` and ``explain`` tell and ``save`` stores.
+
+    Attributes:
+        model: class name of the model.
+        requested: the backend that was asked for.
+        traced: whether torch.fx could trace the model, so that epilogues were fused.
+        sites: the calls that were replaced.
+        rows: one per replaced convolution.
+        inputs: (shape, dtype name) of each example input.
+        output_error: norm error of the output against the model's on the example.
+        notes: what else people should know, one line each.
+    """
+
+    model: str
+    requested: str
+    traced: bool
+    sites: tuple[Site, ...]
+    rows: tuple[LayerRow, ...]
+    inputs: tuple[tuple[tuple[int, ...], str], ...]
+    output_error: float
+    notes: tuple[str, ...] = ()
+
+
+class AcceleratedModel(nn.Module):
+    """A network for inference whose convolutions run as planned; made by ``accelerate`` and ``load``.
+
+    It takes what the model took, by position or by name, any batch and image size included; a traced network
+    takes as many arguments as its example had. Attributes of the model that are plain data (numbers, texts,
+    lists and dicts of them) can be read from it, and not be set. It stays in eval mode and has no gradients.
+    Calls are recorded and replayed, so that Python costs nothing between the layers: on a GPU in
+    CUDA graphs, see `cuda_graphs.Graphs` for who owns the output (the caller) and what concurrent callers get
+    (turns); on the CPU by `cpu_recordings.Tapes`, where the native kernel could be built and the graph is one
+    of common operations.
+
+    Attributes:
+        network: the rewritten network.
+        plan: the plan in force.
+        record: how it was made.
+        attributes: plain data that the model had as attributes, by name.
+        graphs: its CUDA graphs; None to launch every kernel by itself.
+        tapes: its recordings on the CPU; None to call every layer from Python.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        plan: Plan,
+        record: Record,
+        graphs: bool = True,
+        attributes: Mapping[str, Any] | None = None,
+        fixed: Collection[str] = (),
+    ) -> None:
+        super().__init__()
+        self.network = network
+        for parameter in network.parameters():
+            if parameter.is_leaf:
+                parameter.requires_grad_(False)
+        self.plan = plan
+        self.record = record
+        self.attributes = dict(attributes or {})
+        self._parameters_of_forward = _parameters(network)
+        self.graphs = Graphs() if graphs else None
+        self._unrecordable = why_not_recordable(network) if graphs else None
+        self.tapes = Tapes() if graphs and self._unrecordable is None else None
+        self.train(False)
+        self._fixed = frozenset({*self.attributes, *fixed} - {*vars(self), *dir(type(self))})
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Run the network on what the model would take.
+
+        Raises:
+            TypeError: a traced network is given more arguments than its example had, or others.
+        """
+        if isinstance(self.network, fx.GraphModule):
+            if named or len(inputs) > len(self._parameters_of_forward):
+                inputs, named = self._bound(inputs, named), {}
+        elif named:
+            return self.network(*inputs, **named)
+        if torch.compiler.is_compiling():
+            return self.network(*inputs)
+        # Under no_grad an operator whose backward is written in Python, as ours is, would still spend 10 us
+        # in autograd's layer at every call.
+        skip = contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
+        with skip:
+            for replays in (self.graphs, self.tapes):
+                if replays is not None and replays.applies(inputs):
+                    return replays.run(self.network, inputs)
+            return self.network(*inputs)
+
+    def _bound(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return named arguments in their places."""
+        names = self._parameters_of_forward
+        given = dict(zip(names, inputs, strict=False))
+        odd = [f"argument {len(names) + 1}"] if len(inputs) > len(names) else []
+        odd += [f"{name!r}" for name in named if name not in names]
+        if odd:
+            raise TypeError(
+                f"{self.record.model} was accelerated for the arguments {', '.join(names)}, with defaults "
+                f"for all others; {odd[0]} is none of them: give it in example_input, and accelerate again"
+            )
+        twice = [name for name in named if name in given]
+        missing = [name for name in names if name not in given and name not in named]
+        if twice or missing:
+            what = f"{twice[0]!r} is given twice" if twice else f"{missing[0]!r} is missing"
+            raise TypeError(f"{self.record.model} takes the arguments {', '.join(names)}; {what}")
+        return tuple({**given, **named}[name] for name in names)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_fixed", ()):
+            if isinstance(self.network, fx.GraphModule):
+                raise AttributeError(
+                    f"{name!r} is fixed in the accelerated network: set it on the model, and accelerate again"
+                )
+            setattr(self.network, name, value)
+            self.attributes.pop(name, None)
+            return
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "network" not in self._modules:
+                raise
+        if name in self.attributes:
+            return self.attributes[name]
+        if not isinstance(self.network, fx.GraphModule) and hasattr(self.network, name):
+            return getattr(self.network, name)
+        raise AttributeError(
+            f"an accelerated network has no {name!r}: it has the computation of {self.record.model}, and its "
+            f"attributes that are plain data; take {name!r} from the model itself"
+        )
+
+    def train(self, mode: bool = True) -> AcceleratedModel:
+        """Stay in eval mode, whatever ``mode`` says: train the model, then accelerate it again."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AcceleratedModel:
+        check_move(self, fn)  # all layers can follow, or none moves
+        for replays in (self.graphs, self.tapes):
+            if replays is not None:
+                replays.clear()
+        return super()._apply(fn, recurse)
+
+    def fused_layers(self) -> dict[str, FusedConv2d]:
+        """Return the fused convolutions by name; shared ones once."""
+        return {name: m for name, m in self.network.named_modules() if isinstance(m, FusedConv2d)}
+
+    def report(self) -> dict[str, Any]:
+        """Return what runs where and why, as plain data ready for JSON.
+
+        Keys: model, device, dtype, traced, backend (the one asked for), layers (one dict per
+        LayerRow), totals (layers, sparse_layers, macs, live_macs, planned_macs, mac_reduction, predicted_us,
+        measured_us, rel_err), notes.
+        """
+        record = self.record
+        state = (*self.network.parameters(), *self.network.buffers())
+        tensor = next((t for t in state if t.is_floating_point()), torch.empty(0))
+        macs = sum(row.macs for row in record.rows)
+        planned = sum(row.planned_macs for row in record.rows)
+        return {
+            "model": record.model,
+            "device": str(tensor.device),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "traced": record.traced,
+            "backend": record.requested,
+            "layers": [dataclasses.asdict(row) for row in record.rows],
+            "totals": {
+                "layers": len(record.rows),
+                "sparse_layers": sum(row.runs_sparse for row in record.rows),
+                "macs": macs,
+                "live_macs": sum(row.live_macs for row in record.rows),
+                "planned_macs": planned,
+                "mac_reduction": macs / planned if planned else None,
+                "predicted_us": _sum([row.predicted_us for row in record.rows]),
+                "measured_us": _sum([row.measured_us for row in record.rows]),
+                "rel_err": record.output_error,
+            },
+            "notes": [*record.notes, *self._replay_notes()],
+        }
+
+    def _replay_notes(self) -> list[str]:
+        means = (("CUDA graphs are", self.graphs), ("recording on the CPU is", self.tapes))
+        notes = [f"{name} off: {used.problem}" for name, used in means if used is not None and used.problem]
+        if self._unrecordable is not None and not any(t.is_cuda for t in self.network.parameters()):
+            notes.append(f"recording on the CPU is off: {self._unrecordable}")
+        return notes
+
+    def explain(self) -> str:
+        """Return ``report`` as a plain table for people."""
+        report = self.report()
+        totals = report["totals"]
+        how = "traced with torch.fx" if report["traced"] else "module by module, epilogues not fused"
+        lines = [
+            f"{report['model']} on {report['device']} in {report['dtype']}: "
+            f"{totals['sparse_layers']} of {totals['layers']} convolutions run sparse "
+            f"(backend {report['backend']!r}; {how})",
+            "",
+            *_table(self.record.rows),
+            "",
+            f"MACs on the example: {_si(totals['macs'])} dense, {_si(totals['live_macs'])} live, "
+            f"{_si(totals['planned_macs'])} planned",
+            f"output against the model's on the example: norm error {totals['rel_err']:.1e}",
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in report["notes"])])
+
+    def extra_repr(self) -> str:
+        """Say how many layers run sparse."""
+        sparse = sum(row.runs_sparse for row in self.record.rows)
+        return f"{sparse} of {len(self.record.rows)} convolutions sparse"
+
+
+def make_row(
+    site: Site,
+    layer: LayerPlan | None,
+    backend: str,
+    reason: str,
+    dense_macs: int,
+    rel_err: float | None = None,
+    measured_us: float | None = None,
+) -> LayerRow:
+    """Describe one fused module; ``dense_macs`` counts all its calls on the example."""
+    if layer is None:
+        return LayerRow(
+            site.module,
+            backend,
+            1.0,
+            None,
+            None,
+            None,
+            dense_macs,
+            dense_macs,
+            dense_macs,
+            None,
+            measured_us,
+            reason,
+            rel_err,
+            site.epilogue,
+        )
+    topology = layer.topology
+    calls = dense_macs / topology.geometry.macs  # the plan may have been made for another size or batch
+    live = round(topology.live_macs * calls)
+    planned = dense_macs if backend == "dense" else round(layer.planned_macs * calls)
+    return LayerRow(
+        site.module,
+        backend,
+        topology.density,
+        len(topology.patterns),
+        len(layer.tiles),
+        layer.tile_width,
+        dense_macs,
+        live,
+        planned,
+        layer.predicted_us.get(backend),
+        measured_us,
+        reason,
+        rel_err,
+        site.epilogue,
+    )
+
+
+def _parameters(network: nn.Module) -> tuple[str, ...]:
+    """Return the names of a network's arguments."""
+    if isinstance(network, fx.GraphModule):
+        return tuple(str(n.target).lstrip("*") for n in network.graph.nodes if n.op == "placeholder")
+    return tuple(inspect.signature(network.forward).parameters)
+
+
+def plain_attributes(model: nn.Module) -> dict[str, Any]:
+    """Return copies of a model's public attributes that are plain data, those of its class included."""
+    values = {name: value for kind in reversed(type(model).__mro__) for name, value in vars(kind).items()}
+    values |= vars(model)
+    return {
+        name: copy.deepcopy(values[name])
+        for name in public_names(model)
+        if _is_plain(values.get(name, model))
+    }
+
+
+def public_names(model: nn.Module) -> set[str]:
+    """Return the public names that a model has beyond those of every module."""
+    every = {*dir(nn.Module), *vars(nn.Module()), "training"}
+    own = {*vars(model), *model._modules, *model._parameters, *model._buffers}
+    own |= {name for kind in type(model).__mro__ for name in vars(kind)}
+    return {name for name in own - every if not name.startswith("_")}
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.Size):
+        return True
+    if depth > 8:
+        return False
+    if isinstance(value, dict):
+        return all(_is_plain(item, depth + 1) for pair in value.items() for item in pair)
+    return isinstance(value, list | tuple | set) and all(_is_plain(item, depth + 1) for item in value)
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """Add the times up; None unless every one is known, for a part of a sum misleads."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
+
+
+def _si(count: float) -> str:
+    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:.0f}"
+
+
+def _table(rows: Sequence[LayerRow]) -> list[str]:
+    def text(value: float | None, pattern: str) -> str:
+        return "-" if value is None else format(value, pattern)
+
+    head = ("layer", "backend", "density", "patterns", "tiles", "MACs", "us", "rel err", "epilogue", "why")
+    cells = [
+        (
+            row.layer,
+            row.backend,
+            f"{row.density:.3f}",
+            text(row.patterns, "d"),
+            "-" if row.tiles is None else f"{row.tiles}x{row.tile_width}",
+            _si(row.planned_macs),
+            text(row.measured_us if row.measured_us is not None else row.predicted_us, ".0f"),
+            text(row.rel_err, ".0e"),
+            row.epilogue,
+            row.reason,
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in (head, *cells)) for column in range(len(head))]
+    right = {2, 3, 4, 5, 6, 7}
+    lines = []
+    for line in (head, tuple("-" * width for width in widths), *cells):
+        padded = [
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return lines

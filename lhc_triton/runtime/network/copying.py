@@ -1,0 +1,343 @@
+"""Copies of a model that are safe to run and to change, and models that are given back as they were found."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from lhc_triton.errors import first_line
+from lhc_triton.runtime.network.outputs import same_values
+from lhc_triton.runtime.op.dense import FusedConv2d
+
+_PRE_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    *_PRE_HOOKS,
+)
+_CONTAINERS = (list, dict, set, deque)
+_CODE = type | types.ModuleType | types.BuiltinFunctionType
+_ARRAYS = bytearray | array | np.ndarray
+_NO_STATE = frozenset({"logging", "threading", "_thread", "io", "_io", "weakref", "re"})  # of a model's own
+_FUNCTIONS = types.FunctionType | types.MethodType | functools.partial
+_DEPTH = 8  # of containers and plain objects inside each other
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return what torch.compile, DataParallel or DistributedDataParallel wrapped; else the module itself."""
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif isinstance(inner := dict(module.named_children()).get("_orig_mod"), nn.Module):
+            module = inner  # torch.compile keeps the module under this name
+        else:
+            return module
+
+
+def wrappers(model: nn.Module) -> list[str]:
+    """Return the names of the modules inside a model that ``working_copy`` unwraps."""
+    return [name for name, m in model.named_modules() if name and unwrapped(m) is not m and not has_hooks(m)]
+
+
+def working_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Return a copy of the model in eval mode; a bare convolution comes wrapped, as layer "0".
+
+    What wraps modules without computing anything (``unwrapped``) is left out. Weights that are computed from
+    others (torch.nn.utils.prune, parametrizations, weight and spectral norm) are copied as they stand, and no
+    longer computed. Forward hooks are kept; those that refer to the model refer to its copy in the copy.
+
+    Args:
+        model: it is left as it is.
+        memo: receives what was copied, by the id of the original.
+
+    Raises:
+        ValueError: the model cannot be copied.
+    """
+    try:
+        work = duplicate(unwrapped(model), {} if memo is None else memo)
+    except Exception as error:  # a model may hold anything, and any of it may refuse
+        raise ValueError(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
+    for module in work.modules():
+        _fix_computed_weights(module)
+        for key, child in list(module._modules.items()):
+            if child is not None and not has_hooks(child) and unwrapped(child) is not child:
+                module._modules[key] = unwrapped(child)
+    if isinstance(work, nn.Conv2d):
+        work = nn.Sequential(work)
+    work.eval()  # its result is not used: a model's own eval may return nothing
+    return work
+
+
+def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Return ``copy.deepcopy(model, memo)`` whose hooks and functions refer to copies where the model's do.
+
+    Functions are no copies by themselves: a hook or a ``forward`` that was set on a module may hold on to the
+    model in its closure, and would go on working on that. What ``memo`` brings along takes the place of an
+    original, and has its hooks.
+    """
+    given = {key for key, module in memo.items() if isinstance(module, nn.Module)}
+    originals = list(model.modules())
+    for module in originals:
+        for value in (*vars(module).values(), *_hooks_of(module)):
+            for tensor in _tensors(value):
+                if not tensor.is_leaf:  # deepcopy refuses these
+                    memo.setdefault(id(tensor), tensor.detach().clone())
+            if isinstance(value, types.MethodType):
+                memo[id(value)] = value  # bound anew below, where its object is the model's own
+    made = copy.deepcopy(model, memo)
+    for module in originals:
+        twin = memo.get(id(module), module)
+        for name in _HOOKS:
+            hooks = getattr(module, name) if id(module) in given else getattr(twin, name)
+            bound = {key: _rebound(hook, memo) if callable(hook) else hook for key, hook in hooks.items()}
+            getattr(twin, name).update(bound)
+        if id(module) not in given:
+            functions = {k: v for k, v in vars(twin).items() if isinstance(v, _FUNCTIONS)}
+            vars(twin).update({key: _rebound(function, memo) for key, function in functions.items()})
+    return made
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether a module itself has forward hooks."""
+    return any(True for _ in _hooks_of(module))
+
+
+def carry_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Give ``target`` the forward hooks of the module that it replaces."""
+    for name in _HOOKS:
+        getattr(target, name).update(getattr(source, name))
+
+
+def _hooks_of(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    yield from module._forward_hooks.values()
+    yield from module._forward_pre_hooks.values()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple | set | deque):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _rebound(hook: Callable[..., Any], memo: dict[int, Any]) -> Callable[..., Any]:
+    """Return a hook that refers to the copies of what it refers to; what was not copied it shares."""
+    if isinstance(hook, types.MethodType):
+        return types.MethodType(hook.__func__, memo.get(id(hook.__self__), hook.__self__))
+    if isinstance(hook, functools.partial):
+        arguments = [memo.get(id(value), value) for value in hook.args]
+        keywords = {name: memo.get(id(value), value) for name, value in hook.keywords.items()}
+        return functools.partial(_rebound(hook.func, memo), *arguments, **keywords)
+    if not isinstance(hook, types.FunctionType):
+        found: Callable[..., Any] = memo.get(id(hook), hook)
+        return found
+    defaults = hook.__defaults__ and tuple(memo.get(id(value), value) for value in hook.__defaults__)
+    cells = hook.__closure__ and tuple(_rebound_cell(cell, memo) for cell in hook.__closure__)
+    if not cells and not defaults:
+        return hook
+    bound = types.FunctionType(hook.__code__, hook.__globals__, hook.__name__, defaults, cells)
+    bound.__kwdefaults__ = hook.__kwdefaults__
+    return functools.update_wrapper(bound, hook)
+
+
+def _rebound_cell(cell: types.CellType, memo: dict[int, Any]) -> types.CellType:
+    if id(cell) in memo:  # functions that share a variable go on sharing it
+        bound: types.CellType = memo[id(cell)]
+        return bound
+    try:
+        content = cell.cell_contents
+    except ValueError:  # not filled yet
+        return cell
+    if id(content) not in memo:
+        return cell
+    memo[id(cell)] = types.CellType(memo[id(content)])
+    return _rebound_cell(cell, memo)
+
+
+def _fix_computed_weights(module: nn.Module) -> None:
+    """Make parameters that hooks or parametrizations compute plain ones, of the values they have."""
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, prune.BasePruningMethod):
+            prune.remove(module, hook._tensor_name)
+        elif isinstance(hook, WeightNorm):
+            remove_weight_norm(module, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(module, hook.name)
+    if parametrize.is_parametrized(module):
+        # torch makes a class for the module, which the copy shares, and removes the property from the class
+        kind = type(module)
+        own = {key: v for key, v in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+        module.__class__ = type(kind.__name__, kind.__bases__, own)
+        for name in list(module.parametrizations):  # type: ignore[arg-type]
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+
+
+class Snapshot:
+    """What a model was at one moment, for putting it back, whatever running it changes.
+
+    Put back are the attributes of its modules, the contents of lists, dicts, sets, plain objects and closures
+    among them, and the values of buffers and other tensors; parameters see `restore_parameters`.
+
+    Attributes:
+        iterates: whether the model holds an iterator, whose place can neither be seen nor put back.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # Ours keep nothing from one call to the next, except weights in another order.
+        homes = [vars(module) for module in model.modules() if not isinstance(module, FusedConv2d)]
+        self._contents: dict[int, tuple[Any, Any]] = {id(home): (home, dict(home)) for home in homes}
+        self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
+        self._cells: dict[int, tuple[types.CellType, Any]] = {}
+        self._arrays: dict[int, tuple[Any, Any]] = {}
+        self._slotted: list[tuple[Any, str, Any]] = []
+        self.iterates = False
+        for home in homes:
+            for value in home.values():
+                self._keep(value)
+
+    def changed(self) -> bool:
+        """Return whether anything but parameters is another than it was."""
+        return (
+            any(_differs(held, before) for held, before in self._contents.values())
+            or any(not same_values(tensor, before) for tensor, before in self._tensors.values())
+            or any(cell.cell_contents is not before for cell, before in self._cells.values())
+            or any(bytes(held) != bytes(before) for held, before in self._arrays.values())
+            or any(getattr(owner, name, None) is not value for owner, name, value in self._slotted)
+        )
+
+    def restore(self) -> None:
+        """Put everything back but parameters."""
+        for held, before in self._contents.values():
+            _restore(held, before)
+        with torch.no_grad():
+            for tensor, values in self._tensors.values():
+                # by value: running statistics are written without a trace in the tensor's version
+                if not same_values(tensor, values):
+                    tensor.copy_(values)
+        for cell, content in self._cells.values():
+            if cell.cell_contents is not content:
+                cell.cell_contents = content
+        for held, before in self._arrays.values():
+            if bytes(held) != bytes(before):
+                held[... if isinstance(held, np.ndarray) else slice(None)] = before
+        for owner, name, value in self._slotted:
+            if getattr(owner, name, None) is not value:
+                setattr(owner, name, value)
+
+    def _keep(self, value: Any, depth: int = 0) -> None:
+        if depth > _DEPTH or isinstance(value, nn.Module | _CODE):
+            return
+        if isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter):
+                self._tensors[id(value)] = (value, value.detach().clone())
+        elif isinstance(value, tuple):
+            for item in value:
+                self._keep(item, depth + 1)
+        elif isinstance(value, _CONTAINERS):
+            if id(value) not in self._contents:
+                self._contents[id(value)] = (value, copy.copy(value))
+                for item in list(value.values() if isinstance(value, dict) else value):
+                    self._keep(item, depth + 1)
+        elif isinstance(value, types.FunctionType):
+            for cell in value.__closure__ or ():
+                self._keep_cell(cell, depth)
+        elif isinstance(value, types.MethodType):
+            self._keep(value.__self__, depth + 1)
+        elif isinstance(value, _ARRAYS):
+            self._arrays[id(value)] = (value, copy.copy(value))
+        elif hasattr(value, "__next__") and type(value).__module__ in ("builtins", "itertools"):
+            self.iterates = True
+        elif type(value).__module__.partition(".")[0] not in _NO_STATE:
+            for name in _slots(value):
+                self._slotted.append((value, name, getattr(value, name)))
+                self._keep(getattr(value, name), depth + 1)
+            if hasattr(value, "__dict__"):
+                self._keep(vars(value), depth + 1)
+
+    def _keep_cell(self, cell: types.CellType, depth: int) -> None:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not filled yet
+            return
+        if id(cell) not in self._cells:
+            self._cells[id(cell)] = (cell, content)
+            self._keep(content, depth + 1)
+
+
+def parameter_values(model: nn.Module, copies: Mapping[int, Any]) -> dict[str, Tensor]:
+    """Return the values of a model's parameters, from copies by id where those hold the same."""
+    values = {}
+    for name, parameter in model.named_parameters():
+        twin = copies.get(id(parameter))
+        if isinstance(twin, Tensor) and same_values(twin, parameter):
+            values[name] = twin.detach()
+        else:
+            values[name] = parameter.detach().clone()
+    return values
+
+
+def restore_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> list[str]:
+    """Put back the parameters that have other values than these; return their names."""
+    written = [name for name, p in model.named_parameters() if not same_values(p, values[name])]
+    with torch.no_grad():
+        for name in written:
+            model.get_parameter(name).copy_(values[name])
+    return written
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Give a model back as it was found, its parameters taken to be read only; see `Snapshot`."""
+    snapshot = Snapshot(model)
+    try:
+        yield
+    finally:
+        snapshot.restore()
+
+
+def _slots(value: Any) -> list[str]:
+    """Return the names in an object's ``__slots__`` that have values."""
+    slots = (vars(kind).get("__slots__", ()) for kind in type(value).__mro__)
+    names = (name for these in slots for name in ((these,) if isinstance(these, str) else these))
+    return [name for name in names if not name.startswith("__") and hasattr(value, name)]
+
+
+def _differs(held: Any, before: Any) -> bool:
+    if len(held) != len(before):
+        return True
+    if isinstance(held, dict):
+        return any(key not in held or held[key] is not value for key, value in before.items())
+    return any(a is not b for a, b in zip(held, before, strict=True))
+
+
+def _restore(held: Any, before: Any) -> None:
+    """Give a container its earlier contents; one that still has them is not touched."""
+    if not _differs(held, before):
+        return
+    if isinstance(held, dict):
+        for key in [key for key in held if key not in before]:
+            del held[key]
+        for key, value in before.items():
+            if key not in held or held[key] is not value:
+                held[key] = value
+        return
+    held.clear()
+    (held.update if isinstance(held, set) else held.extend)(before)

@@ -1,0 +1,246 @@
+"""CUDA graphs of a whole network: at small sizes, launching the kernels takes longer than running them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lhc_triton.errors import one_line
+from lhc_triton.runtime.replay.staleness import Watch
+
+MAX_GRAPHS = 8
+MAX_SEEN = 64
+_PLAIN = (Tensor, bool, int, float, str, type(None))
+
+Signature = tuple[Any, ...]
+Function = Callable[[], Any]
+
+
+class Device(Protocol):
+    """What `Graphs` asks of CUDA; the tests have another one."""
+
+    def ready(self, inputs: Sequence[Tensor]) -> bool:
+        """Return whether a graph may be captured or replayed here and now."""
+
+    def turn(self, device: torch.device) -> AbstractContextManager[None]:
+        """Order the work inside after that of every earlier turn, whatever stream it ran on."""
+
+    def capture(self, function: Function) -> tuple[Callable[[], None], Any]:
+        """Return what replays the function's kernels, and its result, which each replay overwrites."""
+
+    def wait(self) -> None:
+        """Wait until the last turn's work is done."""
+
+    def finish(self) -> None:
+        """Wait, and let go of the graphs' memory."""
+
+
+@dataclass(frozen=True)
+class _Graph:
+    inputs: tuple[Tensor, ...]
+    outputs: Any
+    replay: Callable[[], None]
+
+
+class Graphs:
+    """Runs a network through CUDA graphs, one for each signature of its inputs.
+
+    A signature is their shapes, strides, types and device. Its first call runs as it is, which also warms up;
+    from the second one on a graph is replayed. The most recently used `limit` graphs are kept, in one memory
+    pool. The caller owns what it gets: outputs are copies, no later call changes them. Calls from several
+    threads or streams are safe; they take turns, for the graphs' inputs and memory are shared. All graphs are
+    dropped when the network changes (see `staleness.Watch`). As it is the network runs on other devices,
+    inside another capture, under autocast or a dispatch mode (a FLOP counter, for example), with hooks, and
+    where gradients are asked for.
+
+    Args:
+        limit: graphs to keep.
+        device: another one in tests.
+
+    Attributes:
+        problem: why there are no graphs any more; "" while there may be.
+    """
+
+    def __init__(self, limit: int = MAX_GRAPHS, device: Device | None = None) -> None:
+        self.problem = ""
+        self._limit = limit
+        self._device = CudaDevice() if device is None else device
+        self._graphs: OrderedDict[Signature, _Graph] = OrderedDict()
+        self._seen: OrderedDict[Signature, None] = OrderedDict()
+        self._watch: Watch | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Graphs, (self._limit,)  # a copy captures its own: it has other weights
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def run(self, network: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        """Return the network's output for inputs that it applies to, through a graph once it is time."""
+        signature = _signature(inputs)
+        with self._lock:
+            usable = self._keep_watch(network)
+            if usable and (
+                signature in self._graphs or (signature in self._seen and self._capture(network, inputs))
+            ):
+                return self._replay(signature, inputs)
+        output = network(*inputs)
+        with self._lock:
+            # Only now: an input that the network refuses is no signature.
+            keep_latest(self._seen, signature, None, MAX_SEEN)
+        return output
+
+    def capture(self, network: nn.Module, inputs: tuple[Any, ...]) -> bool:
+        """Capture a graph for these inputs, which the network has run on before; False if there is none."""
+        if not self.applies(inputs):
+            return False
+        with self._lock:
+            usable = self._keep_watch(network)
+            return usable and (_signature(inputs) in self._graphs or self._capture(network, inputs))
+
+    def _keep_watch(self, network: nn.Module) -> bool:
+        """Drop the graphs of what the network was before; return whether it may be replayed now."""
+        if self._watch is not None and not self._watch.same():
+            self._drop()
+        if self._watch is None:
+            self._watch = Watch(network, addresses=True)
+        return not self._watch.hooked()
+
+    def refuse(self, problem: str) -> None:
+        """Use no graphs any more."""
+        self.problem = problem
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all graphs and their memory."""
+        with self._lock:
+            self._drop()
+
+    def _drop(self) -> None:
+        self._device.finish()
+        self._graphs.clear()
+        self._seen.clear()
+        self._watch = None
+
+    def applies(self, inputs: tuple[Any, ...]) -> bool:
+        """Return whether a call with these inputs may be captured or replayed here and now."""
+        if self.problem or not inputs or not all(type(x) in (Tensor, nn.Parameter) for x in inputs):
+            return False
+        wants_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        return not wants_gradients and not is_in_torch_dispatch_mode() and self._device.ready(inputs)
+
+    def _capture(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+        try:
+            # Tensors of inference mode could not be written to by a caller outside of it.
+            with torch.inference_mode(False), torch.no_grad(), self._device.turn(inputs[0].device):
+                static = tuple(x.clone() for x in inputs)
+                replay, outputs = self._device.capture(lambda: network(*static))
+            odd = [type(leaf).__name__ for leaf in tree_leaves(outputs) if not isinstance(leaf, _PLAIN)]
+            if odd:
+                raise TypeError(f"the output holds a {odd[0]}")
+        except Exception as error:  # foreign code: whatever it raises, the network still runs without graphs
+            self.problem = f"capture failed ({one_line(error)})"
+            self._drop()  # no call will use them any more, nor their memory
+            return False
+        if len(self._graphs) == self._limit:
+            self._device.wait()  # a replay on another stream may still need the memory that is freed
+        keep_latest(self._graphs, _signature(inputs), _Graph(static, outputs, replay), self._limit)
+        return True
+
+    def _replay(self, signature: Signature, inputs: tuple[Tensor, ...]) -> Any:
+        graph = self._graphs[signature]
+        self._graphs.move_to_end(signature)
+        with torch.no_grad(), self._device.turn(inputs[0].device):
+            for mine, given in zip(graph.inputs, inputs, strict=True):
+                mine.copy_(given)
+            graph.replay()
+            return tree_map_only(Tensor, torch.clone, graph.outputs)
+
+
+def _signature(inputs: tuple[Tensor, ...]) -> Signature:
+    return tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs)
+
+
+def keep_latest(cache: OrderedDict[Signature, Any], signature: Signature, value: Any, limit: int) -> None:
+    """Put a value at the end of a cache, and drop what was used the longest time ago."""
+    cache[signature] = value
+    cache.move_to_end(signature)
+    while len(cache) > limit:
+        cache.popitem(last=False)
+
+
+class CudaDevice:
+    """CUDA as `Graphs` uses it; serves one GPU between two calls of `finish`."""
+
+    def __init__(self) -> None:
+        self._done: torch.cuda.Event | None = None
+        self._pool: Any = None
+
+    def ready(self, inputs: Sequence[Tensor]) -> bool:
+        """See `Device`."""
+        if not inputs[0].is_cuda or len({x.device for x in inputs}) > 1:
+            return False
+        return not torch.cuda.is_current_stream_capturing() and not torch.is_autocast_enabled("cuda")
+
+    @contextmanager
+    def turn(self, device: torch.device) -> Iterator[None]:
+        """See `Device`."""
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream()
+            if self._done is None:
+                self._done = torch.cuda.Event()
+            else:
+                stream.wait_event(self._done)
+            try:
+                yield
+            finally:
+                self._done.record(stream)
+
+    def capture(self, function: Function) -> tuple[Callable[[], None], Any]:
+        """See `Device`."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph, outputs = capture(function, self._pool)
+        return graph.replay, outputs
+
+    def wait(self) -> None:
+        """See `Device`."""
+        if self._done is not None:
+            self._done.synchronize()
+
+    def finish(self) -> None:
+        """See `Device`."""
+        self.wait()
+        self._done = self._pool = None
+
+
+def capture(function: Function, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Run a function once on a stream of its own, then capture it on the current GPU.
+
+    Args:
+        function: called twice; the first call compiles and allocates what a capture must not.
+        pool: of memory, shared with other graphs that never run at the same time; None: its own.
+
+    Returns:
+        The graph, and the function's result, which every replay writes again.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on using the GPU meanwhile.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        result = function()
+    return graph, result

@@ -1,0 +1,1 @@
+"""Accelerated networks in files, read back with every value checked."""

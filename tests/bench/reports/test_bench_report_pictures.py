@@ -1,0 +1,111 @@
+"""Pictures of reports: whose they are, what they compare, and what a reader could not see otherwise."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from fabricated_runs import COARSE, FINE, fabricated_run
+
+from lhc_bench.reports import experiment_pictures
+from lhc_bench.reports.experiment_pictures import layers_figure, shapes_figure, training_figure
+from lhc_bench.reports.experiment_rows import dense_twins, describe, experiments, labels
+from lhc_bench.reports.report import make_report
+from lhc_bench.reports.runs import read_run
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Experiments of runs with these settings."""
+
+    def make(*settings):
+        folders = [fabricated_run(tmp_path / f"run{n}", **one) for n, one in enumerate(settings)]
+        return experiments([describe(read_run(folder), 1) for folder in folders])
+
+    return make
+
+
+def test_a_setting_is_named_where_it_is_not_that_of_most_runs(tmp_path):
+    base = {"in_block": 8, "out_block": 8}
+    changes = ({}, {"out_block": 16}, {"out_block": 32}, {"penalty": "macs"}, {"penalty": "latency"})
+    runs = [
+        read_run(fabricated_run(tmp_path / f"{number}", **{**base, **change}))
+        for number, change in enumerate(changes)
+    ]
+    named = [
+        "out_block 8, penalty weights",
+        "out_block 16",
+        "out_block 32",
+        "penalty macs",
+        "penalty latency",
+    ]
+    assert labels(runs) == named
+    assert labels(runs[:3]) == ["out_block 8", "out_block 16", "out_block 32"]  # none is that of most
+    assert labels(runs[:1]) == ["small VGG"]
+
+
+def test_dense_twins_of_other_recipes_stay_apart_and_shared_ones_count_once(made):
+    found = made({"seed": 0}, {"seed": 1}, {"out_block": 16, "seed": 0}, {"lr": 0.02, "seed": 0})
+    accuracy = [[row.run.dense_accuracy for row in experiment.rows] for experiment in found]
+    twins = dense_twins(found)
+    assert list(twins) == [f"dense twin, lr {found[0].first.run.config.lr:g}", "dense twin, lr 0.02"]
+    assert list(twins.values()) == pytest.approx(
+        [(accuracy[1][0] + accuracy[0][1]) / 2, accuracy[2][0]], abs=1e-12
+    )
+    assert list(dense_twins(found[:2])) == ["dense twin"]
+
+
+@pytest.mark.parametrize("figure", [training_figure, layers_figure, shapes_figure])
+def test_a_picture_says_whose_it_is_within_its_width(made, figure):
+    experiment = replace(made({})[0], label="a label of many settings, " * 8)
+    drawn = figure(experiment)
+    title = next(text for text in drawn.texts if experiment.label in text.get_text())
+    assert title.get_window_extent().x1 <= drawn.bbox.width
+
+
+def test_pictures_of_an_earlier_larger_report_are_removed_and_others_stay(tmp_path):
+    names = ("02_training.png", "13_topology_2.png", "accuracy_density_cifar10.png", "02_notes.png", "my.png")
+    for name in names:
+        (tmp_path / name).write_bytes(b"old")
+    make_report([fabricated_run(tmp_path / "run")], tmp_path, batch=1)
+    assert [name for name in names if (tmp_path / name).exists()] == ["02_notes.png", "my.png"]
+    assert (tmp_path / "01_training.png").exists()
+
+
+@pytest.mark.parametrize(("seed", "beside"), [(0, True), (1, False)])
+def test_the_curve_of_a_shared_dense_twin_is_that_of_the_run_beside(tmp_path, seed, beside):
+    first = fabricated_run(tmp_path / "first", seed=0)
+    folder = fabricated_run(tmp_path / "second", seed=seed, out_block=16, dense_twin="/moved/first")
+    run = read_run(folder)
+    dense = [row for row in run.epochs if row["stage"] == "dense"]
+    assert dense == ([row for row in read_run(first).epochs if row["stage"] == "dense"] if beside else [])
+    assert bool(run.notes) is not beside
+    figure = training_figure(experiments([describe(run, 1)])[0])
+    assert any("no curve" in text.get_text() for text in figure.texts) is not beside
+    assert ("dense twin" in figure.axes[0].get_legend_handles_labels()[1]) is beside
+
+
+def test_a_dense_stage_longer_than_both_others_is_drawn_whole(made, tmp_path):
+    folder = fabricated_run(tmp_path / "run")
+    with (folder / "metrics.csv").open("a") as file:
+        file.writelines(f"dense,{COARSE + FINE + more},0.1,1.0,1.0,0.8\n" for more in range(4))
+    figure = training_figure(experiments([describe(read_run(folder), 1)])[0])
+    assert figure.axes[0].get_xlim()[1] >= COARSE + FINE + 3
+
+
+def shape_texts(experiment, monkeypatch, *layers):
+    """The numbers in the shapes' picture, with their colours, where the layers' shapes are these."""
+    monkeypatch.setattr(experiment_pictures, "_shape_counts", lambda rows, place: Counter(layers[place]))
+    texts = shapes_figure(experiment).axes[0].texts
+    return [(text.get_text(), text.get_color()) for text in texts]
+
+
+def test_a_narrow_layer_has_its_say_in_which_shapes_are_shown(made, monkeypatch):
+    wide = {f"{bits // 64:03b}/{bits // 8 % 8:03b}/{bits % 8:03b}": 1000 for bits in range(1, 40)}
+    found = shape_texts(made({})[0], monkeypatch, wide, {"111/111/110": 5, "111/111/111": 5})
+    assert [text for text, _ in found].count("50") == 2
+
+
+def test_numbers_are_white_on_dark_cells_only(made, monkeypatch):
+    half = {"111/111/111": 1, "010/111/010": 1}
+    found = shape_texts(made({})[0], monkeypatch, {"111/111/111": 1}, half)
+    assert sorted(found) == [("100", "white"), ("50", "black"), ("50", "black")]

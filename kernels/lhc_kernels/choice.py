@@ -94,10 +94,10 @@ def choose_config(shape: LaunchShape, precision: str = "ieee") -> tuple[KernelCo
 def _bound(config: KernelConfig, shape: LaunchShape) -> int:
     """Return the registers that let two programs of eight warps share a multiprocessor, where that is near.
 
-    Compiled, 128 x 128 over 8 warps: Triton 3.6.0 takes 166 registers by itself, and held to 128 keeps 88 bytes
-    of a thread on the stack, none of them in the loop; 3.7.1 and 3.9.0 stay below 128 either way, and held to it
-    even a persistent program does (179 and 136 by itself) with 24 bytes at the most. With a residual up to 472
-    bytes go to the stack.
+    Compiled, 128 x 128 over 8 warps: Triton 3.6.0 takes 166 registers by itself, and held to 128 it keeps 88
+    bytes of a thread on the stack, outside of the loop. 3.7.1 and 3.9.0 take no more than 128 by themselves;
+    held to it, even a persistent program does (179 and 136 by itself) with 24 bytes on the stack at the most.
+    With a residual up to 472 bytes would go there.
     """
     sums = config.block_m * config.block_n // (32 * config.num_warps)
     near = config.num_warps == 8 and sums == 64 and not shape.residual and shape.capability >= 80

@@ -20,8 +20,8 @@ MAX_ACCUMULATORS = 128
 while 3.6 and 3.9 spill some such kernels; 256 always spill."""
 
 ROW_WASTE = 1.2
-"""Compiled: of a box of several rows wgmma takes the activations from registers, 115 instructions for 32 channels
-of 128 x 64; a box of one row stays in shared memory, 99 of 64 x 64 over 4 warps, and 101 for 64 channels."""
+"""Compiled: of a box of several rows wgmma takes the activations from registers, with 115 instructions for 32
+channels; one of a single row stays in shared memory, with 99 instructions for 32 channels and 101 for 64."""
 
 MAX_SPLITS = 16
 """Most parts of a tile's entries; every part writes its float32 sums once and has them read once."""
@@ -204,13 +204,9 @@ def _variant_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
         return f"splits is {config.splits} with variant {config.variant}: supported are {least} to {most}"
     if config.max_registers:
         if shape.capability == 0:
-            return (
-                f"max_registers is {config.max_registers}: this make of GPU has no such bound, supported is 0"
-            )
+            return f"max_registers is {config.max_registers}: this make of GPU supports 0 alone"
         if config.max_registers % 8 or not 64 <= config.max_registers <= 248:
-            return (
-                f"max_registers is {config.max_registers}: supported are 0 and multiples of 8 from 64 to 248"
-            )
+            return f"max_registers is {config.max_registers}: supported are 0, 64, 72 and so on to 248"
     return _box_problem(config, shape) if config.variant == "box" else None
 
 

@@ -216,8 +216,8 @@ def grouped_conv2d_fwd_kernel(
             )[:, None]
         x_base = ((((row // out_height) * height + ih) * width + iw) * IN_CHANNELS)[:, None]
         if RESIDENT:
-            # Copies of 16 bytes pass L1 by, those of 8 go through it. The compiler takes the widest that it can
-            # prove aligned, so it is told less than what holds: the first tile starts at 0.
+            # Copies of 16 bytes pass L1 by, those of 8 go through it. The compiler takes the widest that it
+            # can prove aligned, so it is told less than what holds: the first tile starts at 0.
             x_base += tl.multiple_of(tl.load(tile_ptr), 64 // x_ptr.dtype.element_ty.primitive_bitwidth)
         if K_MAJOR:
             offs_w = offs_n[None, :] * IN_BLOCK + offs_k[:, None]

@@ -77,7 +77,7 @@ def test_configs_are_frozen() -> None:
         ),
         (KernelConfig(variant="split"), SHAPE, "splits is 1 with variant split: supported are 2 to 16"),
         (KernelConfig(splits=2), SHAPE, "splits is 2 with variant grid: supported are 1 to 1"),
-        (KernelConfig(max_registers=100), SHAPE, "max_registers is 100: supported are 0 and multiples of 8"),
+        (KernelConfig(max_registers=100), SHAPE, "max_registers is 100: supported are 0, 64, 72"),
         (KernelConfig(max_registers=128), replace(SHAPE, capability=0), "max_registers is 128: this make"),
         (BOX, replace(SHAPE, capability=80), "capability is 8.0: variant box needs 9.0 or more"),
         (BOX, replace(SHAPE, stride=(2, 1)), r"stride is \[2, 1\]: variant box supports \[1, 1\]"),

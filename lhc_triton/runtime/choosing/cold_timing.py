@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from lhc_triton.runtime.choosing.timing import race
-from lhc_triton.runtime.replay.cuda_graphs import capture
+from lhc_triton.runtime.replay.cuda_graphs import GraphMemory
 
 LEAST_FLUSH = 1 << 27  # bytes; writing so much also gives the host time to queue the sample behind it
 
@@ -22,13 +22,14 @@ class ColdTimer:
     def __init__(self, device: torch.device) -> None:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()  # one for all: their graphs never run at the same time
+        with torch.cuda.device(device):
+            self._memory = GraphMemory()
         self._flush = torch.empty(max(2 * cache, LEAST_FLUSH), dtype=torch.uint8, device=device)
 
     def sampler(self, function: Callable[[], object]) -> Callable[[], float]:
         """Capture a function and return what takes one sample of it, in microseconds."""
         with torch.cuda.device(self._device), torch.inference_mode():
-            graph, _ = capture(function, self._pool)
+            graph, _ = self._memory.capture(function)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
         def sample() -> float:

@@ -231,8 +231,8 @@ class GraphMemory:
     """
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, function: Function) -> tuple[torch.cuda.CUDAGraph, Any]:
         """Run a function once on the stream of captures, then capture it.

@@ -204,7 +204,7 @@ def _report(compiled: Any, kernel: Any, config: KernelConfig, target: str) -> Co
         )
     else:
         text = compiled.asm["ptx"]
-        registers, stack = _resources(compiled.asm["cubin"])
+        registers, stack = resources_of(compiled.asm["cubin"])
     stores = re.findall(r"st\.global\.(?:v(\d)\.)?b(\d+)", text)
     return CompileReport(
         kernel=kernel.__name__,
@@ -229,7 +229,7 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def resources_of(cubin: bytes) -> tuple[int, int]:
     """Return registers and stack bytes per thread, as Triton's bundled cuobjdump reports them."""
     handle, path = tempfile.mkstemp(suffix=".cubin")
     try:

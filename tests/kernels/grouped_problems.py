@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lhc_kernels
-from lhc_kernels import KernelConfig, LaunchShape, launch
+from lhc_kernels import KernelConfig, launch
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.int8: 1e-5}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -327,14 +326,11 @@ def cases_by_dtype() -> list[tuple[str, Conv]]:
 @contextmanager
 def few_processors(count: int = 1) -> Iterator[None]:
     """Pretend that the device has few multiprocessors, so that persistent programs take several turns."""
-    real = launch.launch_shape
-
-    def shape(*args: Any) -> LaunchShape:
-        return replace(real(*args), processors=count)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "launch_shape", shape)
+        patch.setattr(launch, "device_limits", lambda device: {"processors": count})
+        launch.limits.cache_clear()
         yield
+    launch.limits.cache_clear()
 
 
 SPECIAL_CASES = {

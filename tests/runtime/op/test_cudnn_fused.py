@@ -1,4 +1,4 @@
-"""When dense layers run on cuDNN's fused convolution, and with which arguments; the kernel itself on a GPU."""
+"""When dense layers run on cuDNN's fused convolution, and that they give the same; the kernel needs a GPU."""
 
 import pytest
 import torch

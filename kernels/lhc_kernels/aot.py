@@ -190,10 +190,8 @@ def _compile(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    return _report(
-        triton.compile(source, target=TARGETS[target].gpu, options=options), kernel, config, target
-    )
+    compiled = triton.compile(source, target=TARGETS[target].gpu, options=config.options())
+    return _report(compiled, kernel, config, target)
 
 
 def _report(compiled: Any, kernel: Any, config: KernelConfig, target: str) -> CompileReport:
@@ -206,7 +204,7 @@ def _report(compiled: Any, kernel: Any, config: KernelConfig, target: str) -> Co
         )
     else:
         text = compiled.asm["ptx"]
-        registers, stack = _resources(compiled.asm["cubin"])
+        registers, stack = resources_of(compiled.asm["cubin"])
     stores = re.findall(r"st\.global\.(?:v(\d)\.)?b(\d+)", text)
     return CompileReport(
         kernel=kernel.__name__,
@@ -231,7 +229,7 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def resources_of(cubin: bytes) -> tuple[int, int]:
     """Return registers and stack bytes per thread, as Triton's bundled cuobjdump reports them."""
     handle, path = tempfile.mkstemp(suffix=".cubin")
     try:

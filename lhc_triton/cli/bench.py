@@ -37,6 +37,17 @@ def bench(
     only: Annotated[
         str, typer.Option(help="Measure only what has this in its name, for example vgg16-imagenet.")
     ] = "",
+    density: Annotated[
+        list[float] | None, typer.Option(help="Live share of the weights; may be given many times.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Images of a call; default: the suite's.")] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compiled/--no-compiled",
+            help="Compare with torch.compile too, on a GPU with max-autotune: seconds to minutes a layer.",
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option(help="Of masks, weights and inputs.")] = 0,
     deepsparse_python: Annotated[
         Path | None, typer.Option(help="For cpu-engines: a Python with deepsparse==1.8.0 and numpy<2.")
@@ -56,6 +67,10 @@ def bench(
 
     if (network is None) == (suite == own.SUITE):
         raise ValueError(f"a SOURCE belongs to --suite {own.SUITE}, and to it alone; give both or neither")
+    if suite in (own.SUITE, loading.SUITE) and (density or batch is not None or not compiled):
+        raise ValueError(
+            f"suite {suite!r} measures no layers of ours: leave --density, --batch and --no-compiled out"
+        )
     engines = None if deepsparse_python is None else Engines(deepsparse_python)
     with counting(f"suite {suite}") as progress:
         if network is not None:
@@ -64,7 +79,10 @@ def bench(
         elif suite == loading.SUITE and engines is None:
             results = loading.run_loading(out, progress, seed, only=only)
         else:
-            results = run_suite(suite, out, progress, seed, only=only, engines=engines)
+            results = run_suite(
+                suite, out, progress, seed, densities=density or None, compiled=compiled, only=only,
+                engines=engines, batch=batch,
+            )  # fmt: skip
     pictures = draw(out / "results.json", out)
     if as_json:
         print_json(results)

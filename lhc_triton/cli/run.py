@@ -64,15 +64,19 @@ def tune(
     What is recorded is not measured again, so a run that was stopped goes on where it was.
     `lhc-triton plot` draws the landscape from the file.
     """
+    from lhc_triton.runtime.choosing.compiled_ahead import compiled_ahead
     from lhc_triton.runtime.choosing.timing_store import TimingStore
     from lhc_triton.runtime.choosing.tuning_jobs import run_jobs, tuning_device
 
     device, rank, ranks = tuning_device()
     jobs = _tuning_jobs(network, suite, batch, dtype, device, weights, input_shape)
     with counting("tune" if ranks == 1 else f"tune, {rank} of {ranks}") as progress:
-        report = run_jobs(
-            jobs, device, TimingStore(store), budget_s=budget, rank=rank, ranks=ranks, progress=progress
-        )
+        records = TimingStore(store)
+        with compiled_ahead(jobs, device, records, rank=rank, ranks=ranks) as benches:
+            report = run_jobs(
+                jobs, device, records, budget_s=budget, rank=rank, ranks=ranks, progress=progress,
+                benches=benches,
+            )  # fmt: skip
     if as_json:
         print_json(report.to_dict())
     else:

@@ -182,7 +182,7 @@ class LayerSubject:
         geometry = self.geometry
         x = self.x if geometry.out_values <= CHECKED_VALUES else self.x[:1]
         padding = (geometry.padding[0], geometry.padding[2])
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, benchmark=False):
             return F.conv2d(
                 x.double(), weight.double(), self.bias.double(), geometry.stride, padding, geometry.dilation
             ).relu_()

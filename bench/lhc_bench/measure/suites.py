@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,7 +21,8 @@ from lhc_bench.measure.loading import SUITE as LOADING
 from lhc_bench.measure.networks import NetworkCase, NetworkSubject
 from lhc_bench.measure.rivals import MASK_FREE
 from lhc_bench.measure.rows import Results, Row, environment, summarise, write_results
-from lhc_bench.measure.setting import Machine, Setting, Subject, Timer, measure, measure_machine
+from lhc_bench.measure.setting import Call, Machine, Setting, Subject, Timer, measure, measure_machine
+from lhc_triton.runtime.choosing.cold_timing import time_cold
 from lhc_triton.runtime.choosing.timing import Timing, time_paired
 from lhc_triton.runtime.choosing.timing_store import TimingStore
 
@@ -149,6 +150,7 @@ def run_suite(
     timer: Timer = time_paired,
     only: str = "",
     engines: other.Engines | None = None,
+    batch: int | None = None,
 ) -> dict[str, Any]:
     """Run a suite and write results.json and results.csv.
 
@@ -164,6 +166,7 @@ def run_suite(
         only: measure the cases whose names contain this.
         engines: for the suite "cpu-engines", which ones; by default those that are installed here. Their rows
             are named after them, and the summary has our speed-ups over them under "engines".
+        batch: images of a call; by default each case's own.
 
     Returns:
         What results.json holds: {"env", "rows", "summary"}. A backend that could not run, or whose result
@@ -172,8 +175,8 @@ def run_suite(
 
     Raises:
         ValueError: an unknown suite, a suite for a GPU where there is none, no case with that name, rounds
-            below 1, a negative seed, a density outside (0, 1], engines for another suite, or an interpreter
-            without its engine; nothing is written then.
+            or a batch below 1, a negative seed, a density outside (0, 1], engines for another suite, or an
+            interpreter without its engine; nothing is written then.
         OSError: if the folder cannot be written.
     """
     if engines is not None and name != other.SUITE:
@@ -181,7 +184,7 @@ def run_suite(
     suite = _checked_suite(name)
     rounds = suite.rounds if rounds is None else rounds
     wanted = tuple(suite.densities if densities is None else densities)
-    _check(rounds, seed, wanted)
+    _check(rounds, seed, wanted, batch)
     cases = tuple(case for case in suite.cases() if only in case.name)
     if not cases:
         known = "; ".join(case.name for case in suite.cases())
@@ -200,7 +203,9 @@ def run_suite(
             suite.device, suite.dtype, suite.backends, rounds, seed, compiled and suite.compiled, timer,
             store, suite.rivals, suite.budget_s, opened, suite.choosing,
         )  # fmt: skip
-        run = _Run(suite, cases, setting, wanted, progress)
+        if suite.device == "cuda":
+            setting = replace(setting, cold_timer=partial(_time_cold, rounds=rounds))
+        run = _Run(suite, cases, setting, wanted, progress, batch)
         # cuDNN's own search is part of the best dense a GPU has.
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):
             run.measure_all()
@@ -234,8 +239,10 @@ class _Run:
         setting: Setting,
         densities: Sequence[float],
         progress: Progress,
+        batch: int | None,
     ) -> None:
         self.suite = suite
+        self.batch = batch
         self.progress = progress
         self.cases = cases
         # A mask of all ones is the same for any block.
@@ -301,14 +308,19 @@ class _Run:
 
     def _prepare(self, case: Case) -> Subject:
         if isinstance(case, LayerCase):
-            return LayerSubject.prepare(case, batch_of(case.model, self.suite.device), self.setting)
-        return NetworkSubject.prepare(case, self.setting)
+            batch = self.batch or batch_of(case.model, self.suite.device)
+            return LayerSubject.prepare(case, batch, self.setting)
+        return NetworkSubject.prepare(replace(case, batch=self.batch or case.batch), self.setting)
 
     def _counting(self, calls: Any, **options: Any) -> dict[str, Timing]:
         times = self.timer(calls, **options)
         made = [len(timing.samples_us) for timing in times.values()]
         self.rounds_made = [min(self.rounds_made[0], *made), max(self.rounds_made[1], *made)]
         return times
+
+
+def _time_cold(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
+    return time_cold(calls, torch.device("cuda", torch.cuda.current_device()), rounds, captured=True)
 
 
 @contextmanager
@@ -335,7 +347,9 @@ def _checked_suite(name: str) -> Suite:
     return suite
 
 
-def _check(rounds: int, seed: int, densities: tuple[float, ...]) -> None:
+def _check(rounds: int, seed: int, densities: tuple[float, ...], batch: int | None) -> None:
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch is {batch}; it must be at least 1")
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; it must be at least 1")
     if seed < 0:

@@ -45,8 +45,8 @@ def suite_jobs(name: str, dtype: torch.dtype, batch: int | None = None) -> tuple
         batch: images; by default those of the GPU benchmarks, 64 (ImageNet) and 256 (CIFAR).
 
     Returns:
-        For each density, the 3x3 layers of VGG16 and the ResNets as the planner tiles them in whole networks
-        (blocks of 32x16), and with patterns shared by exactly 128, 64 and 16 filters.
+        For each density, the 3x3 layers of VGG16 and the ResNets, the commonest first, as the planner tiles
+        them in whole networks (blocks of 32x16), and with patterns shared by exactly 128, 64 and 16 filters.
 
     Raises:
         ValueError: the suite is not known, or the batch is below 1.
@@ -59,7 +59,13 @@ def suite_jobs(name: str, dtype: torch.dtype, batch: int | None = None) -> tuple
 
 
 def _layers(dtype: torch.dtype, batch: int | None) -> Iterator[LayerPlan]:
-    cases = [(c.name, c.geometry(batch or batch_of(c.model, "cuda"))) for c in eligible_cases()]
+    counts: dict[ConvGeometry, int] = {}
+    names: dict[ConvGeometry, str] = {}
+    for case in eligible_cases():
+        geometry = case.geometry(batch or batch_of(case.model, "cuda"))
+        counts[geometry] = counts.get(geometry, 0) + case.count
+        names.setdefault(geometry, case.name)
+    cases = [(names[geometry], geometry) for geometry in sorted(counts, key=lambda g: -counts[g])]
     cost, compute = CostModel.for_device("cuda"), str(dtype).removeprefix("torch.")
     for density in DENSITIES:
         for name, geometry in cases:

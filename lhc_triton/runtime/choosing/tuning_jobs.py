@@ -178,7 +178,7 @@ def run_jobs(
         raise ValueError(f"budget is {budget_s} seconds; it must be positive")
     start = clock()
     deadline = float("inf") if budget_s is None else start + budget_s
-    mine = _distinct(jobs, device)[rank::ranks]
+    mine = distinct(jobs, device)[rank::ranks]
     rows: list[Row] = []
     problem = ""
     for index, job in enumerate(mine):
@@ -196,7 +196,7 @@ def run_jobs(
     return Report(name, str(store.path), rank, ranks, len(mine), left, seconds, tuple(rows), problem)
 
 
-def _distinct(jobs: Sequence[Job], device: torch.device) -> list[Job]:
+def distinct(jobs: Sequence[Job], device: torch.device) -> list[Job]:
     """Return the jobs without those that would find all their records made."""
     found: dict[tuple[str, str], Job] = {}
     for job in jobs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -122,6 +123,8 @@ class GroupedConv2d(FusedConv2d):
         config: list[int] = []
         if BACKENDS[self.backend].has_configs:
             images, _, height, width = self._sum_shape(x)
+            # Under torch.compile the size of an image is no symbol: a config is chosen for this very one.
+            height, width = operator.index(height), operator.index(width)
             config = self._config(pixel_bucket(images * height * width), height, width)
         y: Tensor = torch.ops.lhc.grouped_conv2d(
             x,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lhc_triton.planning.schema import out_size
-from lhc_triton.runtime.op import prepacked
+from lhc_triton.runtime.op import cudnn_fused, prepacked
 from lhc_triton.runtime.op.epilogue import ACTIVATIONS, POOLS, in_format, is_channels_last, pooled
 
 
@@ -176,6 +176,7 @@ class DenseConv2d(FusedConv2d):
             kept = weight.detach().clone(memory_format=torch.channels_last)
             self.weight = frozen(kept)
         self._prepacked: tuple[Tensor, tuple[int, int], Tensor] | None = None
+        self._fused: tuple[tuple[torch.device, torch.dtype], bool] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -191,9 +192,23 @@ class DenseConv2d(FusedConv2d):
         options = (self.stride, border, self.dilation, self.groups)
         if prepacked.serves(x):
             y = prepacked.convolve(x, self._in_onednn_order(x, border), self.bias, *options)
+        elif activation == "relu" and self._fuses(x):
+            y = cudnn_fused.convolve(x, self.weight, self.bias, residual, *options)
+            residual, activation = None, "none"
         else:
             y = F.conv2d(x, self.weight, self.bias, *options)
         return self._finish(y, residual, activation, pool)
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Return whether cuDNN's fused kernel takes over; found out at the first call on a device."""
+        if not x.is_cuda or torch.compiler.is_compiling() or autocasts(x):
+            return False
+        place = (x.device, x.dtype)
+        if self._fused is None or self._fused[0] != place:
+            if torch.cuda.is_current_stream_capturing():
+                return False
+            self._fused = (place, cudnn_fused.serves(*place))
+        return self._fused[1]
 
     def _in_onednn_order(self, x: Tensor, border: tuple[int, int]) -> Tensor:
         """Return the prepacked weight, made again whenever the weight is another one or was written to."""

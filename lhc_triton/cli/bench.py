@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lhc_triton.cli.app import Json, app
-from lhc_triton.cli.console import counting, print_json, print_table, show_loading, show_summary
+from lhc_triton.cli.console import counting, print_json, print_table, show_results
 from lhc_triton.files import open_regular
 
 NOTES = 4  # of a suite, that are printed
@@ -40,17 +40,13 @@ def bench(
     The suite "cpu-engines" compares with other inference engines, those that are installed (the extra
     "peers"). The suite "loading" times how fast image files become batches instead.
     """
-    from lhc_bench.measure import loading
     from lhc_bench.measure.engines import Engines, engines_table
     from lhc_bench.measure.suites import run_suite
     from lhc_bench.pictures.drawing import draw
 
     engines = None if deepsparse_python is None else Engines(deepsparse_python)
     with counting(f"suite {suite}") as progress:
-        if suite == loading.SUITE and engines is None:
-            results = loading.run_loading(out, progress, seed, only=only)
-        else:
-            results = run_suite(suite, out, progress, seed, only=only, engines=engines)
+        results = run_suite(suite, out, progress, seed, only=only, engines=engines)
     pictures = draw(out / "results.json", out)
     if as_json:
         print_json(results)
@@ -61,7 +57,7 @@ def bench(
         typer.echo(f"Not measured: {note}")
     if len(notes) > NOTES:
         typer.echo(f"Not measured: {len(notes) - NOTES} more, see results.json")
-    show_loading(results["rows"]) if suite == loading.SUITE else show_summary(results["summary"])
+    show_results(results)
     if found := results["summary"].get("engines"):
         print_table(*engines_table(found))
 

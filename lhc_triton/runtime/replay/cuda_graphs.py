@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -96,6 +97,9 @@ class Graphs(Replays[_Graph]):
     def _drop(self) -> None:
         self._device.finish()
         super()._drop()
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()  # CUDA does not survive a fork, so its graphs are left alone
 
     def applies(self, inputs: tuple[Any, ...]) -> bool:
         """Return whether a call with these inputs may be captured or replayed here and now."""

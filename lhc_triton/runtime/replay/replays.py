@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections import OrderedDict
 from typing import Any, Generic, TypeVar
 
@@ -38,6 +40,7 @@ class Replays(Generic[Kept]):
         self._seen: OrderedDict[Signature, None] = OrderedDict()
         self._watch: Watch | None = None
         self._lock = threading.Lock()
+        _LIVE.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._limit,)  # a copy records its own: it has other weights
@@ -68,6 +71,12 @@ class Replays(Generic[Kept]):
         self._seen.clear()
         self._watch = None
 
+    def _after_fork(self) -> None:
+        """Begin anew in a forked child whose parent was at work on this: the thread that was is not in it."""
+        held, self._lock = self._lock.locked(), threading.Lock()
+        if held:
+            self._drop()
+
     def _keep_watch(self, network: nn.Module) -> bool:
         """Drop what is of the network as it was before; return whether it may be replayed now."""
         if self._watch is not None and not self._watch.same():
@@ -90,3 +99,14 @@ def keep_latest(cache: OrderedDict[Signature, Any], signature: Signature, value:
     cache.move_to_end(signature)
     while len(cache) > limit:
         cache.popitem(last=False)
+
+
+_LIVE: weakref.WeakSet[Replays[Any]] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for replays in list(_LIVE):
+        replays._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

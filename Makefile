@@ -10,7 +10,7 @@ TRITONS := 3.6.0 3.7.1 3.9.0
 BESIDE_3.6.0 := numpy==2.3.5
 
 # One thread a worker: the workers fill the cores, and results do not depend on the machine's size.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15
 
 # What `make soak` and `make fuzz` try: from which seed, how many cases and, for soak, how many seconds at most.
 SEED ?= 1000

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lhc_triton.cli.app import SOURCE_HELP, Input, Json, Weights, app
-from lhc_triton.cli.console import counting, print_json, print_table, show_loading, show_summary
+from lhc_triton.cli.console import counting, print_json, print_table, show_results
 from lhc_triton.cli.networks import network_of
 from lhc_triton.files import open_regular
 
@@ -76,8 +76,6 @@ def bench(
         if network is not None:
             found = network_of(network, weights, input_shape, device=device)
             results = own.run_own(found, out, progress, seed=seed)
-        elif suite == loading.SUITE and engines is None:
-            results = loading.run_loading(out, progress, seed, only=only)
         else:
             results = run_suite(
                 suite, out, progress, seed, densities=density or None, compiled=compiled, only=only,
@@ -93,7 +91,7 @@ def bench(
         typer.echo(f"Not measured: {note}")
     if len(notes) > NOTES:
         typer.echo(f"Not measured: {len(notes) - NOTES} more, see results.json")
-    show_loading(results["rows"]) if suite == loading.SUITE else show_summary(results["summary"])
+    show_results(results)
     if compared := results["summary"].get("engines"):
         print_table(*engines_table(compared))
 

@@ -62,6 +62,14 @@ def counting(title: str) -> Iterator[Any]:
             bar.stop()
 
 
+def show_results(results: dict[str, Any]) -> None:
+    """Print what a suite found: rows of batches, or groups of layers."""
+    if "groups" in results["summary"]:
+        show_summary(results["summary"])
+    else:
+        show_loading(results["rows"])
+
+
 def show_summary(summary: dict[str, Any]) -> None:
     """Print a line for each backend, block size and density of a suite."""
     rows = [

@@ -1,61 +1,42 @@
-"""Both networks of a run: the dense one, then coarse and fine stage of the one with a topology."""
+"""train(): prepares a run, goes through its stages, and tests what comes out."""
 
 from __future__ import annotations
 
-import errno
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lhc_triton.conversion import freeze, lhc_layers, output_pixels
 from lhc_triton.files import write_beside
-from lhc_triton.layers import LHCConv2d
-from lhc_triton.schedule import TopologySchedule
-from lhc_triton.training.averaging import WeightAverage
-from lhc_triton.training.checkpoints import load_checkpoint, restore, save_checkpoint
-from lhc_triton.training.config import TrainConfig, read_config
+from lhc_triton.training.config import TrainConfig
 from lhc_triton.training.data import BadFile, Data, Source, balanced_indices, open_data, validation_split
 from lhc_triton.training.distributed import World, joined
-from lhc_triton.training.entry_costs import entry_costs
+from lhc_triton.training.epochs import all_stages
+from lhc_triton.training.failures import named_where_disk_fails, named_where_memory_ends
+from lhc_triton.training.finishing import finish
 from lhc_triton.training.identity import (
     LAST,
     OWN_TWIN,
-    best_file,
     dense_twin,
     find_checkpoint,
-    finished,
     identity,
     stages_of,
 )
 from lhc_triton.training.logs import RunLog
 from lhc_triton.training.metrics import (
     EpochMetrics,
-    LayerMetrics,
-    best_epoch,
-    block_masks,
-    joint_correlation,
-    layer_metrics,
     write_metrics,
 )
-from lhc_triton.training.networks import (
-    apply_topology,
-    architecture_of,
-    build_network,
-    check_topology,
-    prune_network,
-)
-from lhc_triton.training.presets import command_of, without_places
+from lhc_triton.training.networks import check_topology
 from lhc_triton.training.progress import Progress, Silence, TerminalProgress
-from lhc_triton.training.recipe import StageName, make_optimiser, plateau, stage_epochs
-from lhc_triton.training.result import Chosen, TrainResult, summed_up, write_and_test
-from lhc_triton.training.stage import EpochPlan, Trainee, accuracy, choose_precision, train_epoch
+from lhc_triton.training.recipe import stage_epochs
+from lhc_triton.training.result import TrainResult
+from lhc_triton.training.run import Run
+from lhc_triton.training.stage import choose_precision
 
 
 def train(
@@ -106,13 +87,13 @@ def train(
         check_topology(config, data.format)
         training, validation = _split(config, data)
         _check_steps(config, len(training), world)
-        run = identity(config, training, validation)
+        known = identity(config, training, validation)
         if between_stages is not None:
-            run["between stages"] = getattr(between_stages, "__qualname__", "given")
-        rows, precision = _begun(out, config, run, world)
+            known["between stages"] = getattr(between_stages, "__qualname__", "given")
+        rows, precision = _begun(out, config, known, world)
         if config.dense_twin not in OWN_TWIN:
-            dense_twin(config.dense_twin, config, run, precision)  # refuses one that will not do
-        world.check_same("run", json.dumps([run, len(rows), precision]))
+            dense_twin(config.dense_twin, config, known, precision)  # refuses one that will not do
+        world.check_same("run", json.dumps([known, len(rows), precision]))
         if world.is_main:
             _prepare(out, config, rows)
         world.check_shared(out)
@@ -122,10 +103,10 @@ def train(
         log = RunLog(out, rows, config.tensorboard) if world.is_main else None
         if log is not None:
             closing.callback(log.close)
-        work = _Work(
+        run = Run(
             config,
             out,
-            run,
+            known,
             precision,
             world,
             data,
@@ -136,262 +117,10 @@ def train(
             on_epoch,
             between_stages,
         )
-        with _named_where_memory_ends(config):
-            rows = work.stages(rows)
-            with _named_where_disk_fails(out):
-                return work.finish(rows)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What the stages of one run share."""
-
-    config: TrainConfig
-    out: Path
-    run: dict[str, Any]
-    precision: str
-    world: World
-    data: Data
-    training: Source
-    validation: Source
-    progress: Progress
-    log: RunLog | None
-    on_epoch: Callable[[EpochMetrics], None] | None
-    between_stages: Callable[[nn.Module], None] | None
-
-    def stages(self, rows: list[EpochMetrics]) -> list[EpochMetrics]:
-        """Go through all stages, or what ``rows``, the epochs so far, have left of them."""
-        for stage in stages_of(self.config):
-            if not finished(self.config, stage, rows):
-                rows = self.stage(stage, rows)
-        return rows
-
-    def stage(self, stage: StageName, rows: list[EpochMetrics]) -> list[EpochMetrics]:
-        """Go through one stage, or what is left of it."""
-        trainee = self.trainee(stage, rows)
-        while not finished(self.config, stage, rows):
-            epoch = sum(row.stage == stage for row in rows)
-            drops = plateau(self.config, stage, rows).drops
-            plan = EpochPlan(stage, epoch, self.precision, drops)
-            row, layers = self.epoch(plan, trainee)
-            rows = [*rows, row]
-            self.keep(rows, trainee, layers)
-            self.progress.epoch(row, stage_epochs(self.config, stage))
-            if self.on_epoch is not None:
-                self.on_epoch(row)
-        return rows
-
-    def trainee(self, stage: StageName, rows: list[EpochMetrics]) -> Trainee:
-        """The network at the start of a stage, or as the last checkpoint has it where that has begun."""
-        config = self.config
-        begun = bool(rows) and rows[-1].stage == stage
-        pruned = config.topology == "pruned"
-        takes_over = not begun and config.from_twin and stage == ("fine" if pruned else "coarse")
-        model = self.network(stage, (lambda dense: self.load_dense(rows, dense)) if takes_over else None)
-        if stage == "fine":
-            if not begun:
-                if pruned:
-                    prune_network(model, self.example(), config)
-                else:
-                    self.load_best("coarse", rows, model)
-                if self.between_stages is not None:
-                    self.between_stages(model)
-            if begun or not self.world.is_main:  # a checkpoint brings the topology; one process warns
-                for layer in lhc_layers(model).values():
-                    layer.freeze()
-            else:
-                freeze(model, entry_costs=entry_costs(model, self.example(), config.penalty))
-        if config.sync_batchnorm:
-            self.world.synchronise_batch_norm(model)
-        schedule = None
-        if stage != "dense":
-            example = self.example()
-            warmup = config.warmup if config.topology == "learned" else 0
-            schedule = TopologySchedule(
-                model,
-                example,
-                warmup,
-                max(warmup, 1),
-                config.seed,
-                entry_costs=entry_costs(model, example, config.penalty),
-                mac_share=config.mac_share,
-                mac_budget=config.mac_budget,
-                gradual=config.gradual,
-                pattern_weight=config.pattern_weight if config.target is not None else 0.0,
-            )
-        average = None if config.ema is None else WeightAverage(model, config.ema)
-        pixels = output_pixels(model, self.example(), (LHCConv2d,))
-        trainee = Trainee(model, make_optimiser(model, config), schedule, average, pixels)
-        if begun:
-            # Read again: what was read to find the run's place would stay in memory until here, and longer.
-            last = load_checkpoint(self.out / LAST, self.run)
-            restore(self.out / LAST, last, model, trainee.optimiser, schedule, average)
-        return trainee
-
-    def epoch(self, plan: EpochPlan, trainee: Trainee) -> tuple[EpochMetrics, list[LayerMetrics]]:
-        """Train and validate once."""
-        start = time.perf_counter()
-        config, schedule = self.config, trainee.schedule
-        before = block_masks(trainee.model)
-        epochs = stage_epochs(config, plan.stage)
-        coarse = schedule if plan.learns_topology else None
-        if coarse is not None:
-            coarse.start_epoch(plan.epoch)
-        losses = train_epoch(
-            trainee,
-            self.training,
-            config,
-            plan,
-            self.world,
-            lambda loss: self.progress.step(plan.stage, plan.epoch, epochs, loss),
-        )
-        if coarse is not None:
-            coarse.end_epoch(task_loss=losses.task_loss)
-        layers = layer_metrics(plan.stage, plan.epoch, trainee.model, before, trainee.pixels)
-        size, precision, world = self.data.format.size, self.precision, self.world
-        row = EpochMetrics(
-            stage=plan.stage,
-            epoch=plan.epoch,
-            task_loss=losses.task_loss,
-            penalty=losses.penalty,
-            ramp=float(coarse.ramp) if coarse is not None and config.target is not None else 0.0,
-            density=schedule.density if schedule is not None else 1.0,
-            mac_density=schedule.mac_density if schedule is not None else 1.0,
-            steered_density=schedule.steered_density if schedule is not None else 1.0,
-            patterns=sum(layer.patterns for layer in layers),
-            mask_correlation=joint_correlation(before, block_masks(trainee.model)),
-            val_accuracy=accuracy(trainee.judged, self.validation, size, precision, world, config.workers),
-            warming_up=coarse.warming_up if coarse is not None else False,
-            rescued=sum(layer.rescued for layer in lhc_layers(trainee.model).values()),
-            lr=losses.lr,
-            seconds=time.perf_counter() - start,
-        )
-        return row, layers
-
-    def keep(self, rows: list[EpochMetrics], trainee: Trainee, layers: list[LayerMetrics]) -> None:
-        """Write what is known after an epoch. The main process does it; the others wait."""
-        row, schedule = rows[-1], trainee.schedule
-        if self.log is not None:
-            with _named_where_disk_fails(self.out):
-                # The state last but for metrics.csv, which follows from it: a kill in between leaves a folder
-                # from which this epoch is done again.
-                self.log.write_layers(layers)
-                best = best_epoch(rows, row.stage, self.config.target)
-                if best is row:
-                    path = self.out / best_file(row)
-                    save_checkpoint(path, self.run, rows, self.precision, trainee.judged, schedule=schedule)
-                save_checkpoint(
-                    self.out / LAST,
-                    self.run,
-                    rows,
-                    self.precision,
-                    trainee.model,
-                    trainee.optimiser,
-                    schedule,
-                    trainee.average,
-                )
-                # Only now: as long as the state before is the last one, its best epoch is needed.
-                for file in self.out.glob(f"{row.stage}_best-*.safetensors"):
-                    if best is None or file.name != best_file(best):
-                        file.unlink(missing_ok=True)
-                write_metrics(self.out / "metrics.csv", rows)
-                self.log.show(row, layers)
-        self.world.barrier()
-
-    def network(self, stage: StageName, take_over: Callable[[nn.Module], object] | None = None) -> nn.Module:
-        """The network at its start: the same weights for the dense one and the one with a topology.
-
-        Args:
-            stage: the stage.
-            take_over: gives it other weights while it is dense.
-        """
-        first = stage == stages_of(self.config)[0]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            model = build_network(self.config, self.data.format, *([self.progress.say] if first else []))
-            if take_over is not None:
-                take_over(model)
-            if stage != "dense":
-                apply_topology(model, self.config)
-        if not self.config.channels_last:
-            return model.to(self.world.device)
-        placed: nn.Module = model.to(self.world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return placed
-
-    def example(self) -> Tensor:
-        """One image's worth of zeros, for the layers' output sizes."""
-        form = self.data.format
-        return torch.zeros(1, form.channels, form.size, form.size, device=self.world.device)
-
-    def load_best(self, stage: StageName, rows: list[EpochMetrics], model: nn.Module) -> EpochMetrics:
-        """Put the best checkpoint of a stage into a model; return the epoch it is of."""
-        row = best_epoch(rows, stage, self.config.target)
-        if row is None:
-            raise ValueError(f"{self.out / LAST}: has no {stage} epoch to choose; delete it to start again")
-        path = self.out / best_file(row)
-        restore(path, load_checkpoint(path, self.run), model)
-        return row
-
-    def finish(self, rows: list[EpochMetrics]) -> TrainResult:
-        """Write the two networks, test what was written, and sum up."""
-        config, world = self.config, self.world
-        coarse = best_epoch(rows, "coarse", config.target)
-        if coarse is None and "coarse" in stages_of(config):
-            raise ValueError(f"{self.out / LAST}: has no coarse epoch to choose; delete it to start again")
-        dense = self.tested_dense(rows)
-        model = self.network("fine")
-        fine = self.load_best("fine", rows, model)
-        chosen = Chosen(fine, self.tested("lhc", model, config))
-        result = summed_up(
-            config, self.out, rows, self.precision, world.size, dense, coarse, chosen, self.data.bad_files
-        )
-        if not result.density_reached:
-            self.progress.say(
-                f"no epoch came within 0.01 of the density {config.target}; took the nearest, "
-                f"{result.steered_density:.4f}"
-            )
-        if world.is_main:
-            text = json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n"
-            write_beside(self.out / "result.json", text.encode())
-        world.barrier()
-        return result
-
-    def load_dense(self, rows: list[EpochMetrics], model: nn.Module) -> tuple[EpochMetrics, TrainConfig]:
-        """Put the best dense network, of this run or of the one it is taken from, into a model.
-
-        Returns:
-            The epoch that it is of, and the settings that trained it.
-        """
-        if self.config.dense_twin == "train":
-            return self.load_best("dense", rows, model), self.config
-        folder = Path(self.config.dense_twin)
-        checkpoint = dense_twin(folder, self.config, self.run, self.precision)
-        restore(folder, checkpoint, model)
-        return checkpoint.rows[-1], read_config(folder / "config.toml")
-
-    def tested_dense(self, rows: list[EpochMetrics]) -> Chosen | None:
-        """The dense network, tested; None in a run without one."""
-        if self.config.dense_twin == "none":
-            return None
-        model = self.network("dense")
-        row, trained_by = self.load_dense(rows, model)
-        return Chosen(row, self.tested("dense", model, trained_by))
-
-    def tested(self, kind: str, model: nn.Module, config: TrainConfig) -> float:
-        """Write a network that a run with ``config`` trained, and return its accuracy on the test images."""
-        architecture = architecture_of(config, self.data.format)
-        notes = {
-            "command": command_of(config),
-            "config": without_places(config).to_dict(),
-            "precision": self.precision,
-            "seed": config.seed,
-            "torch": str(torch.__version__),
-            "training_images": len(self.training),
-        }
-        path = self.out / f"{kind}.safetensors"
-        return write_and_test(
-            model, path, architecture, notes, self.data.test, self.world, self.config.workers
-        )
+        with named_where_memory_ends(config):
+            rows = all_stages(run, rows)
+            with named_where_disk_fails(out):
+                return finish(run, rows)
 
 
 def _open(config: TrainConfig) -> Data:
@@ -464,40 +193,7 @@ def _prepare(out: Path, config: TrainConfig, rows: list[EpochMetrics]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for begun in out.glob(".*.tmp"):  # what a kill left of a write
         begun.unlink(missing_ok=True)
-    with _named_where_disk_fails(out):
+    with named_where_disk_fails(out):
         write_beside(out / "config.toml", config.to_toml().encode())
         if rows:  # a kill may have come between the checkpoint and its metrics
             write_metrics(out / "metrics.csv", rows)
-
-
-@contextmanager
-def _named_where_disk_fails(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        inside = error.filename is not None and Path(error.filename).is_relative_to(out)
-        if not (full or inside):
-            raise  # of something that was read
-        raise OSError(
-            f"{out}: cannot be written ({error.strerror or error}); what lies there is whole: "
-            f"{'make room' if full else 'mend that'}, and the same command goes on from it"
-        ) from error
-
-
-@contextmanager
-def _named_where_memory_ends(config: TrainConfig) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # torch has a class of its own for CUDA only.
-        signs = ("can't allocate memory", "not enough memory", "bad allocation")
-        if isinstance(error, RuntimeError) and not (
-            isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
-        ):
-            raise
-        raise MemoryError(
-            f"no memory for steps of {config.batch_size} images in parts of "
-            f"{config.batch_size // config.accumulate}; raise accumulate or lower batch_size, "
-            "in another folder"
-        ) from error

@@ -1,6 +1,7 @@
 """Building the native kernel: once, by one process at a time, whole or not at all, with clear complaints."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -197,3 +198,13 @@ def test_a_compiler_may_complain_in_any_encoding(compiler):
     compiler(text=FAILING.replace('echo "x.h:1: error: odd', 'printf "x.h:1: error: \\351\\351'))
     with pytest.raises(BuildError, match=r"cannot build the native kernel: x\.h:1: error: "):
         build()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="warnings are read on x86")
+@pytest.mark.parametrize("source", sorted(path.name for path in building.SOURCES.glob("*.cpp")))
+def test_the_sources_compile_without_a_warning(source):
+    command = [*building.find_compiler(), *building.FLAGS, *building.target_flags(), *building.torch_flags()]
+    strict = ["-Wall", "-Wextra", "-Werror", "-fsyntax-only", str(building.SOURCES / source)]
+    done = subprocess.run([*command, *strict], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "-w" not in command

@@ -11,7 +11,7 @@ from lhc_triton.conversion import convert, lhc_layers
 from lhc_triton.models import load_network
 from lhc_triton.schedule import TopologySchedule
 from lhc_triton.topology import LHCConfig
-from lhc_triton.training import loop, train
+from lhc_triton.training import epochs, train
 from lhc_triton.training.averaging import WeightAverage
 from lhc_triton.training.distributed import joined
 from lhc_triton.training.recipe import make_optimiser
@@ -51,8 +51,8 @@ def test_each_stage_hands_on_its_best_epoch_not_its_last(tmp_path, monkeypatch):
         states.append((before, after))
         return losses
 
-    monkeypatch.setattr(loop, "train_epoch", remember)
-    monkeypatch.setattr(loop, "accuracy", lambda *_, **__: next(accuracies))
+    monkeypatch.setattr(epochs, "train_epoch", remember)
+    monkeypatch.setattr(epochs, "accuracy", lambda *_, **__: next(accuracies))
     config = dataclasses.replace(ALONE, density=None)
     result = train(config, tmp_path, progress=False, data=tiny_data())
     assert (result.coarse_epoch, result.fine_epoch) == (1, 0)

@@ -17,7 +17,7 @@ from tiny_runs import CONFIG, SOURCE, assert_same_run, lines_of, one_thread, tin
 
 from lhc_triton.files import write_beside
 from lhc_triton.models import weights
-from lhc_triton.training import Data, EpochMetrics, ImageSet, loop, train
+from lhc_triton.training import Data, EpochMetrics, ImageSet, epochs, finishing, train
 from lhc_triton.training.checkpoints import CHECKPOINT_KIND, CHECKPOINT_VERSION, Checkpoint
 
 # Everything that has a state of its own.
@@ -139,25 +139,25 @@ def test_an_epoch_done_again_after_a_kill_may_come_out_otherwise(tmp_path, monke
     told = {("coarse", 1): 0.5, ("fine", 0): 0.5, (stage, epoch): 0.9}
 
     where: list[object] = []
-    save, train_epoch = loop.save_checkpoint, loop.train_epoch
+    save, train_epoch = epochs.save_checkpoint, epochs.train_epoch
 
     def note(trainee, images, config, plan, *rest):
         where[:] = [plan.stage, plan.epoch]
         return train_epoch(trainee, images, config, plan, *rest)
 
     def stop(path, *rest, **named):
-        if Path(path).name == loop.LAST and where == [stage, epoch]:
+        if Path(path).name == epochs.LAST and where == [stage, epoch]:
             raise StopError
         save(path, *rest, **named)
 
     config = dataclasses.replace(CONFIG, dense_twin="none", density=None)
-    monkeypatch.setattr(loop, "train_epoch", note)
-    monkeypatch.setattr(loop, "accuracy", lambda *_: told.get(tuple(where), 0.1))
-    monkeypatch.setattr(loop, "save_checkpoint", stop)
+    monkeypatch.setattr(epochs, "train_epoch", note)
+    monkeypatch.setattr(epochs, "accuracy", lambda *_: told.get(tuple(where), 0.1))
+    monkeypatch.setattr(epochs, "save_checkpoint", stop)
     with pytest.raises(StopError):
         train(config, tmp_path, progress=False, data=tiny_data())
     assert (tmp_path / f"{stage}_best-{epoch}.safetensors").exists()
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(epochs, "save_checkpoint", save)
     told[stage, epoch] = 0.2
     result = train(config, tmp_path, progress=False, data=tiny_data())
     assert (result.coarse_epoch, result.fine_epoch, result.lhc_val_accuracy) == (1, 0, 0.5)
@@ -249,7 +249,7 @@ def test_images_that_cannot_be_read_at_the_end_are_no_full_disk(whole, tmp_path,
     def lost(*_):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "val/cat/1.jpg")
 
-    monkeypatch.setattr(loop, "write_and_test", lost)
+    monkeypatch.setattr(finishing, "write_and_test", lost)
     shutil.copytree(whole[0], tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=r"val/cat/1\.jpg"):
         train(CONFIG, tmp_path / "run", progress=False, data=tiny_data())
@@ -267,7 +267,7 @@ def test_a_step_that_does_not_fit_into_memory_gives_one_line(tmp_path, monkeypat
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(loop, "train_epoch", fail)
+    monkeypatch.setattr(epochs, "train_epoch", fail)
     config = dataclasses.replace(CONFIG, accumulate=4)
     with pytest.raises(
         MemoryError, match="steps of 20 images in parts of 5; raise accumulate or lower batch"

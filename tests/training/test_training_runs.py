@@ -13,7 +13,7 @@ from tiny_runs import CONFIG, lines_of, one_thread, tiny_data
 
 from lhc_triton.conversion import lhc_layers
 from lhc_triton.models import load_network, small_vgg
-from lhc_triton.training import EpochMetrics, ImageSet, TrainConfig, loop, train
+from lhc_triton.training import EpochMetrics, ImageSet, TrainConfig, epochs, train
 from lhc_triton.training.distributed import joined
 from lhc_triton.training.recipe import make_optimiser
 from lhc_triton.training.stage import EpochPlan, Trainee, train_epoch
@@ -252,7 +252,7 @@ def test_the_test_images_decide_nothing_and_are_what_is_reported(whole, tmp_path
 
 def test_the_fine_stage_starts_from_the_best_coarse_epoch_not_from_the_last(tmp_path, monkeypatch):
     told = iter([0.5] * 5 + [0.1, 0.9, 0.2] + [0.3, 0.4])
-    monkeypatch.setattr(loop, "accuracy", lambda *_: next(told))
+    monkeypatch.setattr(epochs, "accuracy", lambda *_: next(told))
     config = replace(CONFIG, density=None, fine_lr=0.0)
     result = train(config, tmp_path, progress=False, data=tiny_data())
     assert (result.coarse_epoch, result.fine_epoch) == (1, 1)

@@ -18,12 +18,10 @@ from PIL import Image
 
 from lhc_bench.files import check_writable
 from lhc_bench.measure.rows import check_fields, environment, read_document, read_rows, write_document
-from lhc_bench.measure.setting import Timer
+from lhc_bench.measure.setting import Progress, Request, Timer
 from lhc_triton.runtime.choosing.timing import Timing, time_paired
 from lhc_triton.training.data import Augmentation, Source, open_data
 from lhc_triton.training.data.prefetch import ahead
-
-Progress = Callable[[int, int, str], None]
 
 SUITE = "loading"
 WORKERS = (0, 1, 2, 4, 8)
@@ -175,6 +173,17 @@ def run_loading(
     results = LoadingResults(env, tuple(rows), _summarise(rows)).to_dict()
     write_document(out, results, [item.name for item in fields(LoadingRow)])
     return results
+
+
+@dataclass(frozen=True)
+class LoadingSuite:
+    """The suite "loading", as the other suites are; see `run_loading`."""
+
+    device: str = "cpu"
+
+    def run(self, request: Request) -> dict[str, Any]:
+        """Measure, and write; see `run_loading`."""
+        return run_loading(request.out, request.progress, request.seed, request.timer, request.only)
 
 
 def make_photographs(

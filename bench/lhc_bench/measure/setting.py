@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lhc_bench.measure.engines import OpenEngines
+from lhc_bench.measure.engines import Engines, OpenEngines
 from lhc_bench.measure.remote_engine import DEEPSPARSE, EngineError
 from lhc_bench.measure.replayed import reason_of, replayed
 from lhc_bench.measure.rows import Row
@@ -17,6 +18,7 @@ from lhc_triton.runtime.choosing.timing import Timing
 from lhc_triton.runtime.choosing.timing_store import TimingStore
 
 Call = Callable[[], Any]
+Progress = Callable[[int, int, str], None]
 Timer = Callable[..., dict[str, Timing]]
 COPY_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
 MATRIX_SIDE = {"cpu": 1536, "cuda": 8192}
@@ -313,3 +315,44 @@ def measure(
             )
         )
     return Measured(tuple(rows), tuple(notes))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a suite is asked to do; what it has no use for, it leaves alone.
+
+    Attributes:
+        name: of the suite.
+        out: folder for results.json and results.csv; made where it does not exist.
+        progress: called with (measurements done, all of them, the one that begins).
+        seed: of all that is random.
+        timer: measures as `lhc_triton.runtime.choosing.timing.time_paired` does.
+        only: measure the cases whose names contain this.
+        rounds, densities: in the place of the suite's own.
+        compiled: also compare with torch.compile.
+        engines: which other engines to compare with.
+        batch: images of a call, in the place of each case's own.
+    """
+
+    name: str
+    out: str | Path
+    progress: Progress
+    seed: int
+    timer: Timer
+    only: str = ""
+    rounds: int | None = None
+    densities: Sequence[float] | None = None
+    compiled: bool = True
+    engines: Engines | None = None
+    batch: int | None = None
+
+
+class SuiteLike(Protocol):
+    """A suite: measures what a request asks for, writes it, and returns what results.json holds."""
+
+    @property
+    def device(self) -> str:
+        """The device kind that it needs, "cpu" or "cuda"."""
+
+    def run(self, request: Request) -> dict[str, Any]:
+        """Measure, and write; ValueError or OSError before anything is measured."""

@@ -15,18 +15,28 @@ import torch
 
 from lhc_bench.files import check_writable
 from lhc_bench.measure import engines as other
+from lhc_bench.measure import loading
 from lhc_bench.measure.cases import LayerCase, batch_of, cpu_cases, gpu_cases, question_cases, quick_cases
 from lhc_bench.measure.layers import LayerSubject
-from lhc_bench.measure.loading import SUITE as LOADING
 from lhc_bench.measure.networks import NetworkCase, NetworkSubject
 from lhc_bench.measure.rivals import MASK_FREE
 from lhc_bench.measure.rows import Results, Row, environment, summarise, write_results
-from lhc_bench.measure.setting import Call, Machine, Setting, Subject, Timer, measure, measure_machine
+from lhc_bench.measure.setting import (
+    Call,
+    Machine,
+    Progress,
+    Request,
+    Setting,
+    Subject,
+    SuiteLike,
+    Timer,
+    measure,
+    measure_machine,
+)
 from lhc_triton.runtime.choosing.cold_timing import time_cold
 from lhc_triton.runtime.choosing.timing import Timing, time_paired
 from lhc_triton.runtime.choosing.timing_store import TimingStore
 
-Progress = Callable[[int, int, str], None]
 Case = LayerCase | NetworkCase
 Blocks = tuple[tuple[int, int], ...]
 
@@ -62,6 +72,57 @@ class Suite:
     limit_s: float = 480.0
     compiled: bool = True
     choosing: str | None = None
+
+    def run(self, request: Request) -> dict[str, Any]:
+        """Measure every case under every mask and write the results; see `run_suite`."""
+        rounds = self.rounds if request.rounds is None else request.rounds
+        wanted = tuple(self.densities if request.densities is None else request.densities)
+        _check(rounds, request.seed, wanted, request.batch)
+        cases = tuple(case for case in self.cases() if request.only in case.name)
+        if not cases:
+            known = "; ".join(case.name for case in self.cases())
+            raise ValueError(
+                f"no case of suite {request.name!r} has {request.only!r} in its name; the cases are {known}"
+            )
+        out, timer = Path(request.out), request.timer
+        with ExitStack() as stack:
+            opened = None
+            if set(self.rivals) & set(other.ENGINES):
+                opened = stack.enter_context((request.engines or other.Engines()).open())
+                timer = partial(timer, clock=opened.clock)
+            check_writable(out)
+            cache = stack.enter_context(tempfile.TemporaryDirectory())
+            # A GPU's launch configs come from the user's tuning; on a CPU, earlier runs have no say.
+            store = TimingStore(None if self.device == "cuda" else Path(cache) / "timings.json")
+            setting = Setting(
+                self.device, self.dtype, self.backends, rounds, request.seed,
+                request.compiled and self.compiled, timer, store, self.rivals,
+                self.budget_s, opened, self.choosing,
+            )  # fmt: skip
+            if self.device == "cuda":
+                setting = replace(setting, cold_timer=partial(_time_cold, rounds=rounds))
+            run = _Run(self, cases, setting, wanted, request.progress, request.batch)
+            # cuDNN's own search is part of the best dense a GPU has.
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+                run.measure_all()
+        env = environment(
+            self.device,
+            suite=request.name,
+            rounds=rounds,
+            rounds_made=run.rounds_made,
+            seed=request.seed,
+            densities=list(wanted),
+            skipped_peers=run.skipped,
+            notes=run.notes,
+            **({} if opened is None else {"engines": opened.versions}),
+            **asdict(run.machine()),
+        )
+        summary = summarise(run.rows, wanted)
+        if opened is not None:
+            summary["engines"] = other.ours_over(run.rows)
+        results = Results(env, tuple(run.rows), summary)
+        write_results(out, results)
+        return results.to_dict()
 
 
 CPU_DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -114,7 +175,7 @@ def gpu_networks() -> tuple[NetworkCase, ...]:
     )
 
 
-SUITES = {
+SUITES: dict[str, SuiteLike] = {
     "quick": Suite(*CPU, (), quick_cases, PAPER, CPU_DENSITIES, 15, budget_s=3.0),
     "cpu-layers": Suite(*CPU, ("narrow",), cpu_cases, PAPER, CPU_DENSITIES, 20, budget_s=5.0),
     "cpu-models": Suite(*CPU, ("narrow",), cpu_networks, PAPER, (0.1, 0.25), 20, budget_s=15.0),
@@ -136,7 +197,9 @@ SUITES = {
         *GPU[:2], QUESTIONED, (), question_cases, SHARED, (0.1, 0.2, 0.5), 30, budget_s=3.0, compiled=False
     ),
     "gpu-models": Suite(*GPU, ("narrow",), gpu_networks, SHARED[:2], (0.1, 0.2, 0.5), 30, budget_s=3.0),
+    loading.SUITE: loading.LoadingSuite(),
 }
+"""By name; whatever can run a `Request` is a suite."""
 
 
 def run_suite(
@@ -181,52 +244,9 @@ def run_suite(
     """
     if engines is not None and name != other.SUITE:
         raise ValueError(f"suite {name!r} compares with no other engine; the suite {other.SUITE!r} does")
-    suite = _checked_suite(name)
-    rounds = suite.rounds if rounds is None else rounds
-    wanted = tuple(suite.densities if densities is None else densities)
-    _check(rounds, seed, wanted, batch)
-    cases = tuple(case for case in suite.cases() if only in case.name)
-    if not cases:
-        known = "; ".join(case.name for case in suite.cases())
-        raise ValueError(f"no case of suite {name!r} has {only!r} in its name; the cases are {known}")
-    out = Path(out_dir)
-    with ExitStack() as stack:
-        opened = None
-        if set(suite.rivals) & set(other.ENGINES):
-            opened = stack.enter_context((engines or other.Engines()).open())
-            timer = partial(timer, clock=opened.clock)
-        check_writable(out)
-        cache = stack.enter_context(tempfile.TemporaryDirectory())
-        # A GPU's launch configs come from the user's tuning; on a CPU, earlier runs have no say.
-        store = TimingStore(None if suite.device == "cuda" else Path(cache) / "timings.json")
-        setting = Setting(
-            suite.device, suite.dtype, suite.backends, rounds, seed, compiled and suite.compiled, timer,
-            store, suite.rivals, suite.budget_s, opened, suite.choosing,
-        )  # fmt: skip
-        if suite.device == "cuda":
-            setting = replace(setting, cold_timer=partial(_time_cold, rounds=rounds))
-        run = _Run(suite, cases, setting, wanted, progress, batch)
-        # cuDNN's own search is part of the best dense a GPU has.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-            run.measure_all()
-    env = environment(
-        suite.device,
-        suite=name,
-        rounds=rounds,
-        rounds_made=run.rounds_made,
-        seed=seed,
-        densities=list(wanted),
-        skipped_peers=run.skipped,
-        notes=run.notes,
-        **({} if opened is None else {"engines": opened.versions}),
-        **asdict(run.machine()),
+    return _known(name).run(
+        Request(name, out_dir, progress, seed, timer, only, rounds, densities, compiled, engines, batch)
     )
-    summary = summarise(run.rows, wanted)
-    if opened is not None:
-        summary["engines"] = other.ours_over(run.rows)
-    results = Results(env, tuple(run.rows), summary)
-    write_results(out, results)
-    return results.to_dict()
 
 
 class _Run:
@@ -337,9 +357,9 @@ def _threads(case: Case) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _checked_suite(name: str) -> Suite:
+def _known(name: str) -> SuiteLike:
     if name not in SUITES:
-        raise ValueError(f"suite {name!r} is not known; choose one of {', '.join((*SUITES, LOADING))}")
+        raise ValueError(f"suite {name!r} is not known; choose one of {', '.join(SUITES)}")
     suite = SUITES[name]
     if suite.device == "cuda" and not torch.cuda.is_available():
         on_cpu = ", ".join(n for n, s in SUITES.items() if s.device == "cpu")

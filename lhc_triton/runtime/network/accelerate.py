@@ -34,8 +34,8 @@ def accelerate(
 
     Convolutions with a topology (LHCConv2d, or nn.Conv2d with structured zeros) go to a sparse backend where
     it is faster, the others stay dense. Where torch.fx can trace the model, batch norm is folded and bias,
-    residual, ReLU and 2x2 max pool run in the convolutions' epilogues; activations are channels_last inside,
-    and outputs have the memory format that the model gives them.
+    residual, ReLU or SiLU, and 2x2 max pool run in the convolutions' epilogues; activations are channels_last
+    inside, and outputs have the memory format that the model gives them.
 
     Every layer is compared with the model's on ``example_input``; what differs is put back to dense. The
     whole network then runs beside the untouched model on the example, on other values of its kind, and on

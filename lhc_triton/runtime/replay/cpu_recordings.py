@@ -12,23 +12,16 @@ not show.
 from __future__ import annotations
 
 import sys
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lhc_triton.runtime.op.dense import DenseConv2d
-from lhc_triton.runtime.replay.cuda_graphs import Signature, keep_latest
-from lhc_triton.runtime.replay.staleness import Watch
+from lhc_triton.runtime.replay.replays import Replays
 from lhc_triton.runtime.saved.operations import GraphError, check_listed
-
-MAX_TAPES = 8
-MAX_SEEN = 64
 
 _TENSOR = object()
 
@@ -63,7 +56,7 @@ class _Recording:
         return tree_unflatten(leaves, self.structure)
 
 
-class Tapes:
+class Tapes(Replays[_Recording]):
     """Runs a network on the CPU through recordings, one for each signature of its inputs.
 
     A signature is the inputs' shapes, strides and types, and whether gradients and inference mode are on. Its
@@ -80,73 +73,39 @@ class Tapes:
         problem: why nothing is recorded any more; "" while it may be.
     """
 
-    def __init__(self, limit: int = MAX_TAPES) -> None:
-        self.problem = ""
-        self._limit = limit
-        self._recordings: OrderedDict[Signature, _Recording] = OrderedDict()
-        self._seen: OrderedDict[Signature, None] = OrderedDict()
-        self._watch: Watch | None = None
-        self._lock = threading.Lock()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Tapes, (self._limit,)  # a copy records its own: it has other weights
-
-    def __len__(self) -> int:
-        return len(self._recordings)
-
     def applies(self, inputs: tuple[Any, ...]) -> bool:
         """Return whether a call with these inputs may be recorded or replayed here and now."""
-        if self.problem or not inputs or not all(type(x) in (Tensor, nn.Parameter) for x in inputs):
-            return False
-        if not all(x.device.type == "cpu" and x.layout == torch.strided for x in inputs):
+        if not self.takes(inputs) or not all(
+            x.device.type == "cpu" and x.layout == torch.strided for x in inputs
+        ):
             return False
         if len({id(x) for x in inputs}) < len(inputs) or not can_record():
             return False  # of two equal inputs a recording could not tell which one an operator was given
-        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-            return False
-        modes = is_in_torch_dispatch_mode() or torch._C._len_torch_function_stack() > 0
-        return not modes and not torch.is_autocast_enabled("cpu")
+        return torch._C._len_torch_function_stack() == 0 and not torch.is_autocast_enabled("cpu")
 
     def run(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         """Return the network's output for inputs that it applies to."""
         modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         signature = (modes, *((x.shape, x.stride(), x.dtype) for x in inputs))
         with self._lock:
-            if self._watch is not None and not self._watch.same():
-                self._drop()
-            watch = self._watch = self._watch or Watch(network)
-            recording = None if watch.hooked() else self._recordings.get(signature)
+            usable, watch = self._keep_watch(network), self._watch
+            recording = self._kept.get(signature) if usable else None
             if recording is not None:
-                self._recordings.move_to_end(signature)
+                self._kept.move_to_end(signature)
             # Only after a plain call, in which dense layers bring their weights into oneDNN's order.
-            record = signature in self._seen and not watch.hooked()
+            record = usable and signature in self._seen
         if recording is not None:
             return recording.replay(inputs)
         if not record:
             output = network(*inputs)
             with self._lock:
-                keep_latest(self._seen, signature, None, MAX_SEEN)
+                self._note(signature)
             return output
         output, made = self._record(network, inputs)
         with self._lock:
             if made is not None and self._watch is watch:
-                keep_latest(self._recordings, signature, made, self._limit)
+                self._keep(signature, made)
         return output
-
-    def refuse(self, problem: str) -> None:
-        """Record and replay nothing any more."""
-        self.problem = problem
-        self.clear()
-
-    def clear(self) -> None:
-        """Drop all recordings, and with them their hold on the network's tensors."""
-        with self._lock:
-            self._drop()
-
-    def _drop(self) -> None:
-        self._recordings.clear()
-        self._seen.clear()
-        self._watch = None
 
     def _record(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, _Recording | None]:
         """Run the network; return its output, and the recording where there can be one."""

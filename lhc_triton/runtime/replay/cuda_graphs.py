@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -11,17 +10,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lhc_triton.errors import one_line
-from lhc_triton.runtime.replay.staleness import Watch
+from lhc_triton.runtime.replay.replays import MAX_KEPT, Replays, Signature
 
-MAX_GRAPHS = 8
-MAX_SEEN = 64
 _PLAIN = (Tensor, bool, int, float, str, type(None))
 
-Signature = tuple[Any, ...]
 Function = Callable[[], Any]
 
 
@@ -51,7 +46,7 @@ class _Graph:
     replay: Callable[[], None]
 
 
-class Graphs:
+class Graphs(Replays[_Graph]):
     """Runs a network through CUDA graphs, one for each signature of its inputs.
 
     A signature is their shapes, strides, types and device. Its first call runs as it is, which also warms up;
@@ -70,20 +65,11 @@ class Graphs:
         problem: why there are no graphs any more; "" while there may be.
     """
 
-    def __init__(self, limit: int = MAX_GRAPHS, device: Device | None = None) -> None:
-        self.problem = ""
-        self._limit = limit
+    addresses = True  # the kernels of a graph read addresses, not tensors
+
+    def __init__(self, limit: int = MAX_KEPT, device: Device | None = None) -> None:
+        super().__init__(limit)
         self._device = CudaDevice() if device is None else device
-        self._graphs: OrderedDict[Signature, _Graph] = OrderedDict()
-        self._seen: OrderedDict[Signature, None] = OrderedDict()
-        self._watch: Watch | None = None
-        self._lock = threading.Lock()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Graphs, (self._limit,)  # a copy captures its own: it has other weights
-
-    def __len__(self) -> int:
-        return len(self._graphs)
 
     def run(self, network: nn.Module, inputs: tuple[Any, ...]) -> Any:
         """Return the network's output for inputs that it applies to, through a graph once it is time."""
@@ -91,13 +77,13 @@ class Graphs:
         with self._lock:
             usable = self._keep_watch(network)
             if usable and (
-                signature in self._graphs or (signature in self._seen and self._capture(network, inputs))
+                signature in self._kept or (signature in self._seen and self._capture(network, inputs))
             ):
                 return self._replay(signature, inputs)
         output = network(*inputs)
         with self._lock:
             # Only now: an input that the network refuses is no signature.
-            keep_latest(self._seen, signature, None, MAX_SEEN)
+            self._note(signature)
         return output
 
     def capture(self, network: nn.Module, inputs: tuple[Any, ...]) -> bool:
@@ -106,38 +92,18 @@ class Graphs:
             return False
         with self._lock:
             usable = self._keep_watch(network)
-            return usable and (_signature(inputs) in self._graphs or self._capture(network, inputs))
-
-    def _keep_watch(self, network: nn.Module) -> bool:
-        """Drop the graphs of what the network was before; return whether it may be replayed now."""
-        if self._watch is not None and not self._watch.same():
-            self._drop()
-        if self._watch is None:
-            self._watch = Watch(network, addresses=True)
-        return not self._watch.hooked()
-
-    def refuse(self, problem: str) -> None:
-        """Use no graphs any more."""
-        self.problem = problem
-        self.clear()
-
-    def clear(self) -> None:
-        """Drop all graphs and their memory."""
-        with self._lock:
-            self._drop()
+            return usable and (_signature(inputs) in self._kept or self._capture(network, inputs))
 
     def _drop(self) -> None:
         self._device.finish()
-        self._graphs.clear()
-        self._seen.clear()
-        self._watch = None
+        super()._drop()
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()  # CUDA does not survive a fork, so its graphs are left alone
 
     def applies(self, inputs: tuple[Any, ...]) -> bool:
         """Return whether a call with these inputs may be captured or replayed here and now."""
-        if self.problem or not inputs or not all(type(x) in (Tensor, nn.Parameter) for x in inputs):
-            return False
-        wants_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        return not wants_gradients and not is_in_torch_dispatch_mode() and self._device.ready(inputs)
+        return self.takes(inputs) and self._device.ready(inputs)
 
     def _capture(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
         try:
@@ -152,14 +118,14 @@ class Graphs:
             self.problem = f"capture failed ({one_line(error)})"
             self._drop()  # no call will use them any more, nor their memory
             return False
-        if len(self._graphs) == self._limit:
+        if len(self._kept) == self._limit:
             self._device.wait()  # a replay on another stream may still need the memory that is freed
-        keep_latest(self._graphs, _signature(inputs), _Graph(static, outputs, replay), self._limit)
+        self._keep(_signature(inputs), _Graph(static, outputs, replay))
         return True
 
     def _replay(self, signature: Signature, inputs: tuple[Tensor, ...]) -> Any:
-        graph = self._graphs[signature]
-        self._graphs.move_to_end(signature)
+        graph = self._kept[signature]
+        self._kept.move_to_end(signature)
         with torch.no_grad(), self._device.turn(inputs[0].device):
             for mine, given in zip(graph.inputs, inputs, strict=True):
                 mine.copy_(given)
@@ -169,14 +135,6 @@ class Graphs:
 
 def _signature(inputs: tuple[Tensor, ...]) -> Signature:
     return tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs)
-
-
-def keep_latest(cache: OrderedDict[Signature, Any], signature: Signature, value: Any, limit: int) -> None:
-    """Put a value at the end of a cache, and drop what was used the longest time ago."""
-    cache[signature] = value
-    cache.move_to_end(signature)
-    while len(cache) > limit:
-        cache.popitem(last=False)
 
 
 class CudaDevice:

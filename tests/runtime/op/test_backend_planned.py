@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from op_problems import TOLERANCE, Problem, problems, relative_error
 
 from lhc_triton.planning import COST_MODELS, ConvGeometry, plan_layer
+from lhc_triton.planning.backends import BACKENDS
 from lhc_triton.runtime.op.packing import pack
 
 
@@ -15,10 +16,11 @@ def planned(problem: Problem, priced: str) -> Problem:
 
 
 @pytest.mark.parametrize("priced", COST_MODELS)
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "native"])
 @settings(max_examples=40, deadline=None)
 @given(problem=problems((torch.float32, torch.float64, torch.bfloat16)))
 def test_a_planned_layer_equals_the_dense_convolution(backend, priced, problem):
+    assume(str(problem.dtype).removeprefix("torch.") in BACKENDS[backend].dtypes)
     y = planned(problem, priced).run(backend)
     assert relative_error(y, problem.oracle()) <= TOLERANCE[problem.dtype]
 

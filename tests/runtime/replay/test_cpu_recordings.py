@@ -4,6 +4,8 @@ import contextlib
 import copy
 import gc
 import io
+import os
+import signal
 import threading
 import warnings
 import weakref
@@ -450,3 +452,31 @@ def test_what_torch_fx_cannot_trace_is_not_recorded():
     fast = accelerate(Branching().eval(), image().abs(), tune="off")
     assert can_record()
     assert fast.tapes is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # newer Pythons warn of fork() beside threads
+def test_a_child_forked_while_another_thread_looks_at_the_network_does_not_wait_for_it():
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Slow(Net):
+        def modules(self):
+            inside.set()
+            go_on.wait(60)
+            return super().modules()
+
+    net, x, tapes = Slow(lambda self, x: x * 2), torch.ones(3), Tapes()
+    busy = threading.Thread(target=lambda: tapes.run(net, (x,)))
+    busy.start()
+    try:
+        assert inside.wait(60)
+        child = os.fork()
+        if not child:
+            signal.alarm(20)  # ends a child that waits for ever
+            go_on.set()
+            right = all(torch.equal(tapes.run(net, (x,)), x * 2) for _ in range(3))
+            os._exit(0 if right and len(tapes) == 1 else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        go_on.set()
+        busy.join()
+    assert torch.equal(tapes.run(net, (x,)), x * 2)

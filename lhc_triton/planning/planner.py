@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, get_args
 
 from .cost import CostModel, itemsize_of
 from .grouping import candidate_widths, form_tiles
 from .schema import LayerPlan, LayerTopology, Plan, Tile
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-BACKENDS = ("auto", "dense", "reference", "torch", "native", "triton")
+Backend = Literal["auto", "dense", "reference", "torch", "native", "triton"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
 def check_backend(backend: str) -> None:
@@ -108,8 +109,8 @@ def plan_topologies(
 
 def plan(
     model: nn.Module,
-    example_input: Any,
-    backend: str = "auto",
+    example_input: Tensor | tuple[Tensor, ...],
+    backend: Backend = "auto",
     cost: CostModel | None = None,
     dense: bool = False,
 ) -> Plan:

@@ -13,6 +13,7 @@ from lhc_bench.measure.engines import OpenEngines
 from lhc_bench.measure.remote_engine import DEEPSPARSE, EngineError
 from lhc_bench.measure.replayed import replayed
 from lhc_bench.measure.rows import Row
+from lhc_triton.runtime.choosing.dispatch import Tune
 from lhc_triton.runtime.choosing.timing import Timing
 from lhc_triton.runtime.choosing.timing_store import TimingStore
 
@@ -54,7 +55,7 @@ class Setting:
     rivals: tuple[str, ...] = ()
     budget_s: float | None = None
     engines: OpenEngines | None = None
-    choosing: str | None = None
+    choosing: Tune | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -62,7 +63,7 @@ class Setting:
         return str(self.dtype).removeprefix("torch.")
 
     @property
-    def tune(self) -> str:
+    def tune(self) -> Tune:
         """How dispatch chooses: by its own measurement on a CPU, by what `lhc-triton tune` stored on a GPU.
 
         There, each layer has a dozen launch configs to compile, which would take longer than all the rest.

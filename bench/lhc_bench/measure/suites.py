@@ -22,6 +22,7 @@ from lhc_bench.measure.networks import NetworkCase, NetworkSubject
 from lhc_bench.measure.rivals import MASK_FREE
 from lhc_bench.measure.rows import Results, Row, environment, summarise, write_results
 from lhc_bench.measure.setting import Machine, Setting, Subject, Timer, measure, measure_machine
+from lhc_triton.runtime.choosing.dispatch import Tune
 from lhc_triton.runtime.choosing.timing import Timing, time_paired
 from lhc_triton.runtime.choosing.timing_store import TimingStore
 
@@ -60,7 +61,7 @@ class Suite:
     budget_s: float | None = None
     limit_s: float = 480.0
     compiled: bool = True
-    choosing: str | None = None
+    choosing: Tune | None = None
 
 
 CPU_DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)

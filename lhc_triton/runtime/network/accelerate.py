@@ -6,16 +6,17 @@ import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from lhc_triton.planning import plan as make_plan
 from lhc_triton.planning.cost import CostModel
+from lhc_triton.planning.planner import Backend
 from lhc_triton.planning.schema import LayerPlan, Plan
 from lhc_triton.runtime.choosing.calibration import cost_model
-from lhc_triton.runtime.choosing.dispatch import choose_backend, launch_config, passed_over, supports
+from lhc_triton.runtime.choosing.dispatch import Tune, choose_backend, launch_config, passed_over, supports
 from lhc_triton.runtime.choosing.launch_configs import deterministic
 from lhc_triton.runtime.network.accelerated import (
     AcceleratedModel,
@@ -121,10 +122,10 @@ class Built:
 
 def accelerate(
     model: nn.Module,
-    example_input: Tensor | Sequence[Tensor],
+    example_input: Tensor | tuple[Tensor, ...],
     plan: Plan | None = None,
-    tune: str = "cached",
-    backend: str = "auto",
+    tune: Tune = "cached",
+    backend: Backend = "auto",
     graphs: bool = True,
 ) -> AcceleratedModel:
     """Return a network for inference that computes what ``model`` computes, and skips its dead weights.
@@ -230,7 +231,9 @@ def _plan_copy(
     handle = nn.modules.module.register_module_forward_hook(look)
     try:
         with preserved(work):
-            plan = make_plan(work, tuple(x.clone() for x in inputs), requested, cost, dense=True)
+            plan = make_plan(
+                work, tuple(x.clone() for x in inputs), cast(Backend, requested), cost, dense=True
+            )
     except ValueError as error:
         problem = judge.verdict(work).problem
         if problem is not None:

@@ -118,7 +118,8 @@ class GroupedConv2d(FusedConv2d):
                 x = x.to(self.dtype)
                 residual = None if residual is None else residual.to(self.dtype)
                 return self._convolve(x, residual, activation, pool).to(result)
-        config: list[int] = []
+        # AOTInductor's packages hand an empty list on as None; other backends than Triton's read none of it.
+        config: list[int] = [0] if torch.compiler.is_exporting() and self.backend != "triton" else []
         if self.backend == "triton":
             images, _, height, width = self._sum_shape(x)
             config = self._config(pixel_bucket(images * height * width), height, width)

@@ -1,4 +1,4 @@
-"""What the examples share: batches of the packaged Fashion-MNIST images, an epoch of training, an accuracy."""
+"""What the examples share: batches of the packaged images, an epoch of training, an accuracy."""
 
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,6 @@
 """A trained network: keep its best blocks in one shot, fine-tune what is left, run it fast.
 
-Run: python examples/pretrained.py (a few minutes on two cores; fewer images are faster and less accurate)
+Run: python examples/pretrained.py
 """
 
 import argparse

@@ -13,7 +13,7 @@ torch.manual_seed(0)
 model = load_pretrained("dense")
 
 # Somebody's pruning: torch.nn.utils.prune, here by masks of 16 filters x 16 channels.
-for name, conv in list(model.named_modules()):
+for conv in list(model.modules()):
     if isinstance(conv, torch.nn.Conv2d) and conv.in_channels >= 32:
         o, i, kh, kw = conv.weight.shape
         blocks = conv.weight.detach().view(o // 16, 16, i // 16, 16, kh, kw).square().sum((1, 3))

@@ -91,7 +91,7 @@ class Consolidation:
 
 def consolidate(
     model: nn.Module,
-    example_input: Tensor | tuple[Any, ...] | None = None,
+    example_input: Tensor | tuple[Tensor, ...] | None = None,
     *,
     patterns: int | None = None,
     share: int | None = None,

@@ -315,7 +315,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def output_pixels(
-    model: nn.Module, example_input: Tensor | tuple[Any, ...], kinds: tuple[type[nn.Module], ...]
+    model: nn.Module, example_input: Tensor | tuple[Tensor, ...], kinds: tuple[type[nn.Module], ...]
 ) -> dict[str, int]:
     """Run the model once and count the positions that its layers compute, over the batch and all calls.
 

@@ -125,7 +125,7 @@ class PruningReport:
 
 def prune(
     model: ModelT,
-    example_input: Tensor | tuple[Any, ...],
+    example_input: Tensor | tuple[Tensor, ...],
     config: LHCConfig | ConfigFn | None = None,
     *,
     budget: float | None = None,
@@ -303,7 +303,7 @@ def _weight_scores(chosen: Chosen, scores: Norm | Mapping[str, Tensor]) -> dict[
 
 def _objective(
     model: nn.Module,
-    example_input: Tensor | tuple[Any, ...],
+    example_input: Tensor | tuple[Tensor, ...],
     objective: Objective,
     chosen: Chosen,
     pixels: Mapping[str, int],

@@ -82,7 +82,7 @@ class TopologySchedule:
     def __init__(
         self,
         model: nn.Module,
-        example_input: Tensor | tuple[Any, ...],
+        example_input: Tensor | tuple[Tensor, ...],
         warmup_epochs: int = 20,
         penalty_epochs: int = 20,
         seed: int = 0,

@@ -50,4 +50,4 @@ def plan_of(
         return lhc.load(source, device=device).plan
     wanted = batch if batch is not None or input_shape is not None else usual_batch
     network = network_of(source, weights, input_shape, wanted, device, dtype)
-    return lhc.plan(network.model, network.inputs, backend=backend)
+    return lhc.plan(network.model, network.inputs, backend=backend)  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ def accelerate(
         if found.accelerated is not None:
             raise ValueError(f"{network} is accelerated already; give the network that it was made from")
         progress("planning, building and comparing with the network as it is")
-        fast = lhc.accelerate(found.model, found.inputs, tune=tune, backend=backend)
+        fast = lhc.accelerate(found.model, found.inputs, tune=tune, backend=backend)  # type: ignore[arg-type]
         if out is not None:
             progress(f"writing {out}")
             lhc.save(fast, out)

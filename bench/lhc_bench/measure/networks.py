@@ -180,7 +180,11 @@ class NetworkSubject:
                 continue
             try:
                 fast = accelerate(
-                    sparse, self.x, tune=setting.tune, backend=backend, graphs=setting.device != "cuda"
+                    sparse,
+                    self.x,
+                    tune=setting.tune,
+                    backend=backend,  # type: ignore[arg-type]
+                    graphs=setting.device != "cuda",
                 )
             except Exception as error:  # a forced backend may not serve every layer, or not compile
                 left_out[backend] = reason_of(error)

@@ -75,7 +75,7 @@ class OwnSubject:
                         self.network,
                         self.x,
                         tune=setting.tune,
-                        backend=backend,
+                        backend=backend,  # type: ignore[arg-type]
                         graphs=setting.device != "cuda",
                     )
                 except Exception as error:  # a forced backend may not serve every layer, or not compile

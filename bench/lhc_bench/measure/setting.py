@@ -14,6 +14,7 @@ from lhc_bench.measure.engines import Engines, OpenEngines
 from lhc_bench.measure.remote_engine import DEEPSPARSE, EngineError
 from lhc_bench.measure.replayed import reason_of, replayed
 from lhc_bench.measure.rows import Row
+from lhc_triton.runtime.choosing.dispatch import Tune
 from lhc_triton.runtime.choosing.timing import Timing
 from lhc_triton.runtime.choosing.timing_store import TimingStore
 
@@ -58,7 +59,7 @@ class Setting:
     rivals: tuple[str, ...] = ()
     budget_s: float | None = None
     engines: OpenEngines | None = None
-    choosing: str | None = None
+    choosing: Tune | None = None
     cold_timer: Callable[[Mapping[str, Call]], dict[str, float]] | None = None
 
     @property
@@ -67,7 +68,7 @@ class Setting:
         return str(self.dtype).removeprefix("torch.")
 
     @property
-    def tune(self) -> str:
+    def tune(self) -> Tune:
         """How dispatch chooses: by its own measurement on a CPU, by what `lhc-triton tune` stored on a GPU.
 
         There, each layer has a dozen launch configs to compile, which would take longer than all the rest.

@@ -34,6 +34,7 @@ from lhc_bench.measure.setting import (
     measure_machine,
 )
 from lhc_triton.runtime.choosing.cold_timing import time_cold
+from lhc_triton.runtime.choosing.dispatch import Tune
 from lhc_triton.runtime.choosing.timing import Timing, time_paired
 from lhc_triton.runtime.choosing.timing_store import TimingStore
 
@@ -71,7 +72,7 @@ class Suite:
     budget_s: float | None = None
     limit_s: float = 480.0
     compiled: bool = True
-    choosing: str | None = None
+    choosing: Tune | None = None
 
     def run(self, request: Request) -> dict[str, Any]:
         """Measure every case under every mask and write the results; see `run_suite`."""

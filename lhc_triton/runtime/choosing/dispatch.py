@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 
@@ -27,7 +28,8 @@ CLEARLY = 1.03
 ROUNDS = 9
 BUDGET_S = 0.3
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-TUNES = ("off", "cached", "full")
+Tune = Literal["off", "cached", "full"]
+TUNES: tuple[str, ...] = get_args(Tune)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,11 @@ class AcceleratedModel(nn.Module):
         Raises:
             TypeError: a traced network is given more arguments than its example had, or others.
         """
+        if torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                "an accelerated network has no ONNX form, since its sparse layers are operators of ours:"
+                " export the model that it was made from, a converted or pruned one after lhc.to_dense(model)"
+            )
         if isinstance(self.network, fx.GraphModule):
             if named or len(inputs) > len(self._parameters_of_forward):
                 inputs, named = self._bound(inputs, named), {}

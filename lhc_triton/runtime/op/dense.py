@@ -85,11 +85,14 @@ class FusedConv2d(nn.Module):
         if x.dim() == 3:
             with_batch = None if residual is None else residual.unsqueeze(0)
             return self.forward(x.unsqueeze(0), with_batch).squeeze(0)
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
+        tracing = (
+            torch.jit.is_tracing()
+        )  # sizes are tensors then: what compares them becomes no part of a trace
+        if x.dim() != 4 or (not tracing and x.shape[1] != self.in_channels):
             raise ValueError(f"the input has shape {tuple(x.shape)}, expected [N, {self.in_channels}, H, W]")
         if x.dtype != self.dtype and not autocasts(x):
             raise ValueError(f"the input is {x.dtype}, the layer computes in {self.dtype}; convert the input")
-        if residual is not None and residual.shape != self._sum_shape(x):
+        if residual is not None and not tracing and residual.shape != self._sum_shape(x):
             # equal on the example, but not here: the addition broadcasts, which no epilogue does
             y = self._convolve(x, None, "none", "none") + residual
             return self._finish(y, None, self.activation, self.pool)

@@ -15,7 +15,7 @@ import torch
 from . import picture
 from .files import made_folder, write_beside
 from .report_html import Picture, Section, page
-from .report_pictures import SPEEDS, accuracy_figure, layers_figure, shapes_figure, training_figure
+from .report_pictures import COSTS, SPEEDS, accuracy_figure, layers_figure, shapes_figure, training_figure
 from .report_rows import Experiment, describe, experiments, with_measured
 from .rows import environment
 from .runs import read_run
@@ -24,7 +24,7 @@ from .topology_picture import draw_topology
 Progress = Callable[[str], None]
 PAGE_OF_LAYERS = 16
 OWN_PICTURE = re.compile(
-    r"\d\d+_(training|layers|shapes|topology(_\d+)?)\.png|accuracy_(density|speedup).*\.png"
+    r"\d\d+_(training|layers|shapes|topology(_\d+)?)\.png|accuracy_(density|cost|speedup).*\.png"
 )
 MAX_BATCH = 4096  # counting runs each network once on so many images
 
@@ -126,18 +126,18 @@ def _remove_stale(out: Path, written: AbstractSet[Path]) -> None:
 
 
 def _overview(report: Report, out: Path) -> Section:
-    """Draw what compares the experiments, one pair of pictures per data set."""
+    """Draw what compares the experiments, three pictures per data set."""
     by_data: dict[str, list[Experiment]] = {}
     for experiment in report.experiments:
         by_data.setdefault(experiment.first.run.config.data, []).append(experiment)
     pictures = []
     for data, found in by_data.items():
         speeds = [name for name in SPEEDS if all(experiment.values(name) for experiment in found)]
-        for kind, against in (("density", ["density"]), ("speedup", speeds)):
+        for kind, against in (("density", ["density"]), ("cost", list(COSTS)), ("speedup", speeds)):
             path = out / f"accuracy_{kind}{'' if len(by_data) == 1 else f'_{data}'}.png"
             picture.save(accuracy_figure(found, against), path, "png")
             pictures.append(Picture(path, f"{data}: test accuracy against {kind}"))
-    return Section("Accuracy against density and speed", None, tuple(pictures))
+    return Section("Accuracy against density, cost and speed", None, tuple(pictures))
 
 
 def _section(number: int, experiment: Experiment, out: Path) -> Section:

@@ -13,6 +13,8 @@ from typing import Any
 from lhc_triton.training import TrainConfig, read_config
 from lhc_triton.training.identity import TOPOLOGY_ONLY
 
+from .meaning import idle_settings
+
 MAX_TEXT_BYTES = 256 << 20
 MAX_NUMBER = 1e15
 NOT_A_SETTING = ("seed", "device", "workers", "dense_twin", "tensorboard", "on_bad_file")
@@ -71,6 +73,12 @@ class Run:
     def setting(self) -> dict[str, Any]:
         """The settings that make it the experiment it is; runs of other seeds have equal ones."""
         return {k: v for k, v in self.config.to_dict().items() if k not in NOT_A_SETTING}
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """Those of the settings that mean something beside the others."""
+        idle = idle_settings(self.config.topology, self.config.density is not None)
+        return {k: v for k, v in self.setting.items() if k not in idle}
 
     @property
     def density_target(self) -> float | None:

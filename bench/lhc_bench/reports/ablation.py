@@ -12,10 +12,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from lhc_bench.reports.meaning import OF_BLOCKS, idle_settings
 from lhc_triton.models.weights import read_tensors
 from lhc_triton.training import PRESETS, TrainConfig, train
 from lhc_triton.training.checkpoints import CHECKPOINT_KIND, CHECKPOINT_VERSION
-from lhc_triton.training.config import NOTHING, OF_PRUNED, OF_TARGET, read_config
+from lhc_triton.training.config import NOTHING, OF_TARGET, read_config
 from lhc_triton.training.data import ImageFormat, cifar, fashion, tree
 from lhc_triton.training.identity import LAST, TOPOLOGY_ONLY, finished
 from lhc_triton.training.metrics import EpochMetrics
@@ -24,15 +25,6 @@ from lhc_triton.training.networks import check_topology
 MAX_RUNS = 1000
 MAX_BYTES = 1 << 20
 LONGEST_NAME = 120
-WITH_PARTS = ("groupwise", "hetconv", "stripe", "1xn")
-"""The topologies made by hand that TrainConfig.parts says something of."""
-
-OF_BLOCKS = ("density", "in_block", "out_block", "block_rule")
-"""Settings that a topology made by hand does not have; it has its own blocks."""
-
-OF_COARSE = ("shapes", "warmup_epochs", "effect_lr")
-"""Settings that only a topology which is learned has."""
-
 BUILT_FROM = (
     *("data", "image_size", "network", "stem", "width", "widths", "topology", "parts", "pointwise_layers"),
     *OF_BLOCKS,
@@ -130,22 +122,12 @@ def _combinations(grid: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _run(base: TrainConfig, changes: Mapping[str, Any]) -> tuple[dict[str, Any], TrainConfig]:
     """The changes that mean something beside each other, and the settings they come to."""
     topology = changes.get("topology", base.topology)
-    learned = topology == "learned"
-    pruned = topology == "pruned"
-    steered = learned and changes.get("density", base.density) not in (None, NOTHING)
-    unsteered = {} if steered else {k: v for k, v in OF_TARGET.items() if not (pruned and k in OF_PRUNED)}
-    idle = {
-        *(() if topology in WITH_PARTS else ("parts",)),
-        *(() if learned or pruned else OF_BLOCKS),
-        *(() if learned else OF_COARSE),
-        *(("start",) if pruned else ()),
-        *unsteered,
-    }
+    idle = idle_settings(topology, changes.get("density", base.density) not in (None, NOTHING))
     if idle & changes.keys():  # what is left out has to be in its range as well
         _changed(base, {**changes, "topology": "learned", "density": TrainConfig().density})
     meant = {name: value for name, value in changes.items() if name not in idle}
     # The rest keeps the base's value: runs that were trained before have it in their checkpoints.
-    return meant, _changed(base, {**meant, **unsteered})
+    return meant, _changed(base, {**meant, **{k: v for k, v in OF_TARGET.items() if k in idle}})
 
 
 def _changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:

@@ -106,6 +106,8 @@ class RunRow:
             "density": self.density,
             "mac_density": self.mac_density,
             "patterns": float(self.patterns),
+            "live_weights": float(self.live_weights),
+            "live_macs": float(self.live_macs),
             **{f"predicted_{device}": timed.speedup for device, timed in self.predicted.items()},
             "measured": None if self.measured is None else self.measured.speedup,
         }
@@ -217,36 +219,55 @@ def experiments(rows: Sequence[RunRow]) -> tuple[Experiment, ...]:
 def labels(runs: Sequence[Run]) -> list[str]:
     """Name runs by the settings in which they differ; equal names mean equal settings.
 
-    A value that more than half of the runs have is left out, unless nothing would be left to say.
+    A value that more than half of the runs have is left out, unless nothing would be left to say; and so is
+    a setting that means nothing beside the others.
     """
-    settings = [run.setting for run in runs]
+    settings = [run.meaning for run in runs]
     return [text or network_name(run.config) for text, run in zip(_differences(settings), runs, strict=True)]
 
 
 def _differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Name settings as `labels` does; empty names where all are equal."""
-    counts = {name: Counter(_shown(setting[name]) for setting in settings) for name in settings[0]}
+    names = list(dict.fromkeys(name for setting in settings for name in setting))
+    counts = {
+        name: Counter(_shown(setting[name]) for setting in settings if name in setting) for name in names
+    }
     changed = [name for name, found in counts.items() if len(found) > 1]
     usual = {}
     for name in changed:
         value, times = counts[name].most_common(1)[0]
-        if 2 * times > len(settings):
+        if 2 * times > counts[name].total():
             usual[name] = value
     named = []
     for setting in settings:
-        shown = [name for name in changed if _shown(setting[name]) != usual.get(name)]
-        named.append(", ".join(f"{name} {_shown(setting[name])}" for name in shown or changed))
+        mine = [name for name in changed if name in setting]
+        shown = [name for name in mine if _shown(setting[name]) != usual.get(name)]
+        named.append(", ".join(f"{name} {_shown(setting[name])}" for name in shown or mine))
     return named
 
 
-def dense_twins(found: Sequence[Experiment]) -> dict[str, float]:
-    """Mean test accuracies of the dense twins, by the settings in which these differ.
+@dataclass(frozen=True)
+class DenseTwin:
+    """Dense networks of one setting.
+
+    Attributes:
+        accuracy: mean share of test images put into their class, over the seeds.
+        weights, macs: of the whole network for one image.
+    """
+
+    accuracy: float
+    weights: int
+    macs: int
+
+
+def dense_twins(found: Sequence[Experiment]) -> dict[str, DenseTwin]:
+    """The dense twins, by the settings in which these differ.
 
     Args:
         found: experiments; those that differ in their topologies alone share a twin per seed.
 
     Returns:
-        Shares by name: "dense twin" where there is one setting of them.
+        Twins by name: "dense twin" where there is one setting of them.
     """
     twins = [experiment for experiment in found if experiment.values("dense_accuracy")]
     if not twins:
@@ -256,12 +277,16 @@ def dense_twins(found: Sequence[Experiment]) -> dict[str, float]:
         for experiment in twins
     ]
     accuracies: dict[str, dict[int, float]] = {}
-    for name, experiment in zip(_differences(settings), twins, strict=True):
-        seeds = accuracies.setdefault(f"dense twin, {name}" if name else "dense twin", {})
+    sizes = {}
+    for difference, experiment in zip(_differences(settings), twins, strict=True):
+        name = f"dense twin, {difference}" if difference else "dense twin"
+        sizes[name] = experiment.first.weights, experiment.first.macs
         for row in experiment.rows:
             if row.run.dense_accuracy is not None:
-                seeds[row.run.config.seed] = row.run.dense_accuracy
-    return {name: statistics.fmean(seeds.values()) for name, seeds in accuracies.items()}
+                accuracies.setdefault(name, {})[row.run.config.seed] = row.run.dense_accuracy
+    return {
+        name: DenseTwin(statistics.fmean(seeds.values()), *sizes[name]) for name, seeds in accuracies.items()
+    }
 
 
 def _shown(value: object) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lhc_bench.reports import ablation
+from lhc_bench.reports import ablation, meaning
 from lhc_bench.reports.ablation import dense_part, read_ablation, run_ablation
 from lhc_triton.cli import main
 from lhc_triton.handcrafted import HANDCRAFTED, handcrafted
@@ -137,7 +137,7 @@ def test_what_means_nothing_keeps_the_value_of_the_base_if_that_goes_with_the_to
 def test_parts_mean_something_for_the_topologies_that_are_said_to_have_them(name):
     conv = torch.nn.Conv2d(24, 24, 3)
     one, other = (handcrafted(name, conv, parts=parts).block_mask for parts in (2, 3))
-    assert torch.equal(one, other) is (name not in ablation.WITH_PARTS)
+    assert torch.equal(one, other) is (name not in meaning.WITH_PARTS)
 
 
 def test_without_grid_and_seeds_the_base_is_trained_alone(spec):

@@ -209,7 +209,15 @@ def _steps(
 ) -> tuple[tuple[tuple[int, ...], torch.dtype] | None, tuple[Step, ...]]:
     (batch, channels, height, width), _ = s.x
     corner = (s.padding[0], s.padding[2])
-    numbers = (shape.pixels, shape.tiles, height, width, *shape.out_size, s.out_channels, *corner)
+    numbers: tuple[int, ...] = (
+        shape.pixels,
+        shape.tiles,
+        height,
+        width,
+        *shape.out_size,
+        s.out_channels,
+        *corner,
+    )
     items, options = work_items(config, shape), config.options()
     if config.variant == "box":
         box = best_box(config.block_m, shape)

@@ -25,6 +25,7 @@ from lhc_triton.runtime.choosing.dispatch import choose_backend, launch_config, 
 from lhc_triton.runtime.choosing.launch_configs import launch_shape, pixel_bucket
 from lhc_triton.runtime.op.dense import DenseConv2d
 from lhc_triton.runtime.op.packing import pack
+from lhc_triton.tf32 import tf32_allowed
 
 SHARED = "shared"
 CANDIDATES = 48  # launch configs among which a variant's best is looked for
@@ -132,7 +133,7 @@ class LayerSubject:
         """Plan and pack the layer for a backend; ValueError where it cannot serve it."""
         backend, _, variant = name.partition(" ")
         device = self.x.device
-        cost = CostModel.for_device(setting.device, backend)
+        cost = CostModel.for_device(setting.device, backend, tf32_allowed())
         plan = plan_layer(topology, cost, backend=backend, dtype=setting.dtype_name)
         if variant == SHARED:
             plan, variant = tiles_of_groups(topology, backend), ""

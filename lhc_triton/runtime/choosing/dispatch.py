@@ -19,6 +19,7 @@ from lhc_triton.runtime.choosing.timing import time_paired
 from lhc_triton.runtime.choosing.timing_store import TimingStore, layer_key
 from lhc_triton.runtime.choosing.workload import Workload
 from lhc_triton.runtime.op.backends import BACKENDS, DTYPES, FLOATS, unavailable
+from lhc_triton.tf32 import tf32_allowed
 
 AUTO_BACKENDS = {"cpu": ("native", "torch"), "cuda": ("triton",)}
 """The sparse backends of "auto" on each device kind, the fastest first: it takes the first that can serve."""
@@ -133,7 +134,7 @@ def choose_backend(
     if supports(layer.backend, layer, dtype, device) is not None:
         # Planned for a backend that is not to be had here: the same tiles, priced for the one that is.
         itemsize = itemsize_of(str(dtype).removeprefix("torch."))
-        cost = CostModel.for_device(device.type, able[0])
+        cost = CostModel.for_device(device.type, able[0], tf32_allowed())
         layer = price_tiles(layer.topology, layer.tiles, layer.tile_width, cost, itemsize)
     return Decision(layer.backend, layer.reason, {})
 

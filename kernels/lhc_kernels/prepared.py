@@ -232,7 +232,7 @@ def _steps(
     if config.variant == "split":
         size = (config.splits, shape.pixels, shape.tiles, shape.tile_width)
         facts = replace(facts, index64=facts.index64 or math.prod(size) >= s.int32_elements)
-        reduced = facts.reduce_constants(config)
+        reduced = facts.reduce_constants(config) | {"enable_fp_fusion": True}
         blocks = -(-shape.tile_width // config.block_n) * shape.tiles
         programs = -(-shape.pixels // reduced["BLOCK_M"]) * blocks
         return (size, torch.int32 if shape.dtype == "int8" else torch.float32), (

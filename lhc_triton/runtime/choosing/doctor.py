@@ -70,8 +70,8 @@ def diagnose() -> dict[str, Any]:
 
     Returns:
         A JSON-ready dict: "python", "platform", "packages", "devices", "compilers", "environment" (the
-        variables that change what runs), "backends": per device kind the rows of `backend_status`, and "notes":
-        what is known of these versions, one line each.
+        variables that change what runs), "backends": per device kind the rows of `backend_status`, and
+        "notes": what is known of these versions, one line each.
     """
     environment = {name: os.environ.get(name) for name in VARIABLES}
     kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -92,6 +92,6 @@ def version_notes(triton: str | None) -> list[str]:
     if triton is None or not triton.startswith("3.6."):
         return []
     return [
-        f"Triton {triton} puts no proxy fence between asynchronous copies and wgmma (3.7 does): if results on "
-        "Hopper change from run to run, `make test-gpu` has a test for it, and a newer Triton the fence"
+        f"Triton {triton} puts no proxy fence between asynchronous copies and wgmma (3.7 does): if results "
+        "on Hopper change from run to run, `make test-gpu` has a test for it, and a newer Triton the fence"
     ]

@@ -56,7 +56,7 @@ def compile_launch(target: GPUTarget, signature: Signature) -> Compiled:
 
     Its tensors count as aligned to 16 bytes, which those that torch allocates are.
     """
-    driver.set_active(CompileOnly(target))  # type: ignore[arg-type]
+    driver.set_active(CompileOnly(target))
     try:
         kernels = prepare(signature).compile()
     except Exception as error:  # compilers fail in ways of their own; a launch in earnest will say more

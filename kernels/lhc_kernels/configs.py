@@ -123,8 +123,9 @@ class KernelConfig:
                 f"num_stages, entries, a precision code below {codes[0]}, a variant code below {codes[1]}, "
                 "splits and max_registers"
             )
-        *numbers, precision, variant, splits, max_registers = values
-        return cls(*numbers, PRECISIONS[precision], VARIANTS[variant], splits, max_registers)
+        block_m, block_n, block_k, num_warps, num_stages, entries, precision, variant, *rest = values
+        names = (PRECISIONS[precision], VARIANTS[variant])
+        return cls(block_m, block_n, block_k, num_warps, num_stages, entries, *names, *rest)
 
     def options(self) -> dict[str, Any]:
         """Return what the compiler is told beside the kernel's constants."""

@@ -245,10 +245,11 @@ def grouped_conv2d_fwd_kernel(
                 tap = tl.where(in_first, tap, tap_2)[None, :]
                 tap_row = tl.where(in_first, tap_row, row_2)[None, :]
                 tap_col = tl.where(in_first, tap_col, col_2)[None, :]
-                channel = tl.where(in_first, channel, channel_2 - IN_BLOCK)
+                channel = tl.where(in_first, channel + offs_k, channel_2 - IN_BLOCK + offs_k)
                 mask_w = mask_w & (offs_k < (last - step) * IN_BLOCK)[:, None]
             else:
                 x_step = x_step + start + offs_k
+                channel = channel + start + offs_k
             if BITS:
                 mask_x = _is_inside(inside, tap, tap_row, tap_col, KERNEL_H, BIT_A_TAP)
             else:
@@ -257,7 +258,7 @@ def grouped_conv2d_fwd_kernel(
                 mask_x = mask_x & (start + offs_k < IN_BLOCK)[None, :]
                 mask_w = mask_w & (start + offs_k < IN_BLOCK)[:, None]
             if IN_CHANNELS % IN_BLOCK != 0:
-                mask_x = mask_x & (channel + start + offs_k < IN_CHANNELS)[None, :]
+                mask_x = mask_x & (channel < IN_CHANNELS)[None, :]
             block = step // CHUNKS
             if INDEX64:
                 block = block.to(tl.int64)

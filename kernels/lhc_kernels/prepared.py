@@ -209,7 +209,15 @@ def _steps(
 ) -> tuple[tuple[tuple[int, ...], torch.dtype] | None, tuple[Step, ...]]:
     (batch, channels, height, width), _ = s.x
     corner = (s.padding[0], s.padding[2])
-    numbers = (shape.pixels, shape.tiles, height, width, *shape.out_size, s.out_channels, *corner)
+    numbers: tuple[int, ...] = (
+        shape.pixels,
+        shape.tiles,
+        height,
+        width,
+        *shape.out_size,
+        s.out_channels,
+        *corner,
+    )
     items, options = work_items(config, shape), config.options()
     if config.variant == "box":
         box = best_box(config.block_m, shape)
@@ -224,7 +232,7 @@ def _steps(
     if config.variant == "split":
         size = (config.splits, shape.pixels, shape.tiles, shape.tile_width)
         facts = replace(facts, index64=facts.index64 or math.prod(size) >= s.int32_elements)
-        reduced = facts.reduce_constants(config)
+        reduced = facts.reduce_constants(config) | {"enable_fp_fusion": True}
         blocks = -(-shape.tile_width // config.block_n) * shape.tiles
         programs = -(-shape.pixels // reduced["BLOCK_M"]) * blocks
         return (size, torch.int32 if shape.dtype == "int8" else torch.float32), (

@@ -177,6 +177,8 @@ def show_diagnosis(found: dict[str, Any]) -> None:
     print_table(("native kernel", "value"), list(found["native"].items()))
     for kind, rows in found["backends"].items():
         print_table((f"backend on {kind}", "state"), [(row["backend"], row["state"]) for row in rows])
+    for note in found["notes"]:
+        typer.echo(f"Note: {note}")
 
 
 def show_experiments(found: Sequence[dict[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from lhc_triton.conversion import evaluating
 from lhc_triton.errors import first_line
 from lhc_triton.layers import LHCConv2d, convolves_plainly
 from lhc_triton.takeover import weight_in_force
+from lhc_triton.tf32 import tf32_allowed
 
 from .cost import CostModel, itemsize_of
 from .patterns import infer_blocks
@@ -76,7 +77,7 @@ def read_model(
     convs = {name: m for name, m in model.named_modules() if isinstance(m, _ConvNd)}
     if not any(isinstance(conv, nn.Conv2d) for conv in convs.values()):
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to plan")
-    cost = cost or CostModel.for_device(tensors[0].device.type, backend)
+    cost = cost or CostModel.for_device(tensors[0].device.type, backend, tf32_allowed())
     seen = _input_shapes(model, convs, inputs)
     topologies: list[LayerTopology] = []
     skipped: list[tuple[str, str]] = []

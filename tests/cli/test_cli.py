@@ -49,6 +49,7 @@ def test_version_is_the_package_version(run):
 
 def test_doctor_json_names_devices_and_backends(run):
     found = json.loads(run("doctor", "--json").stdout)
+    assert isinstance(found["notes"], list)
     assert found["devices"][0]["device"] == "cpu"
     names = {row["backend"] for row in found["backends"]["cpu"]}
     assert {"dense", "reference", "torch", "native", "triton"} <= names

@@ -16,7 +16,15 @@ import torch
 from lhc_bench.files import check_writable
 from lhc_bench.measure import engines as other
 from lhc_bench.measure import loading
-from lhc_bench.measure.cases import LayerCase, batch_of, cpu_cases, gpu_cases, question_cases, quick_cases
+from lhc_bench.measure.cases import (
+    LayerCase,
+    batch_of,
+    cpu_cases,
+    first_cases,
+    gpu_cases,
+    question_cases,
+    quick_cases,
+)
 from lhc_bench.measure.layers import LayerSubject
 from lhc_bench.measure.networks import NetworkCase, NetworkSubject
 from lhc_bench.measure.rivals import MASK_FREE
@@ -176,6 +184,11 @@ def gpu_networks() -> tuple[NetworkCase, ...]:
     )
 
 
+def first_networks() -> tuple[NetworkCase, ...]:
+    """VGG16 and ResNet50 at the size of photographs."""
+    return NetworkCase("vgg16", "imagenet", 64), NetworkCase("resnet50", "imagenet", 64)
+
+
 SUITES: dict[str, SuiteLike] = {
     "quick": Suite(*CPU, (), quick_cases, PAPER, CPU_DENSITIES, 15, budget_s=3.0),
     "cpu-layers": Suite(*CPU, ("narrow",), cpu_cases, PAPER, CPU_DENSITIES, 20, budget_s=5.0),
@@ -196,6 +209,21 @@ SUITES: dict[str, SuiteLike] = {
     "gpu-layers": Suite(*GPU, ("narrow", "bsr", "2:4"), gpu_cases, SHARED, GPU_DENSITIES, 30, budget_s=3.0),
     "gpu-questions": Suite(
         *GPU[:2], QUESTIONED, (), question_cases, SHARED, (0.1, 0.2, 0.5), 30, budget_s=3.0, compiled=False
+    ),
+    "gpu-first": Suite(
+        *GPU[:2],
+        ("triton shared", "triton"),
+        (),
+        first_cases,
+        SHARED,
+        (0.1, 0.2, 0.5),
+        30,
+        budget_s=1.0,
+        limit_s=120.0,
+        compiled=False,
+    ),
+    "gpu-first-models": Suite(
+        *GPU, (), first_networks, SHARED[:2], (0.1, 0.2), 30, budget_s=2.0, limit_s=420.0, compiled=False
     ),
     "gpu-models": Suite(*GPU, ("narrow",), gpu_networks, SHARED[:2], (0.1, 0.2, 0.5), 30, budget_s=3.0),
     loading.SUITE: loading.LoadingSuite(),

@@ -24,6 +24,7 @@ from lhc_triton.planning.cost import CostModel
 from lhc_triton.planning.extract import read_model
 from lhc_triton.planning.schema import LayerTopology
 from lhc_triton.runtime.choosing.timing import time_paired
+from lhc_triton.tf32 import tf32_allowed
 from lhc_triton.topology import shape_counts
 from lhc_triton.training.identity import TOPOLOGY_ONLY
 from lhc_triton.training.networks import network_name
@@ -319,7 +320,7 @@ def describe(run: Run, batch: int) -> RunRow:
     topologies = tuple(topology for topology in reading.topologies if topology.name in converted)
     predicted = {}
     for device, dtype in DTYPES.items():
-        cost = CostModel.for_device(device)
+        cost = CostModel.for_device(device, tf32=tf32_allowed())
         totals = plan_topologies(topologies, cost, dtype=dtype).totals
         assert totals.planned_us is not None
         predicted[device] = Timed(device, dtype, batch, totals.dense_us, totals.planned_us, cost.source)

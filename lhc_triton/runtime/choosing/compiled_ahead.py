@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lhc_triton.planning.schema import LayerPlan
-from lhc_triton.runtime.choosing.launch_configs import PRECISION, config_name, planned
+from lhc_triton.runtime.choosing.launch_configs import config_name, planned, precision
 from lhc_triton.runtime.choosing.layer_tuner import LIMIT, Bench, Benches, Config, GpuBench, full_bucket
 from lhc_triton.runtime.choosing.timing_store import TimingStore
 from lhc_triton.runtime.choosing.tuning_jobs import Job, distinct
@@ -56,7 +56,7 @@ def compiled_ahead(
             layer = full_bucket(job.layer, shape.pixels)
             compilers.begin(
                 launch_signature(layer, job.dtype, device, config.to_list())
-                for config in candidate_configs(shape, limit, PRECISION)
+                for config in candidate_configs(shape, limit, precision(shape.dtype))
                 if config_name(config.to_list()) not in known
             )
 

@@ -83,8 +83,8 @@ def diagnose() -> dict[str, Any]:
 
     Returns:
         A JSON-ready dict: "python", "platform", "packages", "devices", "compilers", "environment" (the
-        variables that change what runs), "native": see `native_build`, and "backends": per device kind the
-        rows of `backend_status`.
+        variables that change what runs), "native": see `native_build`, "backends": per device kind the rows
+        of `backend_status`, and "notes": what is known of these versions, one line each.
     """
     environment = {name: os.environ.get(name) for name in VARIABLES}
     kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -97,4 +97,15 @@ def diagnose() -> dict[str, Any]:
         "environment": {name: value for name, value in environment.items() if value is not None},
         "native": native_build(),
         "backends": {kind: backend_status(kind) for kind in kinds},
+        "notes": version_notes(package_version("triton")),
     }
+
+
+def version_notes(triton: str | None) -> list[str]:
+    """Return what is known of a version of Triton, one line each."""
+    if triton is None or not triton.startswith("3.6."):
+        return []
+    return [
+        f"Triton {triton} puts no proxy fence between asynchronous copies and wgmma (3.7 does): if results "
+        "on Hopper change from run to run, `make test-gpu` has a test for it, and a newer Triton the fence"
+    ]

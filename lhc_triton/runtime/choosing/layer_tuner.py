@@ -14,7 +14,7 @@ import torch
 from lhc_triton.errors import one_line
 from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.choosing.cold_timing import ColdTimer
-from lhc_triton.runtime.choosing.launch_configs import PRECISION, config_name, planned
+from lhc_triton.runtime.choosing.launch_configs import config_name, planned, precision
 from lhc_triton.runtime.choosing.timing import race
 from lhc_triton.runtime.choosing.timing_store import Measured, TimingStore
 from lhc_triton.runtime.choosing.workload import Workload
@@ -142,7 +142,9 @@ def tune_layer(
     refuse_in_capture()
     key, shape = planned(layer, dtype, device)
     known = store.get(key)
-    todo = {config_name(c.to_list()): c.to_list() for c in candidate_configs(shape, limit, PRECISION)}
+    todo = {
+        config_name(c.to_list()): c.to_list() for c in candidate_configs(shape, limit, precision(shape.dtype))
+    }
     todo = {name: config for name, config in todo.items() if name not in known}
     if not todo:
         return Tuned(key, 0, 0, 0)

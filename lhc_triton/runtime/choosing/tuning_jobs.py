@@ -15,11 +15,11 @@ from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.choosing.dispatch import choose_backend
 from lhc_triton.runtime.choosing.launch_configs import (
     DETERMINISTIC,
-    PRECISION,
     config_name,
     deterministic,
     fastest,
     planned,
+    precision,
 )
 from lhc_triton.runtime.choosing.layer_tuner import LIMIT, Benches, GpuBench, Tuned, tune_layer
 from lhc_triton.runtime.choosing.timing_store import TimingStore, device_name, layer_key
@@ -229,7 +229,7 @@ def _run_job(
         problem = one_line(error)
     records = store.get(key)
     best = fastest(records, shape)
-    plain = records.get(config_name(heuristic_config(shape, PRECISION).to_list()))
+    plain = records.get(config_name(heuristic_config(shape, precision(shape.dtype)).to_list()))
     return Row(
         layer=layer.name,
         key=key,

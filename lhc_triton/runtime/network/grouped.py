@@ -16,6 +16,7 @@ from lhc_triton.runtime.choosing.launch_configs import look_up, pixel_bucket
 from lhc_triton.runtime.op.backends import unavailable
 from lhc_triton.runtime.op.dense import FusedConv2d, autocasts, frozen
 from lhc_triton.runtime.op.packing import blocks_from_weight, pack_blocks, weight_from_blocks
+from lhc_triton.tf32 import tf32_allowed
 
 _PACKED = ("packed", "tile_ptr", "entries", "filters")
 
@@ -73,7 +74,7 @@ class GroupedConv2d(FusedConv2d):
         self.layer = layer
         self.backend = backend
         self.tune = tune
-        self._configs: dict[tuple[int, int, int], list[int]] = {}
+        self._configs: dict[tuple[int, int, int, bool], list[int]] = {}
         self.blocks = frozen(blocks.detach().clone())
         for name in _PACKED:
             self.register_buffer(name, None, persistent=False)
@@ -149,7 +150,7 @@ class GroupedConv2d(FusedConv2d):
 
     def _config(self, bucket: int, height: int, width: int) -> list[int]:
         """Return the launch config for so many output pixels, of images of OH x OW."""
-        place = (bucket, height, width)
+        place = (bucket, height, width, tf32_allowed())
         if place not in self._configs:
             home = self.packed
             found = look_up(self.layer, home.dtype, home.device, bucket, (height, width), tune=self.tune)

@@ -257,3 +257,11 @@ def test_importing_the_runtime_does_not_import_triton():
     code = "import sys, lhc_triton.runtime.choosing.tuning_jobs; sys.exit('triton' in sys.modules)"
     root = Path(__file__).resolve().parents[3]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_float32_products_follow_torch_s_own_setting(monkeypatch, allowed):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    found = {dtype: look_up(LAYER, dtype, CPU, 64, (8, 8), tune="off") for dtype in (torch.float32, HALF)}
+    precisions = {dtype: config_of(config_name(f.config)).precision for dtype, f in found.items()}
+    assert precisions == {torch.float32: "tf32" if allowed else "ieee", HALF: "ieee"}

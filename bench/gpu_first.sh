@@ -11,4 +11,4 @@
 set -eu
 cd "$(dirname "$0")/.."
 export PYTHONPATH=.:kernels:bench
-exec "${PYTHON:-python3}" -m lhc_bench.measure.gpu_first "$@"
+exec "${PYTHON:-python3}" -m lhc_bench.reports.gpu_first "$@"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,7 @@ def read_all(out: Path, dry: bool = False) -> list[str]:
         return ["ncu is not on the PATH: no counters"]
     found: dict[str, dict[str, str]] = {}
     lines = []
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     for name in TINY if dry else CASES:
         log = out / f"{name.replace(' ', '-')}.csv"
         # The clocks are left alone: the machine may be shared.
@@ -59,7 +61,7 @@ def read_all(out: Path, dry: bool = False) -> list[str]:
         command += [part for section in SECTIONS for part in ("--section", section)]
         command += [sys.executable, "-m", __name__, name, *(["dry"] if dry else [])]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environ)
         except subprocess.TimeoutExpired:
             lines.append(f"{name}: ncu took more than {SECONDS} s")
             continue

@@ -40,7 +40,7 @@ def test_a_dense_layer_gives_the_same_with_and_without_it(gpu, dtype, with_resid
     z = torch.randn(4, 24, 14, 14, device=gpu).to(dtype, memory_format=torch.channels_last)
     x[0, 3, 5, 5] = float("nan")
     residual = z if with_residual else None
-    with torch.inference_mode(), torch.profiler.profile() as profile:
+    with torch.inference_mode(), torch.profiler.profile(acc_events=True) as profile:
         found = conv(x, residual)
     names = {event.key for event in profile.key_averages()}
     assert any("cudnn_convolution_" in name and "relu" in name for name in names)

@@ -44,7 +44,7 @@ from lhc_triton.training.metrics import (
     layer_metrics,
     write_metrics,
 )
-from lhc_triton.training.networks import apply_topology, architecture_of, build_network, check_topology
+from lhc_triton.training.networks import apply_topology, build_network, check_topology, described, maker
 from lhc_triton.training.presets import command_of, without_places
 from lhc_triton.training.progress import Progress, Silence, TerminalProgress
 from lhc_triton.training.recipe import StageName, make_optimiser, plateau, stage_epochs
@@ -352,7 +352,7 @@ class _Work:
 
     def tested(self, kind: str, model: nn.Module, config: TrainConfig) -> float:
         """Write a network that a run with ``config`` trained, and return its accuracy on the test images."""
-        architecture = architecture_of(config, self.data.format)
+        architecture = described(config, self.data.format)
         notes = {
             "command": command_of(config),
             "config": without_places(config).to_dict(),
@@ -363,7 +363,14 @@ class _Work:
         }
         path = self.out / f"{kind}.safetensors"
         return write_and_test(
-            model, path, architecture, notes, self.data.test, self.world, self.config.workers
+            model,
+            path,
+            architecture,
+            notes,
+            self.data.test,
+            self.world,
+            self.config.workers,
+            maker(config),
         )
 
 

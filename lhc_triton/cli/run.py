@@ -27,14 +27,20 @@ def plan(
         str, typer.Option(help="auto, or one backend for every layer; an artefact has its own.")
     ] = "auto",
     out: Annotated[Path | None, typer.Option(help="Write the plan as JSON.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a picture (PNG): filters by tile against entries, and waste.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Batch the filters that share a pattern and say how every layer will run, and why."""
     from lhc_bench.files import write_text
+    from lhc_bench.pictures.plan_map import draw_plan
 
     made = plan_of(network, batch, backend, weights=weights, input_shape=input_shape)
     if out is not None:
         write_text(out, made.to_json() + "\n")
+    if picture is not None:
+        draw_plan(made, picture, f"Plan of {Path(network).name}")
     typer.echo(made.to_json() if as_json else made.explain())
 
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import re
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lhc_triton.artifact import is_artifact, load
 from lhc_triton.files import printable
-from lhc_triton.models.pretrained import SavedNetwork, load_network, pretrained_path
+from lhc_triton.models.factory import call_factory, is_factory, one_line
+from lhc_triton.models.pretrained import WEIGHTS_KIND, SavedNetwork, load_network, pretrained_path
 from lhc_triton.models.weights import read_state
 from lhc_triton.runtime.network.accelerated import AcceleratedModel
 
@@ -31,7 +28,6 @@ HOW = (
     "give package.module:factory with --weights FILE, a .pt2 of torch.export, a run folder of `train`, an"
     " artefact of `accelerate`, a torchvision or timm name, or lhc or dense"
 )
-_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +83,7 @@ def open_network(
     if weights is not None:
         if not fits:
             raise ValueError(f"{source} brings its own weights: leave --weights out")
-        fit_weights(model, read_weights(weights), weights)
+        model = _with_weights(model, Path(weights))
     else:
         random = fits
     shapes = shapes or known
@@ -115,7 +111,7 @@ def _opened(source: str, device: torch.device | str) -> Opened:
         raise ValueError(f"{source}: is no finished run of `lhc-triton train`, it lacks lhc.safetensors")
     if path.exists():
         return _from_file(path, device)
-    if _FACTORY.fullmatch(source):
+    if is_factory(source):
         return call_factory(source), None, True
     found = _from_zoo(source)
     if found is not None:
@@ -123,6 +119,15 @@ def _opened(source: str, device: torch.device | str) -> Opened:
     if path.suffix or os.sep in source:
         raise FileNotFoundError(f"{printable(source)}: there is no such file; {HOW}")
     raise FileNotFoundError(f"no network {printable(source)!r} is known; {HOW}")
+
+
+def _with_weights(model: nn.Module, weights: Path) -> nn.Module:
+    """Load a state_dict, or what `train` wrote of this network, which may have learned its topology."""
+    document = read_state(weights)[1] if weights.suffix not in TORCH_FILES else None
+    if document is not None and f'"kind": "{WEIGHTS_KIND}"' in document:
+        return load_network(weights, lambda: model).model
+    fit_weights(model, read_weights(weights), weights)
+    return model
 
 
 def _saved(saved: SavedNetwork) -> Opened:
@@ -151,56 +156,6 @@ def _from_file(path: Path, device: torch.device | str) -> Opened:
     return _saved(load_network(path))
 
 
-def call_factory(source: str) -> nn.Module:
-    """Return what package.module:factory makes; modules of the working folder are found as well.
-
-    Raises:
-        ValueError: the module cannot be imported, lacks the name, or the factory raises or gives no module.
-    """
-    module_name, _, path = source.partition(":")
-    folder = os.getcwd()
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:  # the module's code is not ours: whatever it raises becomes one line
-        raise ValueError(f"{source}: importing {module_name} failed: {_line(error)}") from error
-    for part in path.split("."):
-        if not hasattr(found, part):
-            near = [n for n, v in vars(found).items() if callable(v) and not n.startswith("_")][:6]
-            raise ValueError(
-                f"{source}: {module_name} has no {part!r}; it has {', '.join(near) or 'nothing to call'}"
-            )
-        found = getattr(found, part)
-    if isinstance(found, nn.Module):
-        return found
-    if not callable(found):
-        raise ValueError(
-            f"{source}: is a {type(found).__name__}; give a function or class that makes a network"
-        )
-    try:
-        made = found()
-    except Exception as error:  # as above
-        raise ValueError(f"{source} raised {_line(error)}{_wants(found)}") from error
-    if not isinstance(made, nn.Module):
-        raise ValueError(f"{source} gave a {type(made).__name__}, not a torch.nn.Module")
-    return made
-
-
-def _wants(factory: Callable[..., Any]) -> str:
-    """Say which arguments a factory misses, if that is why it failed."""
-    try:
-        parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):
-        return ""
-    needed = [
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    return f"; it needs {', '.join(needed)}: give a function of no arguments" if needed else ""
-
-
 def _from_zoo(name: str) -> nn.Module | None:
     """Return torchvision's or timm's model of that name with random weights, where they are installed."""
     library, _, own = name.rpartition("/")
@@ -215,9 +170,5 @@ def _from_zoo(name: str) -> nn.Module | None:
                         return zoo.create_model(own, pretrained=False)
                     return zoo.get_model(own, weights=None)
             except Exception as error:  # torchvision's wheel does not import beside a CPU build of torch
-                raise ValueError(f"{module} cannot make {own!r}: {_line(error)}") from error
+                raise ValueError(f"{module} cannot make {own!r}: {one_line(error)}") from error
     return None
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -99,6 +99,9 @@ class TrainConfig:
         int, Setting("training images held out to choose the best epoch", 10, _MANY)
     ] = 1200
 
+    factory: Annotated[
+        str | None, Setting("package.module:factory, whose network is trained in place of `network`")
+    ] = None
     network: Annotated[NetworkName, Setting("small-vgg, vgg16, vgg19, resnet34 or resnet50")] = "small-vgg"
     stem: Annotated[
         Stem, Setting("input and head for images of: cifar, imagenet, auto (cifar below 64 pixels)")

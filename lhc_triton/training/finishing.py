@@ -11,7 +11,7 @@ from lhc_triton.files import write_beside
 from lhc_triton.training.config import TrainConfig
 from lhc_triton.training.identity import LAST, stages_of
 from lhc_triton.training.metrics import EpochMetrics, best_epoch
-from lhc_triton.training.networks import architecture_of
+from lhc_triton.training.networks import described, maker
 from lhc_triton.training.presets import command_of, without_places
 from lhc_triton.training.result import Chosen, TrainResult, summed_up, write_and_test
 from lhc_triton.training.run import Run
@@ -53,7 +53,7 @@ def _tested_dense(run: Run, rows: list[EpochMetrics]) -> Chosen | None:
 
 def _tested(run: Run, kind: str, model: nn.Module, config: TrainConfig) -> float:
     """Write a network that a run with ``config`` trained, and return its accuracy on the test images."""
-    architecture = architecture_of(config, run.data.format)
+    architecture = described(config, run.data.format)
     notes = {
         "command": command_of(config),
         "config": without_places(config).to_dict(),
@@ -63,4 +63,6 @@ def _tested(run: Run, kind: str, model: nn.Module, config: TrainConfig) -> float
         "training_images": len(run.training),
     }
     path = run.out / f"{kind}.safetensors"
-    return write_and_test(model, path, architecture, notes, run.data.test, run.world, run.config.workers)
+    return write_and_test(
+        model, path, architecture, notes, run.data.test, run.world, run.config.workers, maker(config)
+    )

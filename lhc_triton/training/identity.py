@@ -55,6 +55,8 @@ def identity(config: TrainConfig, training: Source, validation: Source) -> dict[
         OSError: the file of pretrained weights cannot be read.
     """
     known = {name: value for name, value in config.to_dict().items() if name not in _MACHINE}
+    if config.factory is None:
+        del known["factory"]  # runs of earlier versions do not have it
     if config.pretrained is not None:
         with Path(config.pretrained).open("rb") as file:
             known["pretrained"] = hashlib.file_digest(file, "sha256").hexdigest()

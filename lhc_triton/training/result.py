@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lhc_triton.models.architecture import Architecture
+from lhc_triton.models.architecture import Architecture, OwnArchitecture
 from lhc_triton.models.pretrained import load_network, save_network
 from lhc_triton.training.config import TrainConfig
 from lhc_triton.training.data import BadFile, Source
@@ -117,11 +117,12 @@ class Chosen:
 def write_and_test(
     model: nn.Module,
     path: Path,
-    architecture: Architecture,
+    architecture: Architecture | OwnArchitecture,
     notes: Mapping[str, Any],
     test: Source,
     world: World,
     workers: int,
+    make: Callable[[], nn.Module] | None = None,
 ) -> float:
     """Write a network as the main process, and test what was written: after the rounding to half precision.
 
@@ -133,6 +134,7 @@ def write_and_test(
         test: the test images, shared among the processes.
         world: the processes.
         workers: threads that load the images; 0 for none.
+        make: builds the dense network, where that is none of this package's.
 
     Returns:
         The share of right answers, 0 to 1.
@@ -140,7 +142,7 @@ def write_and_test(
     if world.is_main:
         save_network(model, path, architecture, notes)
     world.barrier()
-    written = load_network(path).model
+    written = load_network(path, make).model
     written.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     share = accuracy(written, test, architecture.image_size, "fp32", world, workers)
     world.barrier()

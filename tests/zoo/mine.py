@@ -67,3 +67,19 @@ def gives_text():
 
 
 NUMBER = 3
+
+
+def stripes():
+    """A network for the ten classes of 1x28x28 images, without a seed of its own: the run's counts."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.LeakyReLU(0.1),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        nn.BatchNorm2d(16),
+        nn.LeakyReLU(0.1),
+        nn.Conv2d(16, 16, 3, stride=2, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    )

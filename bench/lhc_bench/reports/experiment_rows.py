@@ -17,7 +17,7 @@ from lhc_bench.measure.peers import network_peers, reset_compiler
 from lhc_bench.pictures.topology_map import SHAPES_SHOWN
 from lhc_bench.reports.runs import Run
 from lhc_triton.conversion import lhc_layers
-from lhc_triton.models.architecture import Architecture
+from lhc_triton.models.architecture import Architecture, OwnArchitecture
 from lhc_triton.models.pretrained import load_network
 from lhc_triton.planning import plan_topologies
 from lhc_triton.planning.cost import CostModel
@@ -27,7 +27,7 @@ from lhc_triton.runtime.choosing.timing import time_paired
 from lhc_triton.tf32 import tf32_allowed
 from lhc_triton.topology import shape_counts
 from lhc_triton.training.identity import TOPOLOGY_ONLY
-from lhc_triton.training.networks import network_name
+from lhc_triton.training.networks import maker, network_name
 
 DTYPES = {"cpu": "float32", "cuda": "float16"}
 """The compute type that times are predicted and measured in, by device kind."""
@@ -307,12 +307,12 @@ def describe(run: Run, batch: int) -> RunRow:
         ValueError: weights do not fit, no layer of the network is converted, or its dense twin is another
             network.
     """
-    saved = load_network(run.lhc_file)
+    saved = load_network(run.lhc_file, maker(run.config))
     model, sizes = saved.model, saved.architecture
     converted = lhc_layers(model)
     if not converted:
         raise ValueError(f"{run.lhc_file}: no layer of the network is converted; these are dense weights")
-    if run.dense_file is not None and load_network(run.dense_file).architecture != sizes:
+    if run.dense_file is not None and load_network(run.dense_file, maker(run.config)).architecture != sizes:
         raise ValueError(f"{run.dense_file}: holds another network than {run.lhc_file.name} beside it")
     counts = lhc.summary(model, (sizes.in_channels, sizes.image_size, sizes.image_size))
     reading = read_model(model, _images(sizes, batch))
@@ -343,8 +343,9 @@ def describe(run: Run, batch: int) -> RunRow:
 
 def with_measured(row: RunRow, batch: int, device: str, rounds: int) -> RunRow:
     """The row with the time of its network against its dense twin, see `measure`."""
-    saved = load_network(row.run.lhc_file)
-    dense = load_network(row.run.dense_file).model if row.run.dense_file else None
+    make = maker(row.run.config)
+    saved = load_network(row.run.lhc_file, make)
+    dense = load_network(row.run.dense_file, make).model if row.run.dense_file else None
     timed = measure(saved.model, dense, _images(saved.architecture, batch), device, rounds)
     return replace(row, measured=timed)
 
@@ -354,7 +355,7 @@ def _count(noted: object) -> int | None:
     return noted if isinstance(noted, int) and not isinstance(noted, bool) else None
 
 
-def _images(sizes: Architecture, batch: int) -> Tensor:
+def _images(sizes: Architecture | OwnArchitecture, batch: int) -> Tensor:
     shape = (batch, sizes.in_channels, sizes.image_size, sizes.image_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 

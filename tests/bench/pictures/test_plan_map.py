@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from lhc_bench.pictures.plan_map import draw_plan, plan_matrix
-from lhc_triton.planning.schema import ConvGeometry, LayerPlan, LayerTopology, Plan, Tile
+from lhc_triton.planning.network_plan import Plan
+from lhc_triton.planning.schema import ConvGeometry, LayerPlan, LayerTopology, Tile
 
 
 def layer():

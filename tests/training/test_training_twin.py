@@ -13,7 +13,7 @@ from lhc_triton.handcrafted import impose
 from lhc_triton.models import load_network
 from lhc_triton.pruning import prune
 from lhc_triton.topology import LHCConfig
-from lhc_triton.training import TrainConfig, loop, train
+from lhc_triton.training import TrainConfig, epochs, train
 from lhc_triton.training.networks import build_network
 from lhc_triton.training.stage import train_epoch
 
@@ -50,7 +50,7 @@ def first_state(config, folder, monkeypatch, stage):
             states.append({name: tensor.clone() for name, tensor in trainee.model.state_dict().items()})
         return train_epoch(trainee, images, config, plan, *others)
 
-    monkeypatch.setattr(loop, "train_epoch", remember)
+    monkeypatch.setattr(epochs, "train_epoch", remember)
     result = train(config, folder, progress=False, data=tiny_data())
     return states[0], result
 

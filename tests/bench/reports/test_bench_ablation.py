@@ -11,7 +11,7 @@ from lhc_bench.reports import ablation, meaning
 from lhc_bench.reports.ablation import dense_part, read_ablation, run_ablation
 from lhc_triton.cli import main
 from lhc_triton.handcrafted import HANDCRAFTED, handcrafted
-from lhc_triton.training import PRESETS, TrainConfig, loop, read_config
+from lhc_triton.training import PRESETS, TrainConfig, epochs, read_config
 from lhc_triton.training.data import open_data
 from lhc_triton.training.stage import train_epoch
 
@@ -337,7 +337,7 @@ def fail_in(monkeypatch):
                 raise ValueError("the loss\nbecame nan")
             return train_epoch(trainee, training, config, plan, *others)
 
-        monkeypatch.setattr(loop, "train_epoch", failing)
+        monkeypatch.setattr(epochs, "train_epoch", failing)
 
     return patch
 

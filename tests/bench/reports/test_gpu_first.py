@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lhc_bench.measure import gpu_counters, gpu_first, setting, suites
+from lhc_bench.measure import gpu_counters, setting, suites
 from lhc_bench.measure.cases import LayerCase
 from lhc_bench.measure.networks import NetworkCase
 from lhc_bench.measure.rows import read_results
+from lhc_bench.reports import gpu_first
 from lhc_kernels import INTERPRETED
 from lhc_triton.runtime.choosing.timing_store import TimingStore
 

@@ -87,9 +87,8 @@ def cost_sheet(config: KernelConfig, shape: LaunchShape) -> CostSheet:
     read = shape.pixels * taps[0] * taps[1] * shape.in_channels * item
     weights = shape.total_entries * shape.in_block * shape.tile_width
     partial = 2 * 4 * outputs * config.splits if config.splits > 1 else 0
-    # With "resident" the activations come from L1 again, if they are still there: about half of them, say.
-    pixels = config.block_m // 2 if config.variant == "resident" else config.block_m
-    operands = programs * steps * config.depth * (pixels + config.block_n) * item
+    # What "resident" finds in L1 is not known, so it counts as L2's like the rest.
+    operands = programs * steps * config.depth * (config.block_m + config.block_n) * item
 
     running = occupancy(config, shape)
     sheet = CostSheet(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,9 @@ from lhc_triton.runtime.choosing.tuning_jobs import Job, distinct
 
 if TYPE_CHECKING:
     from lhc_kernels.prepared import Signature
+
+JOBS_AHEAD = 8
+"""Layers whose configs are compiled or wait for that; to list those of a whole suite would take a while."""
 
 MOST_SPILLED = 256
 """Bytes of a thread on the stack from which on a config is not worth a measurement."""
@@ -50,17 +54,24 @@ def compiled_ahead(
 
     workers = max(1, len(os.sched_getaffinity(0)) // ranks)
     with Compilers(workers=workers) as compilers:
-        for job in distinct(jobs, device)[rank::ranks]:
-            key, shape = planned(job.layer, job.dtype, device)
-            known = store.get(key)
-            layer = full_bucket(job.layer, shape.pixels)
-            compilers.begin(
-                launch_signature(layer, job.dtype, device, config.to_list())
-                for config in candidate_configs(shape, limit, precision(shape.dtype))
-                if config_name(config.to_list()) not in known
-            )
+        coming = iter(distinct(jobs, device)[rank::ranks])
+
+        def begin(count: int) -> None:
+            for job in islice(coming, count):
+                key, shape = planned(job.layer, job.dtype, device)
+                known = store.get(key)
+                layer = full_bucket(job.layer, shape.pixels)
+                compilers.begin(
+                    launch_signature(layer, job.dtype, device, config.to_list())
+                    for config in candidate_configs(shape, limit, precision(shape.dtype))
+                    if config_name(config.to_list()) not in known
+                )
+
+        begin(JOBS_AHEAD)
 
         def bench(layer: LayerPlan, dtype: torch.dtype, device: torch.device) -> Bench:
+            begin(1)
+
             def compiled(config: Config) -> None:
                 found = compilers.wait(launch_signature(layer, dtype, device, config))
                 if found.problem:

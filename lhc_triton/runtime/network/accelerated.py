@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from lhc_triton.runtime.network.sites import Site
 from lhc_triton.runtime.op.dense import FusedConv2d
 from lhc_triton.runtime.replay.cpu_recordings import Tapes, why_not_recordable
 from lhc_triton.runtime.replay.cuda_graphs import Graphs
+
+_LONGEST_NAME = 20  # so that a line of explain() fits 80 columns
 
 
 @dataclass(frozen=True)
@@ -262,7 +265,7 @@ class AcceleratedModel(nn.Module):
         how = "traced with torch.fx" if report["traced"] else "module by module, epilogues not fused"
         lines = [
             f"{report['model']} on {report['device']} in {report['dtype']}: "
-            f"{totals['sparse_layers']} of {totals['layers']} convolutions run sparse "
+            f"{totals['sparse_layers']} of {totals['layers']} convolutions run sparse",
             f"(backend {report['backend']!r}; {how})",
             "",
             *_table(self.record.rows),
@@ -378,32 +381,41 @@ def _si(count: float) -> str:
 
 
 def _table(rows: Sequence[LayerRow]) -> list[str]:
+    """Two lines for each layer, 80 columns wide: numbers in columns, then its epilogue, its error and why."""
+
     def text(value: float | None, pattern: str) -> str:
         return "-" if value is None else format(value, pattern)
 
-    head = ("layer", "backend", "density", "patterns", "tiles", "MACs", "us", "rel err", "epilogue", "why")
+    head = ("layer", "backend", "density", "tiles", "MACs", "predicted", "measured")
     cells = [
         (
-            row.layer,
+            row.layer if len(row.layer) <= _LONGEST_NAME else f"..{row.layer[2 - _LONGEST_NAME :]}",
             row.backend,
             f"{row.density:.3f}",
-            text(row.patterns, "d"),
             "-" if row.tiles is None else f"{row.tiles}x{row.tile_width}",
             _si(row.planned_macs),
-            text(row.measured_us if row.measured_us is not None else row.predicted_us, ".0f"),
-            text(row.rel_err, ".0e"),
-            row.epilogue,
-            row.reason,
+            text(row.predicted_us, ".0f"),
+            text(row.measured_us, ".0f"),
         )
         for row in rows
     ]
     widths = [max(len(line[column]) for line in (head, *cells)) for column in range(len(head))]
-    right = {2, 3, 4, 5, 6, 7}
     lines = []
-    for line in (head, tuple("-" * width for width in widths), *cells):
+    for index, line in enumerate((head, *cells)):
         padded = [
-            cell.rjust(width) if index in right else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
         lines.append("  ".join(padded).rstrip())
-    return lines
+        if index:
+            row = rows[index - 1]
+            facts = [
+                row.layer if len(row.layer) > _LONGEST_NAME else "",
+                "" if row.epilogue == "-" else f"with {row.epilogue}",
+                "" if row.rel_err is None else f"error {row.rel_err:.0e}",
+                "" if row.patterns is None else f"patterns {row.patterns}",
+            ]
+            told = ", ".join(fact for fact in facts if fact)
+            why = f"{told}: {row.reason}" if told else row.reason
+            lines += textwrap.wrap(why, 80, initial_indent="    ", subsequent_indent="    ")
+    return [*lines, "", "Times in us, of the planned sizes."]

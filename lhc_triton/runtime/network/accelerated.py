@@ -19,6 +19,8 @@ from lhc_triton.runtime.op.dense import FusedConv2d
 from lhc_triton.runtime.replay.cpu_recordings import Tapes, why_not_recordable
 from lhc_triton.runtime.replay.cuda_graphs import Graphs
 
+_LONGEST_NAME = 20  # so that a line of explain() fits 80 columns
+
 
 class AcceleratedModel(nn.Module):
     """A network for inference whose convolutions run as planned; made by ``accelerate`` and ``load``.
@@ -197,7 +199,7 @@ class AcceleratedModel(nn.Module):
         how = "traced with torch.fx" if report["traced"] else "module by module, epilogues not fused"
         lines = [
             f"{report['model']} on {report['device']} in {report['dtype']}: "
-            f"{totals['sparse_layers']} of {totals['layers']} convolutions run sparse "
+            f"{totals['sparse_layers']} of {totals['layers']} convolutions run sparse",
             f"(backend {report['backend']!r}; {how})",
             "",
             *table_of(self.record.rows),

@@ -13,7 +13,7 @@ OUT_BLOCKS = (8, 16, 32, 64, 128)
 # Blocks may cover this much more than the smallest ones do: a chance zero must not force smaller blocks.
 SLACK = 1.02
 # An entry costs as much as its channels and this many more: a tile's sums are read and written once for each
-# entry, which takes the torch backend the time of 7 channels' arithmetic on a CPU (see cost.CPU).
+# entry, which takes the torch backend the time of 7 channels' arithmetic on a CPU (see cost.TORCH).
 ENTRY_CHANNELS = 8
 # Below this share of the work to skip, a sparse kernel has nothing to win over a dense one.
 LEAST_GAIN = 0.1

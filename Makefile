@@ -78,8 +78,15 @@ sanitize:
 	$${CXX:-c++} -fsanitize=address,undefined -pthread "$$folder"/*.o -o "$$folder/driver" && \
 	"$$folder/driver" $(SEED) $(CASES)
 
-test-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu
+# With the machine's own Python and packages (torch, triton, pytest, hypothesis and what lhc_triton imports), from the bare
+# checkout. Most of the time goes to compiling, so with pytest-xdist there is a worker for each core. Of other plugins and of
+# the packages' warnings nothing is known, so the former are not loaded and the latter only shown.
+test-gpu: export PYTHONPATH := .:kernels:bench
+test-gpu: export PYTEST_DISABLE_PLUGIN_AUTOLOAD := 1
+test-gpu: export OMP_NUM_THREADS := 1
+test-gpu:
+	$(PYTHON) -m pytest $(if $(shell $(PYTHON) -c 'import xdist' 2>&1),,-p xdist -n $(shell nproc)) -W default \
+	  -m gpu --durations 10 tests/kernels tests/runtime
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -5,9 +5,11 @@ keep it (`save`, `load`).
 """
 
 from .artifact import load, save
+from .consolidation import consolidate
 from .conversion import convert, freeze, lhc_layers, summary
 from .layers import LHCConv2d
 from .planning import Plan, plan
+from .pruning import PruningReport, prune, to_dense
 from .runtime.network.accelerate import accelerate
 from .schedule import TopologySchedule
 from .topology import LHCConfig
@@ -18,13 +20,17 @@ __all__ = [
     "LHCConfig",
     "LHCConv2d",
     "Plan",
+    "PruningReport",
     "TopologySchedule",
     "accelerate",
+    "consolidate",
     "convert",
     "freeze",
     "lhc_layers",
     "load",
     "plan",
+    "prune",
     "save",
     "summary",
+    "to_dense",
 ]

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from lhc_triton.files import StrPath, parse_json, printable, write_beside
 from lhc_triton.planning.network_plan import Plan
+from lhc_triton.runtime.choosing.dispatch import passed_over
 from lhc_triton.runtime.network.accelerated import AcceleratedModel
 from lhc_triton.runtime.network.record import Record
 from lhc_triton.runtime.op.dense import FusedConv2d
@@ -211,6 +212,9 @@ def load(
         graphs: record calls and replay them; see ``accelerate``.
         verify: compare the file's digest with its content, which finds every damage; False reads on without.
 
+    Warns:
+        UserWarning: the device's fastest sparse kernel is missing here (no C++ compiler, for example).
+
     Raises:
         ArtifactError: the file is damaged, of another format version, or does not fit ``model``.
         FileNotFoundError, OSError: it cannot be read.
@@ -226,9 +230,21 @@ def load(
     # What fails from here on (memory, for example) is no fault of the file's.
     assert network is not None
     network, plan, record = retarget(network, plan, record, str(document["device"]), target)
+    _warn_where_slow(network, plan, record, target)
     fast = AcceleratedModel(network, plan, record, graphs and document["replays"])
     fast.attributes = attributes
     return fast
+
+
+def _warn_where_slow(network: nn.Module, plan: Plan, record: Record, device: torch.device) -> None:
+    """Warn, as accelerate does, where the fastest sparse backend of a planned network is missing here."""
+    if record.requested == "auto" and plan.layers:
+        weight = next(
+            (tensor for tensor in network.state_dict().values() if tensor.is_floating_point()), None
+        )
+        slower = None if weight is None else passed_over(weight.dtype, device)
+        if slower is not None:
+            warnings.warn(f"the fastest sparse kernel is left out: {slower}", stacklevel=3)
 
 
 def _told(error: Exception) -> ArtifactError:

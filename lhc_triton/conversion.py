@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from .errors import first_line
 from .layers import LHCConv2d
 from .takeover import own_forward, weight_in_force
-from .topology import LHCConfig
+from .topology import Effects, LHCConfig
 
 FilterFn = Callable[[str, nn.Conv2d], bool]
 ConfigFn = Callable[[str, nn.Conv2d], LHCConfig]
@@ -33,14 +33,19 @@ def lhc_layers(model: nn.Module) -> dict[str, LHCConv2d]:
 
 
 def convert(
-    model: ModelT, config: LHCConfig | ConfigFn | None = None, filter_fn: FilterFn | None = None
+    model: ModelT,
+    config: LHCConfig | ConfigFn | None = None,
+    filter_fn: FilterFn | None = None,
+    *,
+    effects: Effects = "random",
 ) -> ModelT:
     """Turn a model's convolutions into LHCConv2d layers, in place, and return the model.
 
     Weight and bias stay the same Parameter objects, but an optimiser made before lacks the new `effects`
     parameters, and the topology would not learn: make it after. Device, dtype, training and requires_grad
     flags are kept, and so are hooks and what else was added to a convolution (see LHCConv2d.from_conv). What
-    torch.nn.utils.prune has masked is 0 from then on, in the weight, not in the topology.
+    torch.nn.utils.prune has masked is 0 from then on, in the weight, not in the topology. A parametrised
+    weight is taken as it is now, and a warning says so.
 
     The model's first convolution stays dense, as do subclasses of nn.Conv2d and convolutions with groups,
     another padding_mode, a forward that was replaced on the instance, or (for rigid shapes) an even kernel.
@@ -53,11 +58,40 @@ def convert(
             `blocks_by_width`.
         filter_fn: called as filter_fn(name, module) for every convolution that could be converted (to free
             shapes at least); return False to leave it dense.
+        effects: where the topology starts: "random", as the method has it, or "magnitude": of a trained
+            network, with that half of each layer's blocks whose weights are larger (see
+            `topology.ordered_effects`).
 
     Raises:
-        ValueError: the model has no convolution, none can be converted, a weight has NaN or infinity, or
-            something of a chosen convolution cannot be carried over, such as a weight that is computed.
+        ValueError: the model has no convolution, none can be converted, a weight has NaN or infinity, effects
+            is another word, or something of a chosen convolution cannot be carried over, such as a weight
+            that is computed in a hook.
         TypeError: model or config is of another type, or the function returns something else.
+    """
+    if effects not in get_args(Effects):
+        raise ValueError(f"effects={effects!r} is not supported: choose 'random' or 'magnitude'")
+    chosen, _ = choose_layers(model, config, filter_fn)
+    replacements = {conv: LHCConv2d.from_conv(conv, own) for conv, own in chosen.values()}
+    if effects != "random":
+        for layer in replacements.values():
+            layer.reset_effects(effects)
+    replace_layers(model, replacements)
+    return model
+
+
+def choose_layers(
+    model: nn.Module, config: LHCConfig | ConfigFn | None = None, filter_fn: FilterFn | None = None
+) -> tuple[dict[str, tuple[nn.Conv2d, LHCConfig]], dict[str, str]]:
+    """Return the convolutions that `convert` would convert with their configs, and why it leaves the others.
+
+    Args:
+        model: as in `convert`.
+        config: as in `convert`.
+        filter_fn: as in `convert`.
+
+    Raises:
+        ValueError: as in `convert`.
+        TypeError: as in `convert`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: give a torch.nn.Module")
@@ -71,7 +105,7 @@ def convert(
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to convert")
 
     chosen: dict[str, tuple[nn.Conv2d, LHCConfig]] = {}
-    left: list[str] = []
+    left: dict[str, str] = {}
     for index, (name, conv) in enumerate(convolutions):
         reason = "is the first convolution" if index == 0 else _why_dense(conv)
         if reason is None and filter_fn is not None and not filter_fn(name, conv):
@@ -82,11 +116,12 @@ def convert(
         if reason is None:
             chosen[name] = (conv, own)
         else:
-            left.append(f"{name or 'the model itself'} {reason}")
+            left[name] = reason
     if not chosen:
+        reasons = [f"{name or 'the model itself'} {reason}" for name, reason in left.items()]
         more = f", and {len(left) - 3} more" if len(left) > 3 else ""
         raise ValueError(
-            f"no convolution of {type(model).__name__} can be converted: {'; '.join(left[:3])}{more}"
+            f"no convolution of {type(model).__name__} can be converted: {'; '.join(reasons[:3])}{more}"
         )
     for name, (conv, _) in chosen.items():
         problem = LHCConv2d.why_not_from(conv)
@@ -94,13 +129,15 @@ def convert(
             raise ValueError(f"layer {name!r} {problem}; or leave it dense with filter_fn")
         if not conv.weight.is_meta and not bool(torch.isfinite(weight_in_force(conv)).all()):
             raise ValueError(f"layer {name!r} has NaN or infinity in its weight: repair it before converting")
+    return chosen, left
 
-    replacements = {conv: LHCConv2d.from_conv(conv, own) for conv, own in chosen.values()}
+
+def replace_layers(model: nn.Module, replacements: Mapping[nn.Conv2d, nn.Conv2d]) -> None:
+    """Put other layers in the place of a model's convolutions, wherever it holds them."""
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):
             if isinstance(child, nn.Conv2d) and child in replacements:
                 setattr(parent, child_name, replacements[child])
-    return model
 
 
 def blocks_by_width(config: LHCConfig, *, groups: int = 8, blocks: int = 8, largest: int = 128) -> ConfigFn:
@@ -278,7 +315,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def output_pixels(
-    model: nn.Module, example_input: Tensor | tuple[Any, ...], kinds: tuple[type[nn.Module], ...]
+    model: nn.Module, example_input: Tensor | tuple[Tensor, ...], kinds: tuple[type[nn.Module], ...]
 ) -> dict[str, int]:
     """Run the model once and count the positions that its layers compute, over the batch and all calls.
 

@@ -10,18 +10,22 @@ from torch import Tensor, nn
 
 from .takeover import own_forward, take_over, why_not_taken_over
 from .topology import (
+    Effects,
     LHCConfig,
     apply_mask,
     block_grid,
+    block_means,
     count_weights,
     expand_mask,
     free_mask,
+    ordered_effects,
     rescued_groups,
     rigid_mask,
     rigid_shapes,
 )
 
 _STATE_VERSION = 1
+_OWN = frozenset({"effects", "topology", "masked_filters", "rigid", "config", "_frozen"})
 
 
 class LHCConv2d(nn.Conv2d):
@@ -112,12 +116,13 @@ class LHCConv2d(nn.Conv2d):
 
         Device, dtype and training flag are kept. Hooks go over with the handles that remove them, and so do
         attributes, buffers and parameters that were added. A torch.nn.utils.prune mask becomes permanent:
-        what it has pruned starts as 0 in a topology that does not know of it, and may grow.
+        what it has pruned starts as 0 in a topology that does not know of it, and may grow. A parametrised
+        weight is taken as it is now, with a warning.
 
         Raises:
-            ValueError: something cannot be carried over: a weight that is computed (parametrised, weight
-                norm, spectral norm), a forward of the instance's own, a bound method as a hook, an attribute
-                with a name of this class.
+            ValueError: something cannot be carried over: a weight that is computed in a hook (the old weight
+                norm and spectral norm), a forward of the instance's own, a bound method as a hook, an
+                attribute with a name of this class.
         """
         problem = cls.why_not_from(conv)
         if problem is not None:
@@ -145,6 +150,28 @@ class LHCConv2d(nn.Conv2d):
         """Say what of a convolution `from_conv` cannot take over, and what to do about it, or None."""
         return why_not_taken_over(conv, {*dir(cls), *cls.__annotations__})
 
+    def to_conv(self) -> nn.Conv2d:
+        """Return a plain convolution with this layer's parameters and hooks, dead weights set to 0.
+
+        Weight and bias are the same Parameter objects: the dead weights become 0 in place. Attributes that
+        were added go over, as in `from_conv`.
+        """
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,  # type: ignore[arg-type]
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+            bias=self.bias is not None,
+            device="meta",
+            dtype=self.weight.dtype,
+        )
+        take_over(self, conv, leave=_OWN)
+        with torch.no_grad():
+            conv.weight.copy_(self.masked_weight())
+        return conv.train(self.training)
+
     def _create_topology(self, device: torch.device, dtype: torch.dtype) -> None:
         grid = block_grid(self.out_channels, self.in_channels, self.config.in_block, self.config.out_block)
         rigid = rigid_shapes(self.kernel_size) if self.config.shapes == "rigid" else None  # type: ignore[arg-type]
@@ -164,12 +191,17 @@ class LHCConv2d(nn.Conv2d):
             self.reset_effects()
 
     @torch.no_grad()
-    def reset_effects(self) -> None:
+    def reset_effects(self, effects: Effects = "random") -> None:
         """Draw the effects He-normal: about half of all entries of free shapes live. Ends a freeze.
 
-        fan_in is kh * kw * Gi for free shapes and S * Gi for rigid ones.
+        fan_in is kh * kw * Gi for free shapes and S * Gi for rigid ones. With "magnitude", the effects have
+        the same distribution and the order of the blocks' magnitudes: see `topology.ordered_effects`.
         """
-        self.effects.normal_(0.0, math.sqrt(2.0 / self.effects[0].numel()))
+        if effects == "magnitude":
+            means = block_means(self.weight.square(), self.config.in_block, self.config.out_block)
+            self.effects.copy_(ordered_effects(means, self.rigid))
+        else:
+            self.effects.normal_(0.0, math.sqrt(2.0 / self.effects[0].numel()))
         self._set_frozen(False)
         self._refresh_topology()
 
@@ -256,6 +288,11 @@ class LHCConv2d(nn.Conv2d):
         """Return weight * mask, [O, I, kh, kw], in the weight's memory format; no mixture."""
         return apply_mask(self.weight, self.block_mask(), self.config.in_block, self.config.out_block)
 
+    def _mixed_weight(self) -> Tensor:
+        """Return masked_weight(), those filters whole that the warm-up leaves dense."""
+        blocks = self.config.in_block, self.config.out_block
+        return apply_mask(self.weight, self.block_mask(), *blocks, self.masked_filters)
+
     def live_weights(self) -> Tensor:
         """Return the number of live weights (bias not counted) as a differentiable float64 scalar."""
         config = self.config
@@ -279,9 +316,7 @@ class LHCConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve input [N, I, H, W] (or [I, H, W]) with the masked weight; the warm-up's mixture holds."""
-        weight = self.masked_weight()
-        if not self._frozen:
-            weight = torch.where(self.masked_filters.view(-1, 1, 1, 1), weight, self.weight)
+        weight = self.masked_weight() if self._frozen else self._mixed_weight()
         return self._conv_forward(input, weight, self.bias)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

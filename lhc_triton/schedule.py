@@ -22,6 +22,8 @@ RAMP_TOP = 4.0
 SHARED_FILTERS = 64
 # Ours: epochs with a penalty after which effects that learn have moved. One may hold no optimiser step.
 _EPOCHS_TO_MOVE = 2
+# What a state that was kept before there were these has for them.
+_LATER = {"mac_budget": 0.0, "gradual": False}
 
 
 class TopologySchedule:
@@ -36,14 +38,17 @@ class TopologySchedule:
     - ramp = 4 * min(epoch / penalty_epochs, 1),
     - scale = mean task loss of epoch 0 / (0.01 + 0.99 * max(target, 1 - target)).
 
-    Three additions of ours, all off by default, change R. ``mac_share`` takes the place of 0.01, and its rest
-    to 1 that of 0.99: more of it moves what is kept to layers where a weight costs fewer MACs. With
-    ``entry_costs`` the 0.99 term steers the live share of the cost,
-    ``sum(live weights * cost) / sum(weights * cost)`` over the layers, in place of the live share of the
-    weights. With ``pattern_weight`` w > 0, R grows by ``w * D``: D is the mean over the
-    layers, each counted by its weights, of the share of entries in which a filter group differs from its
-    nearest ones, so many that together they have 64 filters (see `topology.pattern_distance`). It is 0 where
-    every pattern is shared by 64 filters, the width from which tiles run well.
+    Five additions of ours, all off by default, change R. ``mac_share`` takes the place of 0.01, and its
+    rest to 1 that of 0.99: more of it moves what is kept to layers where a weight costs fewer MACs. With
+    ``mac_budget`` b > 0 its term is ``max(live MACs / MACs - b, 0)``: MACs within the budget are free.
+    With ``gradual`` target and budget come down from 1 to their values along a cubic over the
+    ``penalty_epochs`` (`aim`; M. Zhu, S. Gupta, arXiv 1710.01878), so that entries go one after the
+    other. With ``entry_costs`` the 0.99 term steers the live share of the cost, ``sum(live weights *
+    cost) / sum(weights * cost)`` over the layers, in place of the live share of the weights. With
+    ``pattern_weight`` w > 0, R grows by ``w * D``: D is the mean over the layers, each counted by its
+    weights, of the share of entries in which a filter group differs from its nearest ones, so many that
+    together they have 64 filters (see `topology.pattern_distance`). It is 0 where every pattern is shared
+    by 64 filters, the width from which tiles run well.
 
     Use it as::
 
@@ -63,6 +68,8 @@ class TopologySchedule:
         entry_costs: cost of one live weight of each LHC layer, by the layer's name, in any unit (see
             `training.entry_costs`); None steers the weights, as the method does.
         mac_share: share of the term of the MACs, at least 0 and below 1.
+        mac_budget: live share of the MACs up to which they cost nothing, 0 to 1.
+        gradual: whether target and budget come down from 1 over the penalty's epochs.
         pattern_weight: weight of the aim for fewer patterns, 0 or more.
 
     Raises:
@@ -75,13 +82,15 @@ class TopologySchedule:
     def __init__(
         self,
         model: nn.Module,
-        example_input: Tensor | tuple[Any, ...],
+        example_input: Tensor | tuple[Tensor, ...],
         warmup_epochs: int = 20,
         penalty_epochs: int = 20,
         seed: int = 0,
         *,
         entry_costs: Mapping[str, float] | None = None,
         mac_share: float = MAC_SHARE,
+        mac_budget: float = 0.0,
+        gradual: bool = False,
         pattern_weight: float = 0.0,
     ) -> None:
         for name, value, least in (
@@ -107,6 +116,11 @@ class TopologySchedule:
             raise ValueError(
                 f"mac_share={mac_share} leaves nothing that steers the density: give less than 1"
             )
+        check_amount("mac_budget", mac_budget)
+        if mac_budget > 1:
+            raise ValueError(f"mac_budget={mac_budget} is not supported: give a share of the MACs, 0 to 1")
+        if not isinstance(gradual, bool):
+            raise TypeError(f"gradual={gradual!r} is not supported: give True or False")
         check_amount("pattern_weight", pattern_weight)
         if pattern_weight > 0 and targets == {None}:
             raise ValueError(
@@ -118,6 +132,8 @@ class TopologySchedule:
         self.target = targets.pop()
         self.entry_costs = None if entry_costs is None else checked_costs(entry_costs, layers)
         self.mac_share = float(mac_share)
+        self.mac_budget = float(mac_budget)
+        self.gradual = gradual
         self.pattern_weight = float(pattern_weight)
         self._names = list(layers)
         self._layers = list(layers.values())
@@ -153,7 +169,7 @@ class TopologySchedule:
         if self._epoch is None:
             raise RuntimeError("penalty() was called before start_epoch(): start an epoch first")
         device = self._layers[0].effects.device
-        if self.target is None or self.ramp == 0 or all(layer.frozen for layer in self._layers):
+        if self.aim is None or self.ramp == 0 or all(layer.frozen for layer in self._layers):
             return torch.zeros((), device=device)
         scale = self.scale
         if scale is None:
@@ -162,8 +178,11 @@ class TopologySchedule:
                 " end_epoch(task_loss=...) at its end, or load the state_dict of the run that you resume"
             )
         live = self._live_weights()
-        gap = (self.target - self._steered(live)).abs()
-        regulariser = self.mac_share * self._mac_share(live) + (1 - self.mac_share) * gap
+        macs = self._mac_share(live)
+        if self.mac_budget > 0:
+            macs = (macs - self._eased(self.mac_budget)).clamp_min(0)
+        gap = (self.aim - self._steered(live)).abs()
+        regulariser = self.mac_share * macs + (1 - self.mac_share) * gap
         if self.pattern_weight > 0:
             regulariser = regulariser + self.pattern_weight * self._pattern_distance()
         penalty = (scale * self.ramp * regulariser).to(torch.float32)
@@ -241,6 +260,16 @@ class TopologySchedule:
         return RAMP_TOP * min((self._epoch or 0) / self.penalty_epochs, 1.0)
 
     @property
+    def aim(self) -> float | None:
+        """The share that this epoch's penalty steers to; the target, unless it comes down gradually."""
+        return None if self.target is None else self._eased(self.target)
+
+    def _eased(self, share: float) -> float:
+        """What is asked for in this epoch, where ``share`` is in the end."""
+        left = 1 - min((self._epoch or 0) / self.penalty_epochs, 1.0) if self.gradual else 0.0
+        return share + (1 - share) * left**3
+
+    @property
     def scale(self) -> float | None:
         """The penalty's scale, or None while the task loss of epoch 0 is unknown or without a target."""
         if self.target is None or self._first_loss is None:
@@ -280,6 +309,8 @@ class TopologySchedule:
             "seed": self.seed,
             "entry_costs": None if self.entry_costs is None else dict(self.entry_costs),
             "mac_share": self.mac_share,
+            "mac_budget": self.mac_budget,
+            "gradual": self.gradual,
             "pattern_weight": self.pattern_weight,
             "epoch": self._epoch,
             "first_loss": self._first_loss,
@@ -294,12 +325,13 @@ class TopologySchedule:
             TypeError: a value has the wrong type.
         """
         expected = self.state_dict()
+        state = {**_LATER, **state}
         if set(state) != set(expected):
             raise ValueError(
                 f"the schedule's state has the keys {sorted(state)}, expected {sorted(expected)}"
             )
-        for name in ("warmup_epochs", "penalty_epochs", "seed", "entry_costs", "mac_share", "pattern_weight"):
-            if state[name] != expected[name]:
+        for name in expected:
+            if name not in ("epoch", "first_loss") and state[name] != expected[name]:
                 raise ValueError(
                     f"the state is of a schedule with {name}={state[name]!r}, this one has {expected[name]}:"
                     " make the schedule with the same arguments"

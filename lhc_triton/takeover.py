@@ -6,7 +6,9 @@ dicts themselves change hands and handles work on; the old convolution keeps cop
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -41,7 +43,26 @@ def weight_in_force(conv: nn.Conv2d) -> Tensor:
     the next call it is out of date: here the mask is applied as it is.
     """
     method = _pruned(conv).get("weight")
-    return conv.weight if method is None else method.apply_mask(conv)
+    if method is not None:
+        return method.apply_mask(conv)
+    if not parametrize.is_parametrized(conv, "weight"):
+        return conv.weight
+    with _still(conv):
+        return conv.weight
+
+
+@contextmanager
+def _still(conv: nn.Module) -> Iterator[None]:
+    """Eval mode for what computes a parameter: spectral norm moves on with every look at it in training."""
+    parts = list(conv.parametrizations.modules()) if parametrize.is_parametrized(conv) else []  # type: ignore[union-attr]
+    flags = [part.training for part in parts]
+    try:
+        for part in parts:
+            part.training = False
+        yield
+    finally:
+        for part, training in zip(parts, flags, strict=True):
+            part.training = training
 
 
 def why_not_taken_over(conv: nn.Conv2d, reserved: Collection[str]) -> str | None:
@@ -69,13 +90,9 @@ def why_not_taken_over(conv: nn.Conv2d, reserved: Collection[str]) -> str | None
 
 
 def _why_computed(conv: nn.Conv2d) -> str | None:
-    if parametrize.is_parametrized(conv):
-        name, functions = next(iter(conv.parametrizations.items()))  # type: ignore[union-attr, operator]
-        return (
-            f"computes its {name} ({', '.join(type(f).__name__ for f in functions)}): call torch.nn.utils."
-            f"parametrize.remove_parametrizations(layer, {name!r}), and parametrise the new layer"
-        )
     for name in ("weight", "bias"):
+        if parametrize.is_parametrized(conv, name):
+            continue
         if name not in conv._parameters and name not in _pruned(conv):
             hooks = [
                 type(h).__name__ for h in conv._forward_pre_hooks.values() if vars(h).get("name") == name
@@ -87,25 +104,39 @@ def _why_computed(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def take_over(conv: nn.Conv2d, layer: nn.Conv2d) -> None:
+def take_over(conv: nn.Conv2d, layer: nn.Conv2d, leave: Collection[str] = ()) -> None:
     """Hand a convolution's parameters, hooks and what was added to it to a layer of the same sizes.
 
     Pruning by torch.nn.utils.prune is made permanent first, as its own `remove` does: the masked values stay
-    in the same Parameter object, and its hook and mask go.
+    in the same Parameter object, and its hook and mask go. So are parametrisations, with a warning: what they
+    gave last is the weight from then on, a new Parameter where they computed it from several.
 
     Args:
         conv: a convolution for which `why_not_taken_over` has nothing to say.
         layer: what replaces it.
+        leave: names of parameters, buffers and attributes that stay behind.
     """
     for name in _pruned(conv):
         prune.remove(conv, name)
+    if parametrize.is_parametrized(conv):
+        for name, functions in list(conv.parametrizations.items()):  # type: ignore[union-attr, operator]
+            kinds = ", ".join(type(function).__name__ for function in functions)
+            with _still(conv):
+                parametrize.remove_parametrizations(conv, name, leave_parametrized=True)
+            warnings.warn(
+                f"a convolution's {name} was computed ({kinds}): the new layer takes its values as they are"
+                " now, without that; parametrise the new layer to go on with it",
+                stacklevel=4,
+            )
     for name, parameter in conv._parameters.items():
-        layer.register_parameter(name, parameter)
+        if name not in leave:
+            layer.register_parameter(name, parameter)
     for name, buffer in conv._buffers.items():
-        layer.register_buffer(name, buffer, persistent=name not in conv._non_persistent_buffers_set)
+        if name not in leave:
+            layer.register_buffer(name, buffer, persistent=name not in conv._non_persistent_buffers_set)
     for name, child in conv._modules.items():
         layer.register_module(name, child)
-    for name in set(vars(conv)) - _PLAIN:
+    for name in set(vars(conv)) - _PLAIN - set(leave):
         setattr(layer, name, vars(conv)[name])
     for name in _HOOKS:
         hooks = vars(conv)[name]

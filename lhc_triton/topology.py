@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 ShapeFamily = Literal["free", "rigid"]
+Effects = Literal["random", "magnitude"]
 
 # Beyond this distance the straight-through gradient of an effect is damped, so that it can still come back.
 _LINEAR_RANGE = 1.0
@@ -124,11 +125,10 @@ class _FreeMask(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, effects: Tensor) -> Tensor:
         ctx.save_for_backward(effects)
-        mask = (effects > 0).flatten(1)
-        dead = ~mask.any(dim=1, keepdim=True)
+        # The best entry of a group lives if any does: it can be switched on without a look at the others.
         best = effects.flatten(1).argmax(dim=1, keepdim=True)
-        rescue = torch.zeros_like(mask).scatter_(1, best, True) & dead
-        return (mask | rescue).view(effects.shape).to(effects.dtype)
+        mask = (effects > 0).flatten(1).scatter_(1, best, True)
+        return mask.view(effects.shape).to(effects.dtype)
 
     @staticmethod
     @once_differentiable
@@ -224,18 +224,34 @@ def expand_mask(
     return tiled.reshape(groups * out_block, blocks * in_block, kh, kw)[:out_channels, :in_channels]
 
 
-def apply_mask(weight: Tensor, block_mask: Tensor, in_block: int, out_block: int) -> Tensor:
+def apply_mask(
+    weight: Tensor, block_mask: Tensor, in_block: int, out_block: int, masked_filters: Tensor | None = None
+) -> Tensor:
     """Return weight [O, I, kh, kw] times its expanded block mask, in the weight's memory format.
 
     Differentiable in both. Where the blocks divide the channels, no expanded mask is built.
+
+    Args:
+        weight: [O, I, kh, kw].
+        block_mask: [Go, Gi, kh, kw], zeros and ones of the weight's dtype.
+        in_block: input channels of a full block.
+        out_block: filters of a full group.
+        masked_filters: bool [O], the filters that use their mask, the others stay whole; None for all.
     """
     out_channels, in_channels, kh, kw = weight.shape
     in_block, out_block = min(in_block, in_channels), min(out_block, out_channels)
     if out_channels % out_block or in_channels % in_block:
-        return weight * expand_mask(block_mask, out_channels, in_channels, in_block, out_block)
+        mask = expand_mask(block_mask, out_channels, in_channels, in_block, out_block)
+        if masked_filters is not None:
+            mask = torch.where(masked_filters.view(-1, 1, 1, 1), mask, 1)
+        return weight * mask
     groups, blocks = out_channels // out_block, in_channels // in_block
     tiles = weight.view(groups, out_block, blocks, in_block, kh, kw)
-    return (tiles * block_mask[:, None, :, None]).reshape(weight.shape)
+    mask = block_mask[:, None, :, None]
+    if masked_filters is not None:
+        # Mixed while a block has one number for all of its channels: a choice among weights takes longer.
+        mask = torch.where(masked_filters.view(groups, out_block, 1, 1, 1, 1), mask, 1)
+    return (tiles * mask).reshape(weight.shape)
 
 
 def count_weights(
@@ -253,6 +269,9 @@ def count_weights(
         out_block: filters of a full group.
     """
     groups, blocks = block_grid(out_channels, in_channels, in_block, out_block)
+    in_block, out_block = min(in_block, in_channels), min(out_block, out_channels)
+    if groups * out_block == out_channels and blocks * in_block == in_channels:
+        return in_block * out_block * block_mask.sum(dtype=torch.float64)
     lost_filters = groups * out_block - out_channels
     lost_channels = blocks * in_block - in_channels
     taps = block_mask.to(torch.float64).sum(dim=(2, 3))
@@ -284,6 +303,47 @@ def pattern_distance(block_mask: Tensor, sharers: int) -> Tensor:
     differing = (live[:, None] + live - 2 * shared).fill_diagonal_(math.inf)
     nearest = differing.sort(dim=1, stable=True).indices[:, :others]
     return (rows[:, None] - fixed[nearest]).abs().mean()
+
+
+def block_means(values: Tensor, in_block: int, out_block: int) -> Tensor:
+    """Return the mean of every block of values [O, I, kh, kw], float64 [Go, Gi, kh, kw]; crops are exact.
+
+    Of squared weights it is the blocks' magnitude per weight.
+    """
+    out_channels, in_channels, kh, kw = values.shape
+    groups, blocks = block_grid(out_channels, in_channels, in_block, out_block)
+    # Of a block that is larger than the layer only what is not cropped is built.
+    in_block, out_block = min(in_block, in_channels), min(out_block, out_channels)
+    rest = (0, 0, 0, 0, 0, blocks * in_block - in_channels, 0, groups * out_block - out_channels)
+    tiles = nn.functional.pad(values, rest).view(groups, out_block, blocks, in_block, kh, kw)
+    filters, channels = (
+        (size - block * torch.arange(count, device=values.device)).clamp(max=block)
+        for size, block, count in ((out_channels, out_block, groups), (in_channels, in_block, blocks))
+    )
+    return tiles.sum(dim=(1, 3), dtype=torch.float64) / (filters[:, None] * channels)[:, :, None, None]
+
+
+def ordered_effects(scores: Tensor, shapes: Tensor | None = None) -> Tensor:
+    """Return effects that follow the blocks' scores: the He-normal distribution's quantiles, in their order.
+
+    About half of the entries of free shapes live, as with random effects: those with the higher scores. A
+    rigid shape's score is the sum of its taps' scores, each less the layer's median. The rule is ours.
+
+    Args:
+        scores: float64 [Go, Gi, kh, kw], see `block_means`.
+        shapes: None for free shapes, else the rigid shapes, bool [S, kh, kw].
+
+    Returns:
+        The effects, float64 [Go, Gi, kh, kw] or [Go, Gi, S].
+    """
+    if shapes is not None:
+        scores = torch.einsum("gbrc,src->gbs", scores - scores.median(), shapes.to(scores.dtype))
+    count = scores.numel()
+    places = (torch.arange(count, dtype=torch.float64, device=scores.device) + 0.5) / count
+    deviation = math.sqrt(2.0 / scores[0].numel())
+    effects = torch.empty_like(places)
+    effects[scores.flatten().argsort(stable=True)] = deviation * torch.special.ndtri(places)
+    return effects.view(scores.shape)
 
 
 def mask_correlation(before: Tensor, after: Tensor) -> float:

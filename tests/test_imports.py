@@ -17,7 +17,7 @@ LEARN = {
     f"lhc_triton.{name}"
     for name in ("topology", "takeover", "layers", "conversion", "handcrafted", "schedule")
 }
-ANYWHERE = {"lhc_triton.files", "lhc_triton.errors"}
+ANYWHERE = {"lhc_triton.files", "lhc_triton.errors", "lhc_triton.tf32"}
 BELOW = ANYWHERE | {"lhc_triton.topology", "lhc_triton.takeover"}
 ROOM = "lhc_triton.runtime"
 OPERATIONS = f"{ROOM}.saved.operations"  # the list of operations is below what is recorded by it, and saved
@@ -27,19 +27,26 @@ CHOOSING = REPLAY | {f"{ROOM}.replay"}
 NETWORK = CHOOSING | {f"{ROOM}.choosing"}
 SAVED = NETWORK | {f"{ROOM}.network"}
 RUN = SAVED | {f"{ROOM}.saved"}
-PRODUCT = RUN | {"lhc_triton", "lhc_triton.artifact", "lhc_triton.models", "lhc_triton.training"}
+SOURCES_OF = {"lhc_triton.artifact", "lhc_triton.models"}
+PRODUCT = RUN | SOURCES_OF | {"lhc_triton", "lhc_triton.training", "lhc_triton.sources"}
 MEASURE = PRODUCT | {"lhc_bench.files"}
 ALLOWED: dict[str, set[str]] = {
     "lhc_triton.files": set(),
     "lhc_triton.errors": set(),
+    "lhc_triton.tf32": set(),
     "lhc_triton.topology": ANYWHERE,
     "lhc_triton.takeover": ANYWHERE,
     "lhc_triton.layers": BELOW,
     "lhc_triton.conversion": BELOW | {"lhc_triton.layers"},
     "lhc_triton.handcrafted": BELOW | {"lhc_triton.layers", "lhc_triton.conversion"},
     "lhc_triton.schedule": BELOW | {"lhc_triton.layers", "lhc_triton.conversion"},
+    "lhc_triton.selection": LEARN | ANYWHERE | {"lhc_triton.planning"},
+    "lhc_triton.pruning": LEARN | ANYWHERE | {"lhc_triton.planning", "lhc_triton.selection"},
+    "lhc_triton.consolidation": LEARN | ANYWHERE | {"lhc_triton.planning"},
     "lhc_triton.models": LEARN | ANYWHERE,
-    "lhc_triton.training": LEARN | ANYWHERE | {"lhc_triton.models", "lhc_triton.planning"},
+    "lhc_triton.training": LEARN
+    | ANYWHERE
+    | {f"lhc_triton.{name}" for name in ("models", "planning", "pruning", "selection")},
     "lhc_triton.planning": LEARN | ANYWHERE,
     ROOM: set(),
     f"{ROOM}.op": OP,
@@ -49,7 +56,9 @@ ALLOWED: dict[str, set[str]] = {
     f"{ROOM}.network": NETWORK,
     f"{ROOM}.saved": SAVED,
     "lhc_triton.artifact": RUN,
-    "lhc_triton": RUN | {"lhc_triton.artifact"},
+    "lhc_triton.predicting": {"lhc_triton.training"},
+    "lhc_triton.sources": RUN | SOURCES_OF,
+    "lhc_triton": RUN | {"lhc_triton.artifact", "lhc_triton.pruning", "lhc_triton.consolidation"},
     "lhc_kernels": set(),
     "lhc_bench.measure": MEASURE,
     "lhc_bench.pictures": MEASURE | {"lhc_bench.measure"},

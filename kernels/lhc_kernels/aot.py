@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,25 @@ TARGETS = {
 
 
 @dataclass(frozen=True)
+class Loop:
+    """Machine instructions of one step.
+
+    Attributes:
+        instructions: all of them.
+        products: of tensor cores.
+        barriers: at which all warps of a program meet.
+        waits: for asynchronous copies and products.
+        register_loads: of operands from shared memory into registers.
+    """
+
+    instructions: int
+    products: int
+    barriers: int
+    waits: int
+    register_loads: int
+
+
+@dataclass(frozen=True)
 class CompileReport:
     """What the compiler made of one kernel.
 
@@ -76,7 +95,7 @@ class CompileReport:
             computes; 0 says that nothing is pipelined that way.
         bulk_copies: whether operands arrive by bulk copies of a tensor descriptor.
         store_bytes: the distinct sizes of the global stores in bytes; 16 is the widest.
-        assembly, ttgir: the code itself, for a closer look.
+        assembly, ttgir, cubin: the code itself, for a closer look; the last one empty for other makes.
     """
 
     kernel: str
@@ -94,6 +113,12 @@ class CompileReport:
     store_bytes: tuple[int, ...]
     assembly: str
     ttgir: str
+    cubin: bytes = field(default=b"", repr=False)
+
+    @property
+    def loop(self) -> Loop:
+        """What one step of the innermost loop with products consists of; CUDA only."""
+        return _loop(_dumped("-sass", self.cubin))
 
     @property
     def async_copy(self) -> bool:
@@ -190,10 +215,8 @@ def _compile(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    return _report(
-        triton.compile(source, target=TARGETS[target].gpu, options=options), kernel, config, target
-    )
+    compiled = triton.compile(source, target=TARGETS[target].gpu, options=config.options())
+    return _report(compiled, kernel, config, target)
 
 
 def _report(compiled: Any, kernel: Any, config: KernelConfig, target: str) -> CompileReport:
@@ -206,7 +229,7 @@ def _report(compiled: Any, kernel: Any, config: KernelConfig, target: str) -> Co
         )
     else:
         text = compiled.asm["ptx"]
-        registers, stack = _resources(compiled.asm["cubin"])
+        registers, stack = resources_of(compiled.asm["cubin"])
     stores = re.findall(r"st\.global\.(?:v(\d)\.)?b(\d+)", text)
     return CompileReport(
         kernel=kernel.__name__,
@@ -224,6 +247,7 @@ def _report(compiled: Any, kernel: Any, config: KernelConfig, target: str) -> Co
         store_bytes=tuple(sorted({int(v or 1) * int(b) // 8 for v, b in stores})),
         assembly=text,
         ttgir=ttgir,
+        cubin=b"" if target.startswith("gfx") else compiled.asm["cubin"],
     )
 
 
@@ -231,18 +255,40 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Return registers and stack bytes per thread, as Triton's bundled cuobjdump reports them."""
+def _dumped(option: str, cubin: bytes) -> str:
+    """Return what Triton's bundled cuobjdump says of a kernel."""
     handle, path = tempfile.mkstemp(suffix=".cubin")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(cubin)
-        text = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True
+        return subprocess.run(
+            [_tool("cuobjdump"), option, path], capture_output=True, text=True, check=True
         ).stdout
     finally:
         os.unlink(path)
+
+
+def resources_of(cubin: bytes) -> tuple[int, int]:
+    """Return a kernel's registers and stack bytes per thread."""
+    text = _dumped("-res-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
         raise RuntimeError(f"cuobjdump reports no resources: {text.strip()[:200]!r}")
     return int(found[1]), int(found[2])
+
+
+def _loop(sass: str) -> Loop:
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)]
+    loops = []
+    for at, text in lines:
+        back = re.search(r"BRA\S* .*?0x([0-9a-f]+)", text)
+        if back and int(back[1], 16) < at:
+            body = [text for place, text in lines if int(back[1], 16) <= place <= at]
+            if any(re.search("MMA|FFMA", text) for text in body):
+                loops.append(body)
+    step = min(loops, key=len, default=[])
+
+    def count(pattern: str) -> int:
+        return sum(re.search(pattern, text) is not None for text in step)
+
+    return Loop(len(step), count("MMA"), count(r"BAR\.SYNC"), count("DEPBAR"), count("LDSM"))

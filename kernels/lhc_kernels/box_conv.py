@@ -11,7 +11,7 @@ from .epilogue import store_outputs
 from .grouped_conv import decode_entry
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("batch", "out_height", "out_width"))
 def grouped_conv2d_box_fwd_kernel(
     x_desc,
     w_desc,
@@ -77,7 +77,7 @@ def grouped_conv2d_box_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     entry = tl.load(entries_ptr + first)
     for step in range(first * CHUNKS, last * CHUNKS):
-        tap_row, tap_col, channel = decode_entry(entry, IN_BLOCKS, KERNEL_H, KERNEL_W, IN_BLOCK)
+        _, tap_row, tap_col, channel = decode_entry(entry, IN_BLOCKS, KERNEL_H, KERNEL_W, IN_BLOCK)
         channel += (step % CHUNKS) * BLOCK_K
         h_in = h_out - pad_top + tap_row * DILATION_H
         w_in = w_out - pad_left + tap_col * DILATION_W

@@ -6,9 +6,10 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
-VARIANTS = ("grid", "persistent", "split", "box")
+VARIANTS = ("grid", "persistent", "split", "box", "resident")
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
 
 MAX_KERNEL_REACH = 31
@@ -17,6 +18,10 @@ MAX_KERNEL_REACH = 31
 MAX_ACCUMULATORS = 128
 """32-bit sums that a thread can hold. Compiled for sm_90, 128 take 182 to 252 registers with Triton 3.7.1,
 while 3.6 and 3.9 spill some such kernels; 256 always spill."""
+
+ROW_WASTE = 1.2
+"""Compiled: of a box of several rows wgmma takes the activations from registers, with 115 instructions for 32
+channels; one of a single row stays in shared memory, with 99 instructions for 32 channels and 101 for 64."""
 
 MAX_SPLITS = 16
 """Most parts of a tile's entries; every part writes its float32 sums once and has them read once."""
@@ -85,8 +90,10 @@ class KernelConfig:
         precision: of float32 products: "ieee" (FMA), "tf32" or "tf32x3" (tensor cores); others ignore it.
         variant: "grid" (a program per block of pixels and filters), "persistent" (as many programs as run at
             once, each looping over such blocks), "split" (a tile's entries over several programs, summed in
-            fixed order by a second kernel) or "box" (activations come as boxes of a tensor descriptor).
+            fixed order by a second kernel), "box" (activations come as boxes of a tensor descriptor) or
+            "resident" (persistent, and a program takes all tiles of its pixels in turn, through L1).
         splits: parts of a tile's entries, more than 1 exactly with "split".
+        max_registers: of a thread, a multiple of 8 to which the compiler is held; 0: what it finds best.
     """
 
     block_m: int = 128
@@ -98,25 +105,36 @@ class KernelConfig:
     precision: str = "ieee"
     variant: str = "grid"
     splits: int = 1
+    max_registers: int = 0
 
     def to_list(self) -> list[int]:
         """Return the config as the integers that the op's ``config`` argument carries."""
         numbers = [self.block_m, self.block_n, self.block_k, self.num_warps, self.num_stages, self.entries]
-        return [*numbers, PRECISIONS.index(self.precision), VARIANTS.index(self.variant), self.splits]
+        codes = [PRECISIONS.index(self.precision), VARIANTS.index(self.variant)]
+        return [*numbers, *codes, self.splits, self.max_registers]
 
     @classmethod
     def from_list(cls, values: Sequence[int]) -> KernelConfig:
         """Read what ``to_list`` wrote; ValueError for another length or an unknown code."""
         codes = (len(PRECISIONS), len(VARIANTS))
-        if len(values) != 9 or any(not 0 <= v < n for v, n in zip(values[6:8], codes, strict=True)):
+        if len(values) != 10 or any(not 0 <= v < n for v, n in zip(values[6:8], codes, strict=True)):
             raise ValueError(
                 f"config is {list(values)}: expected nothing, or block_m, block_n, block_k, num_warps, "
-                f"num_stages, entries, a precision code below {codes[0]}, a variant code below {codes[1]} "
-                "and splits"
+                f"num_stages, entries, a precision code below {codes[0]}, a variant code below {codes[1]}, "
+                "splits and max_registers"
             )
-        block_m, block_n, block_k, num_warps, num_stages, entries, precision, variant, splits = values
+        block_m, block_n, block_k, num_warps, num_stages, entries, precision, variant, *rest = values
         names = (PRECISIONS[precision], VARIANTS[variant])
-        return cls(block_m, block_n, block_k, num_warps, num_stages, entries, *names, splits)
+        return cls(block_m, block_n, block_k, num_warps, num_stages, entries, *names, *rest)
+
+    def options(self) -> dict[str, Any]:
+        """Return what the compiler is told beside the kernel's constants."""
+        options: dict[str, Any] = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,  # for float32; Triton 3.10 switches fused multiply-adds off by default
+        }
+        return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
     @property
     def depth(self) -> int:
@@ -185,6 +203,11 @@ def _variant_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
     most = MAX_SPLITS if config.variant == "split" else 1
     if not least <= config.splits <= most:
         return f"splits is {config.splits} with variant {config.variant}: supported are {least} to {most}"
+    if config.max_registers:
+        if shape.capability == 0:
+            return f"max_registers is {config.max_registers}: this make of GPU supports 0 alone"
+        if config.max_registers % 8 or not 64 <= config.max_registers <= 248:
+            return f"max_registers is {config.max_registers}: supported are 0, 64, 72 and so on to 248"
     return _box_problem(config, shape) if config.variant == "box" else None
 
 
@@ -213,13 +236,16 @@ def _box_problem(config: KernelConfig, shape: LaunchShape) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def best_box(block_m: int, shape: LaunchShape) -> tuple[int, int, int]:
-    """Return the box (images, rows, columns) of ``block_m`` outputs that covers the output in fewest boxes.
+    """Return the box (images, rows, columns) of ``block_m`` outputs that covers the output best.
 
-    Sides are powers of two; among equals the widest box wins, because its rows are the longest copies.
+    That is one row, if it takes at most ROW_WASTE times as many boxes as need be. Otherwise in fewest boxes,
+    and among equals the widest wins, because its rows are the longest copies. Sides are powers of two.
     """
     sides = [1 << i for i in range(block_m.bit_length())]
     boxes = [(block_m // (h * w), h, w) for w in sides for h in sides if h * w <= block_m]
-    return min(boxes, key=lambda box: (box_count(box, shape), -box[2], -box[1]))
+    best = min(boxes, key=lambda box: (box_count(box, shape), -box[2], -box[1]))
+    row = (1, 1, block_m)
+    return row if box_count(row, shape) <= ROW_WASTE * box_count(best, shape) else best
 
 
 def box_count(box: tuple[int, int, int], shape: LaunchShape) -> int:

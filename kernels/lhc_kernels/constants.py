@@ -90,6 +90,7 @@ class Specialisation:
             "BLOCK_K": config.block_k,
             "ENTRIES": config.entries,
             "PERSISTENT": config.variant == "persistent",
+            "RESIDENT": config.variant == "resident",
             "SPLITS": config.splits,
             "K_MAJOR": self.dtype == "int8",
         }

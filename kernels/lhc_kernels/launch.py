@@ -1,29 +1,18 @@
-"""The function that runs a grouped convolution: checks, the choice of a config, and the launch."""
+"""The function that runs a grouped convolution, and what a config for it is chosen for."""
 
 from __future__ import annotations
 
-import contextlib
-import math
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .box_conv import grouped_conv2d_box_fwd_kernel
-from .checks import check_epilogue, check_tensors, dtype_name, output_dtype, output_size, pair
-from .choice import heuristic_config
-from .configs import KernelConfig, LaunchShape, best_box, config_problem
-from .constants import INTERPRETED, Specialisation
+from .checks import dtype_name
+from .configs import LaunchShape
+from .constants import INTERPRETED
 from .devices import device_limits
-from .epilogue import ACTIVATIONS
-from .grouped_conv import grouped_conv2d_fwd_kernel, reduce_splits_kernel
-from .resources import occupancy, work_items
-
-INT32_ELEMENTS = 2**31 - 512
-"""Tensors of fewer elements are indexed with int32; the margin is the padding of a block of pixels."""
+from .prepared import INT32_ELEMENTS, Signature, prepare
 
 
 def launch_shape(
@@ -60,131 +49,6 @@ def launch_shape(
         residual=residual,
         **device_limits(x.device),
     )
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Checked arguments of one convolution: x and the images channels_last, everything else contiguous."""
-
-    x: Tensor
-    weight: Tensor
-    tables: tuple[Tensor, Tensor, Tensor]
-    epilogue: tuple[Tensor | None, Tensor | None, Tensor | None]
-    out: Tensor
-    padding: tuple[int, int]
-    shape: LaunchShape
-    facts: Specialisation
-
-
-def _launch(call: _Call, config: KernelConfig) -> None:
-    """Run the kernel that ``config`` names, into ``call.out``."""
-    options: dict[str, Any] = {
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": True,  # for float32; Triton 3.10 switches fused multiply-adds off by default
-    }
-    items = work_items(config, call.shape)
-    if config.variant == "box":
-        _launch_box(call, config, items, options)
-    elif config.variant == "split":
-        _launch_split(call, config, items // config.splits, options)
-    elif config.variant == "persistent":
-        workers = call.shape.processors * occupancy(config, call.shape)
-        _launch_pointer(call, config, (min(items, workers),), call.out, call.facts, options)
-    else:
-        _launch_pointer(call, config, (items,), call.out, call.facts, options)
-
-
-def _launch_pointer(
-    call: _Call,
-    config: KernelConfig,
-    grid: tuple[int, ...],
-    out: Tensor,
-    facts: Specialisation,
-    options: dict[str, Any],
-) -> None:
-    x, shape = call.x, call.shape
-    grouped_conv2d_fwd_kernel[grid](
-        x,
-        call.weight,
-        *call.tables,
-        *call.epilogue,
-        out,
-        shape.pixels,
-        shape.tiles,
-        *x.shape[2:],
-        *shape.out_size,
-        call.out.shape[1],
-        *call.padding,
-        **facts.pointer_constants(config),
-        **options,
-    )
-
-
-def _launch_split(call: _Call, config: KernelConfig, programs: int, options: dict[str, Any]) -> None:
-    x, shape, facts = call.x, call.shape, call.facts
-    size = (config.splits, shape.pixels, shape.tiles, shape.tile_width)
-    sums = torch.empty(size, dtype=torch.int32 if shape.dtype == "int8" else torch.float32, device=x.device)
-    facts = replace(facts, index64=facts.index64 or sums.numel() >= INT32_ELEMENTS)
-    _launch_pointer(call, config, (programs, config.splits), sums, facts, options)
-    constants = facts.reduce_constants(config)
-    blocks = -(-shape.tile_width // config.block_n) * shape.tiles
-    reduce_splits_kernel[(-(-shape.pixels // constants["BLOCK_M"]) * blocks,)](
-        sums,
-        call.tables[2],
-        *call.epilogue,
-        call.out,
-        shape.pixels,
-        shape.tiles,
-        call.out.shape[1],
-        **constants,
-    )
-
-
-def _launch_box(call: _Call, config: KernelConfig, programs: int, options: dict[str, Any]) -> None:
-    x, weight, shape = call.x, call.weight, call.shape
-    box = best_box(config.block_m, shape)
-    batch, channels, height, width = x.shape
-    rows = weight.shape[0] * weight.shape[1]
-    grouped_conv2d_box_fwd_kernel[(programs,)](
-        _descriptor(x, [batch, height, width, channels], [*box, config.block_k]),
-        _descriptor(weight, [rows, weight.shape[2]], [config.block_k, config.block_n]),
-        *call.tables,
-        *call.epilogue,
-        call.out,
-        batch,
-        shape.tiles,
-        *shape.out_size,
-        call.out.shape[1],
-        *call.padding,
-        **call.facts.box_constants(config, box),
-        **options,
-    )
-
-
-def _descriptor(tensor: Tensor, size: list[int], block: list[int]) -> TensorDescriptor:
-    """Describe memory that is contiguous as ``size``, whatever strides torch gives to sides of 1."""
-    if tensor.data_ptr() % 16:
-        tensor = tensor.clone()  # a view from the middle of its storage
-    strides = [math.prod(size[i + 1 :]) for i in range(len(size))]
-    return TensorDescriptor(tensor, size, strides, block)
-
-
-def _in_kernel_order(weight: Tensor) -> Tensor:
-    """Return ``weight`` [E, in_block, tile_width] dense; int8 with adjacent input channels, see K_MAJOR."""
-    if weight.dtype == torch.int8:
-        return weight.transpose(1, 2).contiguous().transpose(1, 2)
-    return weight.contiguous()
-
-
-def _check_devices(x: Tensor, others: Sequence[Tensor]) -> None:
-    stray = {str(t.device) for t in others} - {str(x.device)}
-    if stray:
-        raise ValueError(f"x is on {x.device}, other tensors on {', '.join(sorted(stray))}: move them")
-    if x.device.type == "cpu" and not INTERPRETED:
-        raise ValueError(
-            "x is on the CPU: the Triton kernel needs a GPU, or TRITON_INTERPRET=1 set before the start"
-        )
 
 
 def grouped_conv2d(
@@ -237,60 +101,70 @@ def grouped_conv2d(
         ValueError: sizes, devices, a config or an option that do not fit; int8 without a scale.
         TypeError: an unsupported dtype, or x and weight of different ones.
     """
-    check_tensors(x, weight, tables, out_channels)
-    kernel = pair("kernel_size", kernel_size, 1)
-    strides = pair("stride", stride, 1)
-    dilations = pair("dilation", dilation, 1)
-    size = output_size(x, out_channels, kernel, strides, padding, dilations)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}: supported are {', '.join(map(repr, ACTIVATIONS))}")
-    check_epilogue(x, size, {"bias": bias, "scale": scale}, {"residual": residual, "out": out})
+    device = x.device
+    prepared = prepare(
+        Signature(
+            (x.shape, x.dtype),
+            (weight.shape, weight.dtype),
+            tuple([(t.shape, t.dtype) for t in tables]),
+            None if bias is None else (bias.shape, bias.dtype),
+            None if residual is None else (residual.shape, residual.dtype),
+            None if scale is None else (scale.shape, scale.dtype),
+            None if out is None else (out.shape, out.dtype),
+            out_channels,
+            tuple(kernel_size),
+            tuple(stride),
+            tuple(padding),
+            tuple(dilation),
+            activation,
+            tuple(config),
+            limits(device),
+            INT32_ELEMENTS,
+        )
+    )
     if out is not None and not out.is_contiguous(memory_format=torch.channels_last):
         raise ValueError("out is not channels_last: allocate it with memory_format=torch.channels_last")
-
-    shape = launch_shape(x, weight, tables[0].numel() - 1, size[2:], kernel, strides, residual is not None)
-    chosen = KernelConfig.from_list(config) if len(config) else heuristic_config(shape)
-    problem = config_problem(chosen, shape)
-    if problem is not None:
-        raise ValueError(problem)
-    _check_devices(x, [t for t in (weight, *tables, bias, scale, residual, out) if t is not None])
-
+    for tensor in (weight, *tables, bias, residual, scale, out):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"x is on {device}, other tensors on {tensor.device}: move them")
+    if device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            "x is on the CPU: the Triton kernel needs a GPU, or TRITON_INTERPRET=1 set before the start"
+        )
     if out is None:
-        out = torch.empty(size, dtype=output_dtype(x), device=x.device, memory_format=torch.channels_last)
-    if shape.pixels == 0:
+        out = torch.empty(
+            prepared.size, dtype=prepared.dtype, device=device, memory_format=torch.channels_last
+        )
+    if prepared.shape.pixels == 0:
         return out
-    facts = Specialisation(
-        dtype=shape.dtype,
-        in_channels=x.shape[1],
-        in_block=weight.shape[1],
-        tile_width=weight.shape[2],
-        out_channels=out_channels,
-        kernel=kernel,
-        stride=strides,
-        dilation=dilations,
-        border=any(padding),
-        bias=bias is not None,
-        scale=scale is not None,
-        residual=residual is not None,
-        activation=activation,
-        index64=max(x.numel(), out.numel(), weight.numel()) >= INT32_ELEMENTS,
-    )
-    if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
-    call = _Call(
-        x=x.contiguous(memory_format=torch.channels_last),
-        weight=_in_kernel_order(weight),
-        tables=(tables[0].contiguous(), tables[1].contiguous(), tables[2].contiguous()),
-        epilogue=(
+    channels_last = torch.channels_last
+    operands = (
+        x.contiguous(memory_format=channels_last),
+        _in_kernel_order(weight),
+        [table.contiguous() for table in tables],
+        (
             None if bias is None else bias.contiguous(),
             None if scale is None else scale.contiguous(),
-            residual,
+            None if residual is None else residual.contiguous(memory_format=channels_last),
         ),
-        out=out,
-        padding=(padding[0], padding[2]),
-        shape=shape,
-        facts=facts,
+        out,
     )
-    with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
-        _launch(call, chosen)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            prepared.run(*operands)
+    else:
+        prepared.run(*operands)
     return out
+
+
+@functools.cache
+def limits(device: torch.device) -> tuple[int, ...]:
+    """Return what a ``Signature`` says of the device."""
+    return tuple(device_limits(device).values())
+
+
+def _in_kernel_order(weight: Tensor) -> Tensor:
+    """Return ``weight`` [E, in_block, tile_width] dense; int8 with adjacent input channels, see K_MAJOR."""
+    if weight.dtype == torch.int8:
+        return weight.transpose(1, 2).contiguous().transpose(1, 2)
+    return weight.contiguous()

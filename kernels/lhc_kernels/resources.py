@@ -41,20 +41,24 @@ def register_estimate(config: KernelConfig, shape: LaunchShape) -> int:
     sums = config.block_m * config.block_n // threads
     registers = 22 + 1.3 * sums
     if config.variant != "box":  # which has no address for each load of each pixel
-        loads = config.block_m * config.depth * ITEM_BYTES[shape.dtype] / (load_bytes(shape) * threads)
+        width = load_bytes(shape)
+        if config.variant == "resident":
+            width = min(8, width)
+        loads = config.block_m * config.depth * ITEM_BYTES[shape.dtype] / (width * threads)
         registers += 5 * loads
     if shape.residual and config.variant != "split":
         registers += 10 + sums / 2
     # Blackwell's sums lie in tensor memory; what comes on top is for taking them from there.
     fetched = sums / 2 + 10 if shape.capability >= 100 else 0.0
     operands = {"fma": 35.0, "fragments": 16 + sums / 2, "memory": fetched}[multiplies_by(config, shape)]
-    kept = 20 + sums / 2 if config.variant == "persistent" else 0.0  # from one work item to the next
+    # Kept from one work item to the next.
+    kept = 20 + sums / 2 if config.variant in ("persistent", "resident") else 0.0
     return round(registers + max(operands, kept))
 
 
 def occupancy(config: KernelConfig, shape: LaunchShape) -> int:
     """Return about how many programs run on one multiprocessor at once; 0 where not even one fits."""
-    registers = min(MAX_REGISTERS, register_estimate(config, shape))
+    registers = min(config.max_registers or MAX_REGISTERS, register_estimate(config, shape))
     return min(
         (shape.shared_bytes + 1024) // (shared_bytes(config, shape) + 1024),
         REGISTERS_PER_PROCESSOR // (-(-registers // 8) * 8 * 32 * config.num_warps),

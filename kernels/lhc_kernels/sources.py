@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-CHOOSING = ("aot.py", "choice.py", "devices.py", "roofline.py", "sources.py", "table.py")
+CHOOSING = ("ahead.py", "aot.py", "choice.py", "devices.py", "roofline.py", "sources.py", "table.py")
 """Files that choose or examine configs; with a chosen one they change nothing about a launch."""
 
 

@@ -8,11 +8,11 @@ from typing import NoReturn
 
 import typer
 
-from lhc_triton.cli import demo, learn, run, bench, examine  # isort: skip  (the order of --help)
+from lhc_triton.cli import demo, own, learn, run, bench, examine  # isort: skip  (the order of --help)
 from lhc_triton.cli.app import app
 from lhc_triton.cli.console import tell_once
 
-__all__ = ["app", "bench", "demo", "examine", "learn", "main", "run"]
+__all__ = ["app", "bench", "demo", "examine", "learn", "main", "own", "run"]
 
 USER_MISTAKE = 2
 INTERRUPTED = 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,10 +18,19 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Network = Annotated[
-    str,
-    typer.Argument(
-        help="A shipped network ('lhc', 'dense'), trained weights of `train`, or an artefact of `save`."
+SOURCE_HELP = (
+    "package.module:factory; a .pt2 of torch.export; a run folder or weights of `train`; an artefact; a name"
+    " in torchvision or timm, where installed; or a shipped network (lhc, dense)."
+)
+Network = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="For a factory or a name: its state_dict, .safetensors or a .pt of tensors alone."),
+]
+Input = Annotated[
+    str | None,
+    typer.Option(
+        "--input", metavar="SHAPE", help="Of the example, such as 1x3x224x224; commas between inputs."
     ),
 ]
 Measure = Annotated[

@@ -171,8 +171,14 @@ def show_diagnosis(found: dict[str, Any]) -> None:
     print_table(
         ("compiler", "version"), [(name, line or "not found") for name, line in found["compilers"].items()]
     )
+    set_here = [(name, value) for name, value in found["environment"].items()]
+    if set_here:
+        print_table(("variable", "value"), set_here)
+    print_table(("native kernel", "value"), list(found["native"].items()))
     for kind, rows in found["backends"].items():
         print_table((f"backend on {kind}", "state"), [(row["backend"], row["state"]) for row in rows])
+    for note in found["notes"]:
+        typer.echo(f"Note: {note}")
 
 
 def show_experiments(found: Sequence[dict[str, Any]]) -> None:

@@ -7,21 +7,32 @@ from typing import Annotated, Any
 
 import typer
 
-from lhc_triton.cli.app import Json, Network, app
-from lhc_triton.cli.console import counting, print_json, show_diagnosis, show_kernels, show_topology
+from lhc_triton.cli.app import Input, Json, Network, Weights, app
+from lhc_triton.cli.console import (
+    counting,
+    print_json,
+    print_table,
+    show_diagnosis,
+    show_kernels,
+    show_topology,
+    stages,
+)
 from lhc_triton.cli.networks import plan_of
 
 
 @app.command(epilog="Example: `lhc-triton inspect lhc --out topology.png`")
 def inspect(
     network: Network,
+    weights: Weights = None,
+    input_shape: Input = None,
     out: Annotated[Path | None, typer.Option(help="Write the topology picture (PNG).")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a network learned: density, patterns and kernel shapes of every layer."""
     from lhc_bench.pictures.topology_map import draw_topology, topology_statistics
 
-    topologies = [layer.topology for layer in plan_of(network).layers]
+    made = plan_of(network, weights=weights, input_shape=input_shape)
+    topologies = [layer.topology for layer in made.layers]
     if not topologies:
         raise ValueError(
             f"no layer of {network!r} has a learned or sparse topology; there is nothing to show"
@@ -69,6 +80,34 @@ def doctor(
         print_json(found)
         return
     show_diagnosis(found)
+
+
+@app.command(epilog="Example: `CXX=clang++ lhc-triton build`")
+def build(as_json: Json = False) -> None:
+    """Compile the native CPU kernel now, for containers: where it is built, first use does not have to.
+
+    $CXX names the compiler, $LHC_TRITON_NATIVE_FLAGS the CPU (default -march=native), $LHC_TRITON_CACHE the
+    folder. A library is found again by the same compiler, flags and torch.
+    """
+    import time
+
+    from lhc_kernels.cpu import BuildError
+    from lhc_kernels.cpu import build as build_native
+    from lhc_triton.runtime.choosing.doctor import native_build
+
+    start = time.perf_counter()
+    try:
+        with stages() as progress:
+            progress("compiling the native kernel, less than a minute")
+            library = build_native()
+    except BuildError as error:
+        typer.echo(f"lhc-triton: {error}", err=True)
+        raise typer.Exit(1) from None
+    found = {"library": str(library), **native_build(), "seconds": round(time.perf_counter() - start, 1)}
+    if as_json:
+        print_json(found)
+        return
+    print_table(("native kernel", "value"), [(name, str(value)) for name, value in found.items()])
 
 
 def _compiled(targets: list[str] | None, configs: int) -> list[dict[str, Any]]:

@@ -35,6 +35,9 @@ def train(
     data: Annotated[
         Path | None, typer.Option(help="Folder of the data set; default: the packaged images.")
     ] = None,
+    network: Annotated[
+        str | None, typer.Option(metavar="package.module:factory", help="Train one's own network.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     density: Annotated[float | None, typer.Option(help="Target share of live weights.")] = None,
@@ -48,7 +51,7 @@ def train(
     from lhc_triton.training.networks import check_settings
     from lhc_triton.training.presets import choose_config
 
-    given = {"data_folder": data, "seed": seed, "device": device, "density": density}
+    given = {"data_folder": data, "factory": network, "seed": seed, "device": device, "density": density}
     changes = [f"{name}={value}" for name, value in given.items() if value is not None]
     name, chosen = choose_config(preset, config, [*changes, *(settings or [])])
     check_settings(chosen)

@@ -78,3 +78,24 @@ class Architecture:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
         return {**asdict(self), "widths": list(self.widths)}
+
+
+@dataclass(frozen=True)
+class OwnArchitecture:
+    """A network that only its maker builds: what a file says of it.
+
+    Attributes:
+        network: package.module:factory, or a name for people.
+        in_channels: channels of the images.
+        num_classes: outputs.
+        image_size: side of the images in pixels.
+    """
+
+    network: str
+    in_channels: int
+    num_classes: int
+    image_size: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them, with a mark."""
+        return {**asdict(self), "own": True}

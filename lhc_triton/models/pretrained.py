@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lhc_triton.conversion import convert, lhc_layers
-from lhc_triton.models.architecture import Architecture
+from lhc_triton.models.architecture import Architecture, OwnArchitecture
 from lhc_triton.models.weights import MAX_FILE_BYTES, read_state, read_tensors, write_tensors
 from lhc_triton.topology import LHCConfig, expand_mask
 
@@ -33,14 +33,14 @@ class SavedNetwork:
     """
 
     model: nn.Module
-    architecture: Architecture
+    architecture: Architecture | OwnArchitecture
     training: dict[str, Any]
 
 
 def save_network(
     model: nn.Module,
     path: str | Path,
-    architecture: Architecture,
+    architecture: Architecture | OwnArchitecture,
     training: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a trained network with what is needed to build it again.
@@ -83,11 +83,12 @@ def save_network(
     write_tensors(path, tensors, document)
 
 
-def load_network(path: str | Path) -> SavedNetwork:
+def load_network(path: str | Path, make: Callable[[], nn.Module] | None = None) -> SavedNetwork:
     """Read a network that save_network wrote.
 
     Args:
         path: the safetensors file.
+        make: builds the dense network, where that is none of this package's.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -96,10 +97,18 @@ def load_network(path: str | Path) -> SavedNetwork:
     tensors, document = read_tensors(path, WEIGHTS_KIND, WEIGHTS_VERSION)
     try:
         architecture = _architecture(document)
-        # Nothing is allocated before the sizes are known to be the file's.
-        sketch = _build(architecture, document, "meta")
-        state = _fitted(_unpacked(tensors, sketch), sketch.state_dict())
-        model = _build(architecture, document, "cpu")
+        if isinstance(architecture, OwnArchitecture):
+            if make is None:
+                raise ValueError(
+                    f"{architecture.network} is not this package's: give package.module:factory with it"
+                )
+            model = _converted(make(), document)
+            state = _fitted(_unpacked(tensors, model), model.state_dict())
+        else:
+            # Nothing is allocated before the sizes are known to be the file's.
+            sketch = _build(architecture, document, "meta")
+            state = _fitted(_unpacked(tensors, sketch), sketch.state_dict())
+            model = _build(architecture, document, "cpu")
         for layer in lhc_layers(model).values():
             layer.freeze()  # the file brings the topology
         model.load_state_dict(state)
@@ -110,17 +119,23 @@ def load_network(path: str | Path) -> SavedNetwork:
     return SavedNetwork(model.eval(), architecture, training if isinstance(training, dict) else {})
 
 
-def _architecture(document: Mapping[str, Any]) -> Architecture:
+def _architecture(document: Mapping[str, Any]) -> Architecture | OwnArchitecture:
     found = document.get("architecture")
     if not isinstance(found, dict):
         raise ValueError("no architecture in the metadata")
+    if found.get("own") is True:
+        return OwnArchitecture(**{name: value for name, value in found.items() if name != "own"})
     return Architecture(**found)
 
 
 def _build(architecture: Architecture, document: Mapping[str, Any], device: str) -> nn.Module:
     """The network of a file, its LHC layers with random effects."""
     with torch.device(device):
-        model = architecture.build()
+        return _converted(architecture.build(), document)
+
+
+def _converted(model: nn.Module, document: Mapping[str, Any]) -> nn.Module:
+    """A dense network with the LHC layers that a file names."""
     if not isinstance(document["layers"], dict):
         raise ValueError("layers in the metadata is no table")
     configs = {name: LHCConfig(**values) for name, values in document["layers"].items()}

@@ -5,7 +5,7 @@ The model is deliberately small, so that it can be calibrated by changing number
 
     sparse = launch + moving inputs, outputs and weights + sum over tiles (tile_us + e(t) * entry(f(t)))
     entry  = entry_us + read + sums + compute
-             read:    P * in_block values at entry_gbs
+             read:    P * in_block values at entry_gbs, and in_block * f weights for every weight_pixels
              sums:    P * f values, read and written, at sum_gbs
              compute: P * in_block * f MACs at rate(f)
              (fewer than spread_pixels do not keep all cores busy: sums and compute take up to twice as long)
@@ -54,6 +54,7 @@ class CostModel:
         entry_gbs: 1e9 bytes/s at which a tile reads the pixels of one entry.
         sum_gbs: 1e9 bytes/s at which a tile reads and writes its sums, once for each entry.
         launch_us, dense_launch_us: us per layer call, sparse and dense, however little work there is.
+        weight_pixels: pixels that a tile reads the weights of an entry for; with 0 they stay at hand.
         tile_us: us per tile.
         entry_us: us per entry of a tile.
         spread_pixels: pixels from which a tile's arithmetic runs at its full rate; with fewer it is slower in
@@ -86,6 +87,7 @@ class CostModel:
     takes_dense: bool = False
     skips_border: bool = False
     min_block: int = 1
+    weight_pixels: int = 0
     spread_pixels: int = 0
     margin: float = 1.0
 
@@ -107,13 +109,14 @@ class CostModel:
             raise ValueError("cost model rates must not be empty, and each one above 0")
 
     @classmethod
-    def for_device(cls, device: str, backend: str = "auto") -> CostModel:
+    def for_device(cls, device: str, backend: str = "auto", tf32: bool = True) -> CostModel:
         """Return the model that prices a backend on a device kind.
 
         Args:
             device: "cpu" or "cuda".
             backend: one that a model of this device prices; any other name, "auto" among them, stands for
                 the device's fastest sparse backend.
+            tf32: whether a GPU may round products of float32 to TF32, dense and sparse alike.
 
         Raises:
             ValueError: for another device kind.
@@ -124,7 +127,8 @@ class CostModel:
             raise ValueError(
                 f"no cost model for device {device!r}; supported: {known}; else give cost=CostModel(...)"
             )
-        return next((model for model in models if model.sparse_backend == backend), models[0])
+        model = next((model for model in models if model.sparse_backend == backend), models[0])
+        return TRITON_IEEE if model is TRITON and not tf32 else model
 
     def scaled(self, dense: float, sparse: float, source: str) -> CostModel:
         """Return the model of a machine that takes so many times as long, dense and sparse.
@@ -199,7 +203,8 @@ class CostModel:
         rate = np.interp(counts, widths, rates) * (size / max(size, itemsize))
         compute = values * counts / (rate * 1e3)
         sums = 2 * pixels * counts * itemsize / (self.sum_gbs * 1e3)
-        read = values * itemsize / (self.entry_gbs * 1e3)
+        rereads = counts / self.weight_pixels if self.weight_pixels else 0.0
+        read = values * (1 + rereads) * itemsize / (self.entry_gbs * 1e3)
         slower = min(2.0, max(1.0, self.spread_pixels / max(pixels, 1)))
         compute, sums = compute * slower, sums * slower
         if self.overlap:
@@ -270,9 +275,12 @@ TORCH = CostModel(
     margin=0.9,
 )
 
-# H100 on paper, modelled and not measured. Every tile reads its activations from L2 (~7 TB/s), which bounds
-# 16-wide fp16 tiles near 112 TFLOP/s of useful work and 64-wide ones near 450; arithmetic reaches 70 % of the
-# 800 TFLOP/s peak, as the dense convolution does, and memory moves 3 TB/s. Sums stay in registers.
+# H100 on paper, modelled and not measured. Every tile reads its activations from L2, and each program of 128
+# pixels its weights: half as much again with 64 filters, as much again with 128. At 5.5 TB/s that bounds
+# tiles of 16, 64 and 128 fp16 filters near 78, 235 and 352 TFLOP/s of useful work, while a dense convolution
+# reaches 70 % of the 800 TFLOP/s peak: at density 0.2 and 0.3 tiles of 128 promise 3.1 and 2.1 times its
+# speed, tiles of 64 2.1 and 1.4 times, tiles of 16 no gain. Float32 products are TF32's, as torch's are by
+# default. Memory moves 3 TB/s. Sums stay in registers.
 TRITON = CostModel(
     device="cuda",
     sparse_backend="triton",
@@ -280,7 +288,8 @@ TRITON = CostModel(
     dense_gmacs=((1, 560e3), (2, 280e3), (4, 140e3)),
     sparse_gmacs=((1, ((16, 560e3),)), (2, ((16, 280e3),)), (4, ((16, 140e3),))),
     memory_gbs=3000.0,
-    entry_gbs=7000.0,
+    entry_gbs=5500.0,
+    weight_pixels=128,
     sum_gbs=1e9,
     launch_us=5.0,
     dense_launch_us=5.0,
@@ -291,6 +300,13 @@ TRITON = CostModel(
     copies_input=False,
     min_block=16,
     margin=0.9,
+)
+
+# Without TF32, products of float32 are plain multiply-adds, dense and sparse: 70 % of 33e3 GMAC/s.
+TRITON_IEEE = replace(
+    TRITON,
+    dense_gmacs=(*TRITON.dense_gmacs[:2], (4, 23e3)),
+    sparse_gmacs=(*TRITON.sparse_gmacs[:2], (4, ((16, 23e3),))),
 )
 
 # Fitted, by least squares of relative errors, to 315 layer calls of the native kernel and 45 dense ones

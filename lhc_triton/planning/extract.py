@@ -15,10 +15,12 @@ from lhc_triton.conversion import evaluating
 from lhc_triton.errors import first_line
 from lhc_triton.layers import LHCConv2d, convolves_plainly
 from lhc_triton.takeover import weight_in_force
+from lhc_triton.tf32 import tf32_allowed
 
 from .cost import CostModel, itemsize_of
 from .patterns import infer_blocks
 from .schema import ConvGeometry, LayerTopology
+from .zeros import describe_zeros
 
 # Wider blocks of a mask are split: no tile has room for more filters, and no kernel wants longer entries.
 MAX_BLOCK = 128
@@ -75,7 +77,7 @@ def read_model(
     convs = {name: m for name, m in model.named_modules() if isinstance(m, _ConvNd)}
     if not any(isinstance(conv, nn.Conv2d) for conv in convs.values()):
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to plan")
-    cost = cost or CostModel.for_device(tensors[0].device.type, backend)
+    cost = cost or CostModel.for_device(tensors[0].device.type, backend, tf32_allowed())
     seen = _input_shapes(model, convs, inputs)
     topologies: list[LayerTopology] = []
     skipped: list[tuple[str, str]] = []
@@ -99,6 +101,18 @@ def read_model(
             else:
                 topologies.append(found)
     return Reading(tuple(topologies), tuple(skipped), cost, dtype, tuple(dense))
+
+
+def call_geometries(model: nn.Module, example_input: Any) -> dict[str, ConvGeometry]:
+    """Run a network once and return the shapes of each nn.Conv2d's first call, in calling order.
+
+    Raises:
+        ValueError: the model does not run on the example.
+    """
+    inputs = example_input if isinstance(example_input, tuple | list) else (example_input,)
+    convs: dict[str, _ConvNd] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    shapes = _input_shapes(model, convs, inputs)
+    return {name: _geometry(model.get_submodule(name), shape) for name, shape in shapes.items()}  # type: ignore[arg-type]
 
 
 def _input_shapes(
@@ -167,7 +181,7 @@ def _read_layer(name: str, conv: _ConvNd, shape: tuple[int, ...]) -> LayerTopolo
         )
     blocks = infer_blocks(live)
     if blocks is None:
-        return f"{1 - live.mean():.0%} zeros, but too scattered for blocks"
+        return describe_zeros(live)
     return LayerTopology.from_mask(name, geometry, blocks.in_block, blocks.out_block, blocks.mask)
 
 

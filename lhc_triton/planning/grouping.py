@@ -13,6 +13,9 @@ TILE_WIDTHS = (16, 32, 64, 128)
 MIN_SAVING_US = 1e-6
 # Pairs are compared within runs of this many tiles, which bounds the savings matrix to 128 MiB.
 MAX_PAIRWISE = 4096
+# Partitions of so many tiles are improved by moves and swaps, at most so many.
+MAX_MOVED = 16
+MAX_MOVES = 200
 
 
 def candidate_widths(out_block: int, out_channels: int) -> tuple[int, ...]:
@@ -106,6 +109,99 @@ def merge_by_savings(
         best[again] = table[again, partner[again]]
 
 
+def moved_by_savings(
+    parts: list[list[int]], rows: np.ndarray, sizes: np.ndarray, entry_us: np.ndarray, tile_us: float
+) -> list[list[int]]:
+    """Improve a partition: move a tile to another part or a part of its own, or swap two, while that saves.
+
+    Pairwise merging never undoes a merge, and may fill a part with the second best. A part of k groups and n
+    entries costs ``tile_us + n * entry_us[k]``, as in `merge_by_savings`. In each round the best change of
+    every tile is found, and the best of all is made.
+
+    Args:
+        parts: a partition of range(T), as `merge_by_savings` returns it.
+        rows: as there.
+        sizes: as there.
+        entry_us: as there.
+        tile_us: as there.
+
+    Returns:
+        A partition that costs no more, each part ascending, parts by first index.
+    """
+    count, capacity = len(rows), len(entry_us) - 1
+    home = np.empty(count, dtype=np.int64)
+    for index, part in enumerate(parts):
+        home[part] = index
+    counts = np.zeros((count, rows.shape[1]), dtype=np.int32)  # of the tiles of each part that have an entry
+    groups = np.zeros(count, dtype=np.int64)
+    np.add.at(counts, home, rows.astype(np.int32))
+    np.add.at(groups, home, sizes)
+
+    def cost(entries: np.ndarray, members: np.ndarray) -> np.ndarray:
+        times = entries * entry_us[np.minimum(members, capacity)] + tile_us
+        return np.where(members > capacity, np.inf, np.where(members > 0, times, 0.0))
+
+    for _ in range(MAX_MOVES):
+        present = counts > 0
+        own = cost(present.sum(axis=1), groups)
+        best_saving, best = MIN_SAVING_US, None
+        for tile in range(count):
+            source = int(home[tile])
+            left = counts[source] - rows[tile]
+            rest = groups[source] - sizes[tile]
+            relief = own[source] - float(cost((left > 0).sum(), rest))
+            joined = cost((present | rows[tile]).sum(axis=1), groups + sizes[tile])
+            saving = relief + own - joined
+            saving[source] = -np.inf
+            target = int(saving.argmax())
+            if saving[target] > best_saving:
+                best_saving, best = float(saving[target]), (tile, target, -1)
+            others = np.flatnonzero(home != source)
+            if not len(others):
+                continue
+            places = home[others]
+            mine = ((left + rows[others]) > 0).sum(axis=1)
+            theirs = ((counts[places] - rows[others] + rows[tile]) > 0).sum(axis=1)
+            after = cost(mine, rest + sizes[others]) + cost(
+                theirs, groups[places] - sizes[others] + sizes[tile]
+            )
+            saving = own[source] + own[places] - after
+            other = int(saving.argmax())
+            if saving[other] > best_saving:
+                best_saving, best = float(saving[other]), (tile, int(places[other]), int(others[other]))
+        if best is None:
+            break
+        tile, target, other = best
+        for moving, place in ((tile, target), (other, int(home[tile]))):
+            if moving >= 0:
+                counts[home[moving]] -= rows[moving]
+                groups[home[moving]] -= sizes[moving]
+                counts[place] += rows[moving]
+                groups[place] += sizes[moving]
+                home[moving] = place
+    found = [np.flatnonzero(home == index).tolist() for index in range(count)]
+    return sorted(part for part in found if part)
+
+
+def _cut(rows: np.ndarray, sizes: np.ndarray, capacity: int) -> list[list[int]]:
+    """Fill parts one after the other with the tiles in the order of their entries."""
+    parts: list[list[int]] = []
+    filled = capacity
+    for tile in np.lexsort(rows.T[::-1]).tolist():
+        if filled + sizes[tile] > capacity:
+            parts.append([])
+            filled = 0
+        parts[-1].append(tile)
+        filled += int(sizes[tile])
+    return parts
+
+
+def _cost(
+    parts: list[list[int]], rows: np.ndarray, sizes: np.ndarray, entry_us: np.ndarray, tile_us: float
+) -> float:
+    return sum(tile_us + rows[part].any(axis=0).sum() * entry_us[sizes[part].sum()] for part in parts)
+
+
 def form_tiles(
     topology: LayerTopology, cost: CostModel, tile_width: int, itemsize: int = 4
 ) -> tuple[Tile, ...]:
@@ -143,7 +239,14 @@ def form_tiles(
         for row, batch in zip(rows, run, strict=True):
             row[list(topology.pattern_of(batch[0]))] = True
         sizes = np.array([len(batch) for batch in run])
-        for part in merge_by_savings(rows, sizes, entry_us, cost.tile_us):
+        parts = merge_by_savings(rows, sizes, entry_us, cost.tile_us)
+        if len(run) <= MAX_MOVED:
+            starts = (parts, _cut(rows, sizes, capacity))
+            parts = min(
+                (moved_by_savings(start, rows, sizes, entry_us, cost.tile_us) for start in starts),
+                key=lambda found: _cost(found, rows, sizes, entry_us, cost.tile_us),
+            )
+        for part in parts:
             groups = tuple(sorted(group for index in part for group in run[index]))
             tiles.append(Tile(groups, tuple(np.flatnonzero(rows[part].any(axis=0)).tolist())))
     return tuple(sorted(tiles, key=lambda tile: (-len(tile.entries), tile.groups)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 IN_BLOCKS = (8, 16, 32, 64, 128)
+NARROW_BLOCKS = (4, 2, 1)
 OUT_BLOCKS = (8, 16, 32, 64, 128)
 
 # Blocks may cover this much more than the smallest ones do: a chance zero must not force smaller blocks.
@@ -15,6 +16,8 @@ SLACK = 1.02
 # An entry costs as much as its channels and this many more: a tile's sums are read and written once for each
 # entry, which takes the torch backend the time of 7 channels' arithmetic on a CPU (see cost.TORCH).
 ENTRY_CHANNELS = 8
+# Narrow blocks cost more for what they hold: they have to be the zeros' own, with this share of live weights.
+NARROW_FIT = 0.75
 # Below this share of the work to skip, a sparse kernel has nothing to win over a dense one.
 LEAST_GAIN = 0.1
 
@@ -27,12 +30,14 @@ class Blocks:
         in_block, out_block: the block sizes.
         mask: boolean [filter groups, input blocks, kh, kw]; a block lives if one of its weights does.
         work: share of the dense work that batches of equal patterns leave, batches rounded up to 8 filters.
+        fit: share of live weights in the blocks that live.
     """
 
     in_block: int
     out_block: int
     mask: np.ndarray
     work: float
+    fit: float
 
 
 def infer_blocks(live: np.ndarray) -> Blocks | None:
@@ -46,8 +51,9 @@ def infer_blocks(live: np.ndarray) -> Blocks | None:
     with the least work wins, where each entry counts its channels and 8 more; ties go to the wider block.
     The rule does not ask for the device, so a network has one topology on all of them.
 
-    Kernel positions and runs of input channels that are gone fall out as special cases. Input channels that
-    are gone here and there cannot be skipped: no block of 8 is free of live ones.
+    Kernel positions and runs of input channels that are gone fall out as special cases. Where these blocks
+    hold many zeros, those of 4, 2 and 1 channels are tried, and taken if they hold few: so input channels are
+    found that are gone here and there, and kernels that are kept whole for some adjacent filters (1xN).
 
     Args:
         live: boolean [O, I, kh, kw], True where the weight is not zero.
@@ -56,10 +62,24 @@ def infer_blocks(live: np.ndarray) -> Blocks | None:
         The blocks, or None where they leave more than nine tenths of the dense work: the zeros are too
         scattered for blocks.
     """
+    blocks = best_blocks(live)
+    return blocks if blocks.work <= 1 - LEAST_GAIN else None
+
+
+def best_blocks(live: np.ndarray) -> Blocks:
+    """Return the blocks that `infer_blocks` finds, however much work they leave."""
+    wide = _cheapest(live, [size for size in IN_BLOCKS if size == IN_BLOCKS[0] or size < 2 * live.shape[1]])
+    if wide.fit >= NARROW_FIT:
+        return wide
+    narrow = (_cheapest(live, [size]) for size in NARROW_BLOCKS)
+    return next((b for b in narrow if b.fit >= NARROW_FIT and b.work < wide.work), wide)
+
+
+def _cheapest(live: np.ndarray, sizes: list[int]) -> Blocks:
+    """Return the blocks of the least price; each size is twice the one before."""
     out_channels, in_channels, kh, kw = live.shape
     rows = live.astype(bool, copy=False).reshape(out_channels, in_channels, kh * kw)
     best: tuple[float, int, int, np.ndarray] | None = None
-    sizes = [size for size in IN_BLOCKS if size == IN_BLOCKS[0] or size < 2 * in_channels]
     for in_block in sizes:
         rows = _merge(rows, in_block if in_block == sizes[0] else 2, axis=1)
         out_block, mask = _adjacent_filters(rows, live.shape, in_block)
@@ -72,10 +92,14 @@ def infer_blocks(live: np.ndarray) -> Blocks | None:
     assert best is not None
     _, in_block, out_block, mask = best
     dense = _padded(out_channels) * mask.shape[1] * mask.shape[2]
-    share = _work(mask, out_block, out_channels) / dense
-    if share > 1 - LEAST_GAIN:
-        return None
-    return Blocks(in_block, out_block, mask.reshape(*mask.shape[:2], kh, kw), share)
+    covered = _covered(mask, live.shape, in_block, out_block)
+    return Blocks(
+        in_block,
+        out_block,
+        mask.reshape(*mask.shape[:2], kh, kw),
+        _work(mask, out_block, out_channels) / dense,
+        float(live.sum()) / covered if covered else 1.0,
+    )
 
 
 def _merge(live: np.ndarray, count: int, axis: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from .backends import check_backend
 from .cost import CostModel, itemsize_of
@@ -13,7 +13,9 @@ from .network_plan import Plan
 from .schema import LayerPlan, LayerTopology, Tile
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+BackendName = Literal["auto", "dense", "reference", "torch", "native", "triton"]
 
 
 def choose_tiles(
@@ -102,8 +104,8 @@ def plan_topologies(
 
 def plan(
     model: nn.Module,
-    example_input: Any,
-    backend: str = "auto",
+    example_input: Tensor | tuple[Tensor, ...],
+    backend: BackendName = "auto",
     cost: CostModel | None = None,
     dense: bool = False,
 ) -> Plan:

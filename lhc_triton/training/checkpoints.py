@@ -18,6 +18,9 @@ from lhc_triton.training.metrics import EpochMetrics
 CHECKPOINT_KIND = "training checkpoint"
 CHECKPOINT_VERSION = 3
 
+# Settings that are younger than the version, at what runs without them had.
+_LATER = {"start": "random", "mac_budget": 0.0, "gradual": False}
+
 _MODEL, _MOMENTUM, _AVERAGE = "model/", "momentum/", "average/"
 
 
@@ -110,6 +113,7 @@ def load_checkpoint(path: str | Path, run: Mapping[str, Any], ignore: Collection
     found = document.get("run")
     if not isinstance(found, dict):
         raise ValueError(f"{path}: does not say which run it is of; delete it to start again")
+    found = {**{name: value for name, value in _LATER.items() if name in run}, **found}
     differing = sorted(key for key in {*found, *run} - {*ignore} if found.get(key) != run.get(key))
     if differing:
         key = differing[0]

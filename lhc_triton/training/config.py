@@ -23,6 +23,7 @@ from lhc_triton.training.data import Augmentation, DataName, OnBadFile
 Stem = Literal["auto", "cifar", "imagenet"]
 TopologyName = Literal[
     "learned",
+    "pruned",
     "standard",
     "pointwise",
     "groupwise",
@@ -36,8 +37,17 @@ TopologyName = Literal[
 ]
 Precision = Literal["auto", "fp32", "bf16"]
 
-OF_TARGET: Mapping[str, Any] = {"penalty": "weights", "mac_share": MAC_SHARE, "pattern_weight": 0.0}
+OF_TARGET: Mapping[str, Any] = {
+    "penalty": "weights",
+    "mac_share": MAC_SHARE,
+    "mac_budget": 0.0,
+    "gradual": False,
+    "pattern_weight": 0.0,
+}
 """Settings that only a learned topology with a density target has, at the values that they have without."""
+
+OF_PRUNED = ("penalty", "mac_budget")
+"""Those of them that say something of a pruned topology too."""
 
 NOTHING = "none"  # how a file and the command line write None
 _MAX_FILE_BYTES = 1 << 20
@@ -89,6 +99,9 @@ class TrainConfig:
         int, Setting("training images held out to choose the best epoch", 10, _MANY)
     ] = 1200
 
+    factory: Annotated[
+        str | None, Setting("package.module:factory, whose network is trained in place of `network`")
+    ] = None
     network: Annotated[NetworkName, Setting("small-vgg, vgg16, vgg19, resnet34 or resnet50")] = "small-vgg"
     stem: Annotated[
         Stem, Setting("input and head for images of: cifar, imagenet, auto (cifar below 64 pixels)")
@@ -105,10 +118,17 @@ class TrainConfig:
     topology: Annotated[
         TopologyName,
         Setting(
-            "learned, or one made by hand, in its own blocks: standard, pointwise, groupwise, depthwise, "
-            "hetconv, stripe, 1xn, asymmetric, cross, dilated_cross"
+            "learned; pruned: the dense twin's best blocks, no coarse stage; or made by hand, in its own "
+            "blocks: standard, pointwise, groupwise, depthwise, hetconv, stripe, 1xn, asymmetric, cross, "
+            "dilated_cross"
         ),
     ] = "learned"
+    start: Annotated[
+        Literal["random", "twin"],
+        Setting(
+            "weights that the coarse stage starts from: the dense twin's first ones, or its trained ones"
+        ),
+    ] = "random"
     parts: Annotated[
         int, Setting("of a topology made by hand: how many groups, or 1 in how many it keeps", 1, MAX_SIZE)
     ] = 4
@@ -134,6 +154,12 @@ class TrainConfig:
     mac_share: Annotated[
         float, Setting("share of the penalty that falls on all MACs; 0.01: the paper", 0, 0.99)
     ] = MAC_SHARE
+    mac_budget: Annotated[
+        float, Setting("share of all MACs up to which the penalty asks for none of them; 0: the paper", 0, 1)
+    ] = 0.0
+    gradual: Annotated[
+        bool, Setting("whether target and budget come down from 1 over the warm-up; false: the paper")
+    ] = False
     pattern_weight: Annotated[
         float, Setting("weight of the aim for fewer patterns in a layer; 0: none", 0, 100)
     ] = 0.0
@@ -210,6 +236,11 @@ class TrainConfig:
     def target(self) -> float | None:
         """The density that training steers to; None for none, as under a topology made by hand."""
         return self.density if self.topology == "learned" else None
+
+    @property
+    def from_twin(self) -> bool:
+        """Whether the network with a topology starts from the trained weights of the dense twin."""
+        return self.start == "twin" or self.topology == "pruned"
 
     @property
     def warmup(self) -> int:
@@ -393,8 +424,15 @@ def _check_together(config: TrainConfig) -> None:
             f"warmup_epochs {config.warmup_epochs} leaves none of {config.coarse_epochs} coarse epochs "
             "to choose the best from; make it smaller than coarse_epochs"
         )
+    if config.from_twin and config.dense_twin == "none":
+        setting = "topology pruned" if config.topology == "pruned" else "start twin"
+        raise ValueError(f"{setting} needs the weights of a dense twin; set dense_twin to train or a folder")
+    if config.topology == "pruned" and config.density is None:
+        raise ValueError("topology pruned needs a density: the share to keep")
     if config.target is None:
         for name, usual in OF_TARGET.items():
+            if config.topology == "pruned" and name in OF_PRUNED:
+                continue
             if (value := getattr(config, name)) != usual:
                 raise ValueError(
                     f"{name} {value} needs a learned topology with a density target; leave it at {usual}, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ CostKind = Literal["weights", "macs", "latency"]
 
 def entry_costs(
     model: nn.Module,
-    example_input: Tensor | tuple[Any, ...],
+    example_input: Tensor | tuple[Tensor, ...],
     kind: CostKind = "weights",
     *,
     cost: CostModel | None = None,

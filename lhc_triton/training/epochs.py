@@ -21,6 +21,7 @@ from lhc_triton.training.metrics import (
     layer_metrics,
     write_metrics,
 )
+from lhc_triton.training.networks import prune_network
 from lhc_triton.training.recipe import StageName, make_optimiser, plateau, stage_epochs
 from lhc_triton.training.run import Run
 from lhc_triton.training.stage import EpochPlan, Trainee, accuracy, train_epoch
@@ -54,10 +55,15 @@ def start_of(run: Run, stage: StageName, rows: list[EpochMetrics]) -> Trainee:
     """The network at the start of a stage, or as the last checkpoint has it where that has begun."""
     config = run.config
     begun = bool(rows) and rows[-1].stage == stage
-    model = run.network(stage)
+    pruned = config.topology == "pruned"
+    takes_over = not begun and config.from_twin and stage == ("fine" if pruned else "coarse")
+    model = run.network(stage, (lambda dense: run.load_dense(rows, dense)) if takes_over else None)
     if stage == "fine":
         if not begun:
-            run.load_best("coarse", rows, model)
+            if pruned:
+                prune_network(model, run.example(), config)
+            else:
+                run.load_best("coarse", rows, model)
             if run.between_stages is not None:
                 run.between_stages(model)
         if begun or not run.world.is_main:  # a checkpoint brings the topology; one process warns
@@ -79,6 +85,8 @@ def start_of(run: Run, stage: StageName, rows: list[EpochMetrics]) -> Trainee:
             config.seed,
             entry_costs=entry_costs(model, example, config.penalty),
             mac_share=config.mac_share,
+            mac_budget=config.mac_budget,
+            gradual=config.gradual,
             pattern_weight=config.pattern_weight if config.target is not None else 0.0,
         )
     average = None if config.ema is None else WeightAverage(model, config.ema)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from lhc_triton.files import write_beside
-from lhc_triton.training.checkpoints import restore
-from lhc_triton.training.config import TrainConfig, read_config
-from lhc_triton.training.identity import LAST, dense_twin
+from lhc_triton.training.config import TrainConfig
+from lhc_triton.training.identity import LAST, stages_of
 from lhc_triton.training.metrics import EpochMetrics, best_epoch
-from lhc_triton.training.networks import architecture_of
+from lhc_triton.training.networks import described, maker
 from lhc_triton.training.presets import command_of, without_places
 from lhc_triton.training.result import Chosen, TrainResult, summed_up, write_and_test
 from lhc_triton.training.run import Run
@@ -23,7 +21,7 @@ def finish(run: Run, rows: list[EpochMetrics]) -> TrainResult:
     """Write the two networks, test what was written, and sum up."""
     config, world = run.config, run.world
     coarse = best_epoch(rows, "coarse", config.target)
-    if coarse is None:
+    if coarse is None and "coarse" in stages_of(config):
         raise ValueError(f"{run.out / LAST}: has no coarse epoch to choose; delete it to start again")
     dense = _tested_dense(run, rows)
     model = run.network("fine")
@@ -45,23 +43,17 @@ def finish(run: Run, rows: list[EpochMetrics]) -> TrainResult:
 
 
 def _tested_dense(run: Run, rows: list[EpochMetrics]) -> Chosen | None:
-    """The dense network, of this run or of the one it is taken from."""
+    """The dense network, tested; None in a run without one."""
     if run.config.dense_twin == "none":
         return None
     model = run.network("dense")
-    if run.config.dense_twin == "train":
-        row = run.load_best("dense", rows, model)
-        return Chosen(row, _tested(run, "dense", model, run.config))
-    folder = Path(run.config.dense_twin)
-    checkpoint = dense_twin(folder, run.config, run.identity, run.precision)
-    restore(folder, checkpoint, model)
-    trained_by = read_config(folder / "config.toml")
-    return Chosen(checkpoint.rows[-1], _tested(run, "dense", model, trained_by))
+    row, trained_by = run.load_dense(rows, model)
+    return Chosen(row, _tested(run, "dense", model, trained_by))
 
 
 def _tested(run: Run, kind: str, model: nn.Module, config: TrainConfig) -> float:
     """Write a network that a run with ``config`` trained, and return its accuracy on the test images."""
-    architecture = architecture_of(config, run.data.format)
+    architecture = described(config, run.data.format)
     notes = {
         "command": command_of(config),
         "config": without_places(config).to_dict(),
@@ -71,4 +63,6 @@ def _tested(run: Run, kind: str, model: nn.Module, config: TrainConfig) -> float
         "training_images": len(run.training),
     }
     path = run.out / f"{kind}.safetensors"
-    return write_and_test(model, path, architecture, notes, run.data.test, run.world, run.config.workers)
+    return write_and_test(
+        model, path, architecture, notes, run.data.test, run.world, run.config.workers, maker(config)
+    )

@@ -25,6 +25,7 @@ _MACHINE = ("data_folder", "on_bad_file", "device", "precision", "workers", "ten
 # Settings that the dense network knows nothing of.
 TOPOLOGY_ONLY = (
     "topology",
+    "start",
     "parts",
     "pointwise_layers",
     "density",
@@ -34,6 +35,8 @@ TOPOLOGY_ONLY = (
     "shapes",
     "penalty",
     "mac_share",
+    "mac_budget",
+    "gradual",
     "pattern_weight",
     "warmup_epochs",
     "coarse_floor",
@@ -52,11 +55,13 @@ def identity(config: TrainConfig, training: Source, validation: Source) -> dict[
         OSError: the file of pretrained weights cannot be read.
     """
     known = {name: value for name, value in config.to_dict().items() if name not in _MACHINE}
+    if config.factory is None:
+        del known["factory"]  # runs of earlier versions do not have it
     if config.pretrained is not None:
         with Path(config.pretrained).open("rb") as file:
             known["pretrained"] = hashlib.file_digest(file, "sha256").hexdigest()
-    if config.dense_twin not in OWN_TWIN:
-        known["dense_twin"] = "taken over"
+    if config.dense_twin != "train":
+        known["dense_twin"] = "none"  # one that was trained without a twin may take one over later
     if config.penalty == "latency":
         known["latency on"] = torch.device(config.device).type
     return {**known, "training images": training.digest(), "validation images": validation.digest()}
@@ -64,7 +69,8 @@ def identity(config: TrainConfig, training: Source, validation: Source) -> dict[
 
 def stages_of(config: TrainConfig) -> tuple[StageName, ...]:
     """The stages that a run trains itself."""
-    return STAGES if config.dense_twin == "train" else STAGES[1:]
+    stages = STAGES if config.dense_twin == "train" else STAGES[1:]
+    return tuple(stage for stage in stages if stage != "coarse" or config.topology != "pruned")
 
 
 def finished(config: TrainConfig, stage: StageName, rows: Sequence[EpochMetrics]) -> bool:

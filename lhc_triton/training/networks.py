@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lhc_triton.conversion import blocks_by_width, convert
+from lhc_triton.conversion import blocks_by_width, convert, evaluating, output_pixels
 from lhc_triton.handcrafted import impose
-from lhc_triton.models.architecture import Architecture
+from lhc_triton.layers import LHCConv2d
+from lhc_triton.models.architecture import Architecture, OwnArchitecture
+from lhc_triton.models.factory import call_factory, is_factory
 from lhc_triton.models.pretrained import load_initial
 from lhc_triton.models.resnet import WIDTHS
 from lhc_triton.models.vgg import VGG16_WIDTHS, VGG19_WIDTHS, Images
+from lhc_triton.pruning import prune
+from lhc_triton.topology import Effects
 from lhc_triton.training.config import TrainConfig
 from lhc_triton.training.data import ImageFormat, expected_format, most_images
 
@@ -49,12 +54,34 @@ def architecture_of(config: TrainConfig, format: ImageFormat) -> Architecture:
     return Architecture(config.network, scaled, stem, format.channels, len(format.classes), format.size)
 
 
+def described(config: TrainConfig, format: ImageFormat) -> Architecture | OwnArchitecture:
+    """What the files of a run say of its network."""
+    if config.factory is None:
+        return architecture_of(config, format)
+    return OwnArchitecture(config.factory, format.channels, len(format.classes), format.size)
+
+
+def maker(config: TrainConfig) -> Callable[[], nn.Module] | None:
+    """What makes a run's own network; None for one of this package's.
+
+    Raises:
+        ValueError: the setting is not of the form package.module:factory.
+    """
+    if config.factory is None:
+        return None
+    if not is_factory(config.factory):
+        raise ValueError(f"factory {config.factory!r} is not of the form package.module:factory")
+    return partial(call_factory, config.factory)
+
+
 def _scaled(width: int | Literal["M"], factor: float) -> int | Literal["M"]:
     return width if width == "M" else max(1, round(factor * width))
 
 
 def network_name(config: TrainConfig) -> str:
     """The network's name for people: one of other widths says so, as in "VGG16 x 0.5"."""
+    if config.factory is not None:
+        return config.factory
     name = _NAMES[config.network]
     return name if config.width == 1 else f"{name} x {config.width:g}"
 
@@ -73,12 +100,28 @@ def build_network(
         FileNotFoundError: there is no such file of pretrained weights.
         ValueError: the images are too small for the network, or the pretrained weights are not its.
     """
-    model = architecture_of(config, format).build()
+    make = maker(config)
+    model = architecture_of(config, format).build() if make is None else make()
+    if make is not None:
+        _check_own(config, format, model)
     if config.pretrained is not None:
         left_out = load_initial(model, config.pretrained)
         if left_out:
             say(f"{config.pretrained}: of another classifier; {', '.join(left_out)} start at random")
     return model
+
+
+def _check_own(config: TrainConfig, format: ImageFormat, model: nn.Module) -> None:
+    """Refuse an own network that does not take the images, or has another number of classes."""
+    output_pixels(model, torch.zeros(2, format.channels, format.size, format.size), (nn.Conv2d,))
+    with evaluating(model):
+        output = model(torch.zeros(2, format.channels, format.size, format.size))
+    wanted = (2, len(format.classes))
+    if not isinstance(output, torch.Tensor) or tuple(output.shape) != wanted:
+        found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ValueError(
+            f"{config.factory} gives {found} for 2 images of {len(format.classes)} classes, not {wanted}"
+        )
 
 
 def check_topology(config: TrainConfig, format: ImageFormat) -> None:
@@ -87,6 +130,9 @@ def check_topology(config: TrainConfig, format: ImageFormat) -> None:
     Raises:
         ValueError: the images are too small for the network, or no convolution can have the topology.
     """
+    if config.factory is not None:
+        apply_topology(build_network(config, format), config)
+        return
     with torch.device("meta"):
         apply_topology(architecture_of(config, format).build(), config)
 
@@ -112,8 +158,10 @@ def check_settings(config: TrainConfig) -> None:
 def apply_topology(model: ModelT, config: TrainConfig) -> ModelT:
     """Give a dense network the run's topology, in place: one to be learned, or one made by hand, frozen.
 
+    One that is to be pruned has all of its blocks until prune_network() chooses.
+
     Args:
-        model: what build_network gave.
+        model: what build_network gave, or the trained dense twin.
         config: the run.
 
     Raises:
@@ -123,7 +171,34 @@ def apply_topology(model: ModelT, config: TrainConfig) -> ModelT:
     def takes_part(name: str, conv: nn.Conv2d) -> bool:
         return config.pointwise_layers or conv.kernel_size != (1, 1)
 
+    blocks = blocks_by_width(config.lhc) if config.block_rule == "width" else config.lhc
+    if config.topology == "pruned":
+        return impose(model, "standard", blocks, filter_fn=takes_part)
     if config.topology != "learned":
         return impose(model, config.topology, parts=config.parts, filter_fn=takes_part)
-    blocks = blocks_by_width(config.lhc) if config.block_rule == "width" else config.lhc
-    return convert(model, blocks, takes_part)
+    effects: Effects = "magnitude" if config.start == "twin" else "random"
+    return convert(model, blocks, takes_part, effects=effects)
+
+
+def prune_network(model: ModelT, example: Tensor, config: TrainConfig) -> ModelT:
+    """Choose a pruned topology by the weights of the trained dense twin, in place.
+
+    The run's ``density`` is kept of what its ``penalty`` names; then, where more MACs than its ``mac_budget``
+    are left, more goes.
+
+    Args:
+        model: the dense twin after apply_topology().
+        example: one image's worth of anything.
+        config: the run.
+
+    Raises:
+        ValueError: the blocks are too large for the density.
+    """
+
+    def learnt(name: str, conv: nn.Conv2d) -> bool:
+        return isinstance(conv, LHCConv2d)
+
+    prune(model, example, config.lhc, budget=config.density, objective=config.penalty, filter_fn=learnt)
+    if config.mac_budget > 0:
+        prune(model, example, config.lhc, budget=config.mac_budget, objective="macs", filter_fn=learnt)
+    return model

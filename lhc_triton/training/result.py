@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lhc_triton.models.architecture import Architecture
+from lhc_triton.models.architecture import Architecture, OwnArchitecture
 from lhc_triton.models.pretrained import load_network, save_network
 from lhc_triton.training.config import TrainConfig
 from lhc_triton.training.data import BadFile, Source
@@ -22,6 +22,7 @@ from lhc_triton.training.stage import accuracy
 
 TOPOLOGY_SETTINGS = (
     "topology",
+    "start",
     "parts",
     "density",
     "in_block",
@@ -31,6 +32,8 @@ TOPOLOGY_SETTINGS = (
     "pointwise_layers",
     "penalty",
     "mac_share",
+    "mac_budget",
+    "gradual",
     "pattern_weight",
 )
 FILES = {
@@ -62,7 +65,7 @@ class TrainResult:
         steered_density: live share of what the penalty steers: weights, MACs or predicted time.
         weight_reduction, mac_reduction: one over the first two densities.
         patterns: distinct patterns of the converted convolutions, summed over them.
-        dense_epoch, coarse_epoch, fine_epoch: the epochs that were chosen, from 0.
+        dense_epoch, coarse_epoch, fine_epoch: the epochs that were chosen, from 0; None without such a stage.
         epochs: how many were trained, by stage; of a dense network that was taken over, none.
         precision: "fp32" or "bf16", of training.
         processes: how many trained together in the end.
@@ -88,7 +91,7 @@ class TrainResult:
     mac_reduction: float
     patterns: int
     dense_epoch: int | None
-    coarse_epoch: int
+    coarse_epoch: int | None
     fine_epoch: int
     epochs: dict[str, int]
     precision: str
@@ -114,11 +117,12 @@ class Chosen:
 def write_and_test(
     model: nn.Module,
     path: Path,
-    architecture: Architecture,
+    architecture: Architecture | OwnArchitecture,
     notes: Mapping[str, Any],
     test: Source,
     world: World,
     workers: int,
+    make: Callable[[], nn.Module] | None = None,
 ) -> float:
     """Write a network as the main process, and test what was written: after the rounding to half precision.
 
@@ -130,6 +134,7 @@ def write_and_test(
         test: the test images, shared among the processes.
         world: the processes.
         workers: threads that load the images; 0 for none.
+        make: builds the dense network, where that is none of this package's.
 
     Returns:
         The share of right answers, 0 to 1.
@@ -137,7 +142,7 @@ def write_and_test(
     if world.is_main:
         save_network(model, path, architecture, notes)
     world.barrier()
-    written = load_network(path).model
+    written = load_network(path, make).model
     written.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     share = accuracy(written, test, architecture.image_size, "fp32", world, workers)
     world.barrier()
@@ -153,7 +158,7 @@ def summed_up(
     precision: str,
     processes: int,
     dense: Chosen | None,
-    coarse: EpochMetrics,
+    coarse: EpochMetrics | None,
     fine: Chosen,
     bad_files: tuple[BadFile, ...],
 ) -> TrainResult:
@@ -177,7 +182,7 @@ def summed_up(
         mac_reduction=1 / row.mac_density,
         patterns=row.patterns,
         dense_epoch=None if dense is None else dense.row.epoch,
-        coarse_epoch=coarse.epoch,
+        coarse_epoch=None if coarse is None else coarse.epoch,
         fine_epoch=row.epoch,
         epochs={stage: sum(r.stage == stage for r in rows) for stage in ("dense", "coarse", "fine")},
         precision=precision,

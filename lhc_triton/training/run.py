@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lhc_triton.training.checkpoints import load_checkpoint, restore
-from lhc_triton.training.config import TrainConfig
+from lhc_triton.training.config import TrainConfig, read_config
 from lhc_triton.training.data import Data, Source
 from lhc_triton.training.distributed import World
-from lhc_triton.training.identity import LAST, best_file, stages_of
+from lhc_triton.training.identity import LAST, best_file, dense_twin, stages_of
 from lhc_triton.training.logs import RunLog
 from lhc_triton.training.metrics import EpochMetrics, best_epoch
 from lhc_triton.training.networks import apply_topology, build_network
@@ -39,12 +39,19 @@ class Run:
     on_epoch: Callable[[EpochMetrics], None] | None
     between_stages: Callable[[nn.Module], None] | None
 
-    def network(self, stage: StageName) -> nn.Module:
-        """The network at its start: the same weights for the dense one and the one with a topology."""
+    def network(self, stage: StageName, take_over: Callable[[nn.Module], object] | None = None) -> nn.Module:
+        """The network at its start: the same weights for the dense one and the one with a topology.
+
+        Args:
+            stage: the stage.
+            take_over: gives it other weights while it is dense.
+        """
         first = stage == stages_of(self.config)[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             model = build_network(self.config, self.data.format, *([self.progress.say] if first else []))
+            if take_over is not None:
+                take_over(model)
             if stage != "dense":
                 apply_topology(model, self.config)
         if not self.config.channels_last:
@@ -65,3 +72,16 @@ class Run:
         path = self.out / best_file(row)
         restore(path, load_checkpoint(path, self.identity), model)
         return row
+
+    def load_dense(self, rows: list[EpochMetrics], model: nn.Module) -> tuple[EpochMetrics, TrainConfig]:
+        """Put the best dense network, of this run or of the one it is taken from, into a model.
+
+        Returns:
+            The epoch that it is of, and the settings that trained it.
+        """
+        if self.config.dense_twin == "train":
+            return self.load_best("dense", rows, model), self.config
+        folder = Path(self.config.dense_twin)
+        checkpoint = dense_twin(folder, self.config, self.identity, self.precision)
+        restore(folder, checkpoint, model)
+        return checkpoint.rows[-1], read_config(folder / "config.toml")

@@ -2,40 +2,31 @@
 
 import json
 import os
-import sys
-from dataclasses import dataclass
 
 import pytest
 
 from lhc_triton import LHCConfig, convert, freeze
-from lhc_triton.cli import app, main
+from lhc_triton.cli import app
 from lhc_triton.cli.console import print_table
 from lhc_triton.models.architecture import Architecture
 from lhc_triton.models.pretrained import save_network
 
-COMMANDS = ("demo", "train", "report", "ablate", "plan", "tune", "bench", "plot", "inspect", "doctor")
-
-
-@dataclass(frozen=True)
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run the command line as its entry point would, in an empty folder."""
-
-    def call(*arguments: str) -> Done:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["lhc-triton", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out = capsys.readouterr()
-        return Done(stopped.value.code or 0, out.out, out.err)
-
-    return call
+COMMANDS = (
+    "demo",
+    "accelerate",
+    "prune",
+    "predict",
+    "train",
+    "report",
+    "ablate",
+    "plan",
+    "tune",
+    "bench",
+    "plot",
+    "inspect",
+    "doctor",
+    "build",
+)
 
 
 def test_every_command_of_the_contract_exists():
@@ -58,6 +49,7 @@ def test_version_is_the_package_version(run):
 
 def test_doctor_json_names_devices_and_backends(run):
     found = json.loads(run("doctor", "--json").stdout)
+    assert isinstance(found["notes"], list)
     assert found["devices"][0]["device"] == "cpu"
     names = {row["backend"] for row in found["backends"]["cpu"]}
     assert {"dense", "reference", "torch", "native", "triton"} <= names
@@ -140,7 +132,7 @@ def test_trained_weights_are_told_from_artefacts(run, tmp_path, command):
         (("bench", "--suite", "loading", "--out", f"{__file__}/out"), "cannot be a folder"),
         (("bench", "--out", f"{__file__}/out"), "cannot be a folder"),
         (("plan", "lhc", "--out", "."), "is a folder"),
-        (("plan", "/dev"), "/dev is a folder; give the name of a file"),
+        (("plan", "/dev"), "/dev: is no finished run of `lhc-triton train`"),
         (("inspect", "/dev/zero"), "/dev/zero is a device; give the name of a file"),
         (("plan", "\x1b[2J" + "x" * 300), r"\x1b[2Jxxx"),
         (("plan", "lhc", "--batch", "x"), "--batch"),

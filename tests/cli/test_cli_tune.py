@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from lhc_triton.cli import main
-from lhc_triton.runtime.choosing import tuning_jobs
+from lhc_triton.runtime.choosing import compiled_ahead, tuning_jobs
 from lhc_triton.runtime.choosing.dispatch import Decision
 from lhc_triton.runtime.choosing.timing_store import TimingStore
 from lhc_triton.runtime.choosing.tuning_jobs import run_jobs
@@ -47,7 +48,7 @@ def tune(monkeypatch, capsys, tmp_path):
 def gpu(monkeypatch):
     """Let the CPU stand for a GPU whose kernels need no time to run."""
     monkeypatch.setattr(tuning_jobs, "tuning_device", lambda: (torch.device("cpu"), 0, 1))
-    monkeypatch.setattr(tuning_jobs, "run_jobs", partial(run_jobs, benches=FlatBench()))
+    monkeypatch.setattr(compiled_ahead, "compiled_ahead", lambda *_, **__: nullcontext(FlatBench()))
     monkeypatch.setattr(tuning_jobs, "choose_backend", lambda *_: Decision("triton", "", {}))
 
 
@@ -103,7 +104,7 @@ def test_a_table_shows_what_was_found_for_people(tune, gpu, tmp_path):
 
 def test_what_the_budget_leaves_is_said(tune, gpu, monkeypatch):
     slow = iter(float(second) for second in range(10_000))
-    timed = partial(run_jobs, benches=FlatBench(), clock=lambda: next(slow))
+    timed = partial(run_jobs, clock=lambda: next(slow))
     monkeypatch.setattr(tuning_jobs, "run_jobs", timed)
     code, out, _ = tune("lhc", "--batch", "1", "--budget", "9")
     assert code == 0

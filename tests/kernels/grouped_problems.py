@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lhc_kernels
-from lhc_kernels import KernelConfig, LaunchShape, launch
+from lhc_kernels import KernelConfig, launch
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.int8: 1e-5}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -274,7 +273,8 @@ CASES = {
 
 def variant(name: str, *args: int, **kwargs: object) -> tuple[int, ...]:
     """Return a small config of a variant as integers, of few pixels and 16 filters unless told."""
-    return config(*(args or ((16 if name == "persistent" else 32), 16, 32, 8, 3)), variant=name, **kwargs)
+    few = 16 if name in ("persistent", "resident") else 32
+    return config(*(args or (few, 16, 32, 8, 3)), variant=name, **kwargs)
 
 
 HALF = Conv(dtype=torch.float16, residual=True, activation="silu", height=7, width=10)
@@ -292,7 +292,13 @@ VARIANT_CASES = {
     "split_1x1_of_stride_2": Conv(
         kernel=(1, 1), stride=(2, 2), padding=(0, 0, 0, 0), density=0.8, config=variant("split", splits=2)
     ),
+    "resident": Conv(batch=3, out_channels=40, residual=True, config=variant("resident")),
+    "resident_two_entries": Conv(
+        batch=3, out_channels=70, config=variant("resident", 16, 16, 32, 8, 3, 2), activation="relu"
+    ),
+    "resident_wide_tiles": Conv(stride=(2, 1), out_channels=60, tile_width=30, config=variant("resident")),
     "box": replace(HALF, config=variant("box")),
+    "box_of_one_row": replace(HALF, width=16, config=variant("box", 16, 16, 32, 8, 3)),
     "box_of_several_images": replace(HALF, batch=5, height=2, width=2, config=variant("box", 32)),
     "box_of_one_pixel": replace(HALF, height=1, width=1, density=0.8, config=variant("box")),
     "box_dilated_with_uneven_padding": replace(
@@ -320,14 +326,11 @@ def cases_by_dtype() -> list[tuple[str, Conv]]:
 @contextmanager
 def few_processors(count: int = 1) -> Iterator[None]:
     """Pretend that the device has few multiprocessors, so that persistent programs take several turns."""
-    real = launch.launch_shape
-
-    def shape(*args: Any) -> LaunchShape:
-        return replace(real(*args), processors=count)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "launch_shape", shape)
+        patch.setattr(launch, "device_limits", lambda device: {"processors": count})
+        launch.limits.cache_clear()
         yield
+    launch.limits.cache_clear()
 
 
 SPECIAL_CASES = {
@@ -338,6 +341,16 @@ SPECIAL_CASES = {
     "no_border": Conv(density=0.15, padding=(0, 0, 0, 0)),
     "silu": Conv(density=0.15, activation="silu"),
     "persistent": Conv(batch=3, density=0.15, config=variant("persistent")),
+    "resident": Conv(batch=3, density=0.15, config=variant("resident", 16, 16, 32, 4, 3, 2)),
+    "two_entries_without_a_border": Conv(
+        density=0.15, padding=(0, 0, 0, 0), config=config(64, 16, 32, 4, 3, 2)
+    ),
+    "two_entries_of_a_7x7": Conv(
+        density=0.05, kernel=(7, 7), padding=(3, 3, 3, 3), config=config(64, 16, 32, 4, 3, 2)
+    ),
+    "two_entries_of_a_1x1": Conv(
+        density=0.7, kernel=(1, 1), padding=(0, 0, 0, 0), config=config(64, 16, 32, 4, 3, 2)
+    ),
     "split": Conv(density=0.15, config=variant("split", splits=3)),
     "box": Conv(density=0.15, dtype=torch.float16, config=variant("box")),
     "box_past_the_last_channel": Conv(
@@ -376,7 +389,7 @@ def convs(draw: st.DrawFn) -> Conv:
         scattered=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
     )
-    name = draw(st.sampled_from(("heuristic", "persistent", "split", "box")))
+    name = draw(st.sampled_from(("heuristic", "persistent", "resident", "split", "box")))
     if name == "heuristic":
         return conv
     if name != "box":

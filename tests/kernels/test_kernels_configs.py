@@ -36,14 +36,14 @@ BOX = KernelConfig(variant="box")
 
 
 def test_configs_survive_the_round_trip_through_integers() -> None:
-    for config in (KernelConfig(), KernelConfig(64, 128, 16, 8, 3, 2, "tf32x3", "split", 4)):
+    for config in (KernelConfig(), KernelConfig(64, 128, 16, 8, 3, 2, "tf32x3", "split", 4, 128)):
         values = config.to_list()
         assert all(type(value) is int for value in values)
         assert KernelConfig.from_list(values) == config
 
 
 @pytest.mark.parametrize(
-    "values", [[128], [128, 16, 32, 4, 4, 1, 3, 0, 1], [128, 16, 32, 4, 4, 1, 0, 9, 1], [0] * 8]
+    "values", [[128], [128, 16, 32, 4, 4, 1, 3, 0, 1, 0], [128, 16, 32, 4, 4, 1, 0, 9, 1, 0], [0] * 9]
 )
 def test_other_integers_are_no_config(values: list[int]) -> None:
     with pytest.raises(ValueError, match=r"^config is .*: expected nothing, or block_m"):
@@ -77,6 +77,8 @@ def test_configs_are_frozen() -> None:
         ),
         (KernelConfig(variant="split"), SHAPE, "splits is 1 with variant split: supported are 2 to 16"),
         (KernelConfig(splits=2), SHAPE, "splits is 2 with variant grid: supported are 1 to 1"),
+        (KernelConfig(max_registers=100), SHAPE, "max_registers is 100: supported are 0, 64, 72"),
+        (KernelConfig(max_registers=128), replace(SHAPE, capability=0), "max_registers is 128: this make"),
         (BOX, replace(SHAPE, capability=80), "capability is 8.0: variant box needs 9.0 or more"),
         (BOX, replace(SHAPE, stride=(2, 1)), r"stride is \[2, 1\]: variant box supports \[1, 1\]"),
         (BOX, replace(SHAPE, dtype="float32"), "dtype is float32: variant box supports float16"),
@@ -209,6 +211,8 @@ def test_the_digest_of_the_sources_is_short_and_stable() -> None:
 
 def test_a_box_covers_the_output_in_as_few_programs_as_can_be() -> None:
     assert best_box(128, SHAPE) == (2, 8, 8)
+    assert best_box(64, SHAPE) == (1, 1, 64)
+    assert best_box(64, replace(SHAPE, pixels=64 * 28 * 28, out_size=(28, 28))) != (1, 1, 64)
     assert best_box(128, replace(SHAPE, pixels=4 * 64 * 64, out_size=(64, 64))) == (1, 2, 64)
     assert best_box(128, replace(SHAPE, pixels=100, out_size=(1, 1))) == (128, 1, 1)
     assert box_count((2, 8, 8), SHAPE) == 32 * 7 * 7

@@ -189,6 +189,78 @@ def test_mac_share_refused(mac_share, error, message):
         TopologySchedule(network(), EXAMPLE, mac_share=mac_share)
 
 
+@pytest.mark.parametrize("budget", [0.2, 0.9])
+def test_macs_cost_nothing_within_their_budget(budget):
+    model = network()
+    live, weights = live_by_hand(model), weights_of(model)
+    density, macs = sum(live.values()) / sum(weights.values()), share(live, weights, PIXELS)
+    assert 0.2 < macs < 0.9
+    regulariser = 0.3 * max(macs - budget, 0) + 0.7 * abs(0.1 - density)
+    scale = 2.0 / (0.3 + 0.7 * 0.9) * (4.0 * (7 / 20))
+    penalty = started(model, mac_share=0.3, mac_budget=budget).penalty()
+    assert penalty.item() == pytest.approx(scale * regulariser, rel=1e-6)
+
+
+def test_training_on_the_penalty_keeps_to_the_budget_of_macs_and_spends_it():
+    def densities(**arguments):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 64, 3, stride=4, padding=1)
+        )
+        convert(model, LHCConfig(0.2, in_block=8, out_block=4))
+        schedule = started(model, **arguments)
+        optimiser = torch.optim.SGD([layer.effects for layer in lhc_layers(model).values()], lr=1.0)
+        for step in range(300):
+            optimiser.param_groups[0]["lr"] = 1 - step / 300
+            optimiser.zero_grad()
+            schedule.penalty().backward()
+            optimiser.step()
+        return schedule.density, schedule.mac_density
+
+    (_, many), (_, few) = densities(mac_share=0.0), densities(mac_share=0.3)
+    budget = (many + few) / 2
+    density, macs = densities(mac_share=0.3, mac_budget=budget)
+    assert abs(density - 0.2) < 0.02
+    assert abs(macs - budget) < 0.02
+
+
+def test_a_gradual_target_and_budget_come_down_from_1_along_a_cubic():
+    model = network()
+    assert TopologySchedule(model, EXAMPLE, 2, 8, gradual=True).aim == 1
+    for epoch, left in ((0, 1.0), (2, 0.75**3), (6, 0.25**3), (8, 0.0), (11, 0.0)):
+        schedule = started(
+            model, warmup_epochs=2, penalty_epochs=8, mac_share=0.3, mac_budget=0.2, gradual=True
+        )
+        schedule.start_epoch(epoch)
+        assert schedule.aim == pytest.approx(0.1 + 0.9 * left)
+        macs = max(schedule.mac_density - (0.2 + 0.8 * left), 0)
+        regulariser = 0.3 * macs + 0.7 * abs(schedule.aim - schedule.density)
+        expected = 2.0 / (0.3 + 0.7 * 0.9) * 4.0 * min(epoch / 8, 1) * regulariser
+        assert schedule.penalty().item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_without_a_target_nothing_is_gradual():
+    assert TopologySchedule(network(density=None), EXAMPLE, gradual=True).aim is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"mac_budget": -0.1}, ValueError, "mac_budget=-0.1 is not supported"),
+        (
+            {"mac_budget": 1.5},
+            ValueError,
+            "mac_budget=1.5 is not supported: give a share of the MACs, 0 to 1",
+        ),
+        ({"mac_budget": "0.2"}, TypeError, "mac_budget='0.2' is not a number"),
+        ({"gradual": 1}, TypeError, "gradual=1 is not supported: give True or False"),
+    ],
+)
+def test_budget_and_gradual_target_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        TopologySchedule(network(), EXAMPLE, **arguments)
+
+
 @pytest.mark.parametrize("out_block", [4, 16, 64])
 def test_pattern_weight_adds_the_distance_of_the_patterns_weighted_by_the_layers_weights(out_block):
     model = network(out_block=out_block)

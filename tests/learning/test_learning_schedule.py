@@ -267,6 +267,8 @@ GOOD_STATE = {
     "seed": 0,
     "entry_costs": None,
     "mac_share": 0.01,
+    "mac_budget": 0.0,
+    "gradual": False,
     "pattern_weight": 0.0,
     "epoch": 3,
     "first_loss": 2.0,
@@ -280,6 +282,8 @@ GOOD_STATE = {
         ({"warmup_epochs": 2}, ValueError, "warmup_epochs=2"),
         ({"entry_costs": {"2": 1.0, "4": 1.0, "5": 1.0}}, ValueError, "schedule with entry_costs={'2': 1.0"),
         ({"mac_share": 0.5}, ValueError, "schedule with mac_share=0.5, this one has 0.01"),
+        ({"mac_budget": 0.2}, ValueError, "schedule with mac_budget=0.2, this one has 0.0"),
+        ({"gradual": True}, ValueError, "schedule with gradual=True, this one has False"),
         ({"pattern_weight": 0.5}, ValueError, "schedule with pattern_weight=0.5, this one has 0.0"),
         ({"penalty_epochs": "20"}, ValueError, "penalty_epochs='20'"),
         ({"epoch": -1}, ValueError, "epoch=-1"),
@@ -295,6 +299,15 @@ def test_load_state_dict_refuses_and_changes_nothing(change, error, message):
     with pytest.raises(error, match=message):
         schedule.load_state_dict(GOOD_STATE | change)
     assert schedule.state_dict() == GOOD_STATE
+
+
+def test_a_state_from_before_budgets_is_one_without():
+    older = {name: value for name, value in GOOD_STATE.items() if name not in ("mac_budget", "gradual")}
+    schedule = TopologySchedule(network(), EXAMPLE)
+    schedule.load_state_dict(older)
+    assert schedule.state_dict() == GOOD_STATE
+    with pytest.raises(ValueError, match=r"schedule with mac_budget=0\.0, this one has 0\.2"):
+        TopologySchedule(network(), EXAMPLE, mac_budget=0.2).load_state_dict(older)
 
 
 def test_load_state_dict_refuses_a_missing_key():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+import lhc_triton as lhc
 from lhc_triton.conversion import convert, freeze, lhc_layers, summary
 from lhc_triton.layers import LHCConv2d
 from lhc_triton.topology import LHCConfig
@@ -214,6 +215,11 @@ def test_pruned_weights_that_are_not_finite_are_refused_and_nothing_is_changed()
     assert prune.is_pruned(model[2])
 
 
+class FirstChannels(nn.Module):
+    def forward(self, weight):
+        return weight * (torch.arange(weight.shape[1]) < 8).view(1, -1, 1, 1)
+
+
 def computing(kind):
     model = network()
     if kind == "weight_norm":
@@ -222,6 +228,8 @@ def computing(kind):
         parametrizations.spectral_norm(model[2])
     elif kind == "bias":
         parametrize.register_parametrization(model[2], "bias", nn.Tanh())
+    elif kind == "mask":
+        parametrize.register_parametrization(model[2], "weight", FirstChannels())
     elif kind == "old_weight_norm":
         with pytest.warns(FutureWarning):
             torch.nn.utils.weight_norm(model[2])
@@ -233,9 +241,6 @@ def computing(kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("weight_norm", r"layer '2' computes its weight \(_WeightNorm\): call .*remove_parametrizations\("),
-        ("spectral_norm", r"layer '2' computes its weight \(_SpectralNorm\)"),
-        ("bias", r"layer '2' computes its bias \(Tanh\): .*remove_parametrizations\(layer, 'bias'\)"),
         ("old_weight_norm", r"layer '2' computes its weight in a hook \(WeightNorm\): .*remove_weight_norm"),
         ("old_spectral_norm", r"layer '2' computes its weight in a hook \(SpectralNorm\)"),
     ],
@@ -250,6 +255,29 @@ def test_computed_weights_are_refused_unless_left_out(kind, message):
     with pytest.raises(ValueError, match="the convolution computes its"):
         LHCConv2d.from_conv(model[2], CONFIG)
     assert list(lhc_layers(convert(model, CONFIG, lambda name, conv: name != "2"))) == ["3"]
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "bias", "mask"])
+def test_parametrised_layers_are_taken_as_they_are(kind):
+    model = computing(kind)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trial = copy.deepcopy(model).eval()
+    expected = trial(image())
+    with pytest.warns(UserWarning, match=r"a convolution's (weight|bias) was computed \(\w+\)"):
+        all_live(convert(trial, CONFIG))
+    torch.testing.assert_close(trial(image()), expected)
+    assert set(dict(trial[2].named_parameters())) == {"weight", "bias", "effects"}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_pruning_reads_a_parametrised_mask():
+    model = computing("mask").eval()
+    expected = model(image())
+    with pytest.warns(UserWarning, match="was computed"):
+        lhc.prune(model, image(), CONFIG, budget=1.0)
+    assert model[2].topology[:, 0].any()
+    assert not model[2].topology[:, 1].any()
+    torch.testing.assert_close(model(image()), expected)
 
 
 def test_a_converted_layer_can_be_parametrised_as_the_message_says():

@@ -1,5 +1,6 @@
 """Masks from effects, rigid shapes, expansion and counts, against loops and formulas written by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -274,6 +275,29 @@ def test_counts_are_exact_with_cropped_blocks_and_their_gradient_is_the_block_si
 def test_counts_stay_exact_where_half_precision_would_round():
     block_mask = torch.ones(16, 16, 3, 3, dtype=torch.float16)
     assert count_weights(block_mask, 255, 253, 16, 16).item() == 255 * 253 * 9
+
+
+@quick
+@given(blocked_convolutions())
+def test_filters_that_do_not_use_their_mask_stay_whole(case):
+    out_channels, in_channels, in_block, out_block, kernel, seed = case
+    grid = block_grid(out_channels, in_channels, in_block, out_block)
+    weight = effects_of((out_channels, in_channels), kernel, seed + 1).requires_grad_()
+    block_mask = (effects_of(grid, kernel, seed) > 0).double().requires_grad_()
+    used = effects_of((out_channels,), (), seed + 2) > 0
+    mask = mask_by_loops(block_mask.detach(), out_channels, in_channels, in_block, out_block)
+    mask = torch.where(used[:, None, None, None], mask, 1)
+    result = apply_mask(weight, block_mask, in_block, out_block, used)
+    assert torch.equal(result, weight * mask)
+    pull = effects_of((out_channels, in_channels), kernel, seed + 3)
+    result.backward(pull)
+    assert torch.equal(weight.grad, pull * mask)
+    products = torch.where(used[:, None, None, None], pull * weight.detach(), 0)
+    for group, block in itertools.product(*map(range, grid)):
+        rows = slice(group * out_block, (group + 1) * out_block)
+        columns = slice(block * in_block, (block + 1) * in_block)
+        expected = products[rows, columns].sum((0, 1))
+        assert torch.allclose(block_mask.grad[group, block], expected, rtol=1e-12, atol=1e-12)
 
 
 @quick

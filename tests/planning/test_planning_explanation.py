@@ -16,22 +16,29 @@ def made():
 
 
 def test_the_table_says_how_each_layer_runs_and_why():
-    lines = made().explain().splitlines()
-    assert lines[0].split() == [
-        "layer", "shape", "density", "patterns", "tiles", "width", "waste", "dense", "us", "sparse", "us",
-        "backend", "why",
+    plan = made()
+    lines = plan.explain().splitlines()
+    assert lines[0] == "Times are predicted, not measured."
+    assert lines[1].split() == [
+        "layer", "density", "patterns", "tiles", "waste", "choice,", "us", "runner-up,", "us",
     ]  # fmt: skip
-    assert lines[1].startswith("features.3.conv  512->512 3x3 @ 1x28x28    0.097     32/32")
-    assert lines[1].endswith(made()["features.3.conv"].reason)
-    assert " dense " in lines[2]
+    assert lines[2].startswith("features.3.conv    0.097     32/32")
+    first = plan["features.3.conv"]
+    times = [f"{name} {us:.0f}" for name, us in sorted(first.predicted_us.items(), key=lambda item: item[1])]
+    assert " ".join(lines[2].split()[-4:]) == " ".join(times)
+    assert lines[3] == f"    512->512 3x3 @ 1x28x28: {first.reason}"
+    assert lines[4].split()[5] == "dense"
 
 
-def test_the_columns_are_aligned():
-    header, first, second = made().explain().splitlines()[:3]
-    end = header.index("backend") + len("backend")
-    assert first[end : end + 2] == second[end : end + 2] == "  "
-    assert first[:end].rstrip() == first[:end]
-    assert second[:end].rstrip() == second[:end]
+def test_the_columns_are_aligned_and_fit_80():
+    text = made().explain()
+    rows = [line for line in text.splitlines()[1:] if not line.startswith(" ")][:3]
+    assert len({len(row) for row in rows}) == 1
+    name = "a." * 40 + "conv"
+    reason = "a reason of many words " * 9
+    odd = plan_topologies([random_layer(0, name=name)], CPU, skipped=[("dw", reason)]).explain()
+    assert all(len(line) <= 80 for line in (*text.splitlines(), *odd.splitlines()) if name not in line)
+    assert "..a.a." in odd
 
 
 def test_totals_and_skipped_layers_follow():

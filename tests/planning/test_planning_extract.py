@@ -141,7 +141,7 @@ def test_filters_pruned_by_torch_are_skipped(permanent):
 def test_zeros_without_structure_are_skipped_with_the_reason():
     torch.manual_seed(0)
     conv = prune.random_unstructured(nn.Conv2d(64, 64, 3), "weight", amount=0.8)
-    assert one(conv, torch.randn(1, 64, 8, 8)) == "80% zeros, but too scattered for blocks"
+    assert one(conv, torch.randn(1, 64, 8, 8)).startswith("80% zeros, too scattered for blocks (single")
 
 
 class Doubled(nn.Conv2d):

@@ -8,6 +8,8 @@ from planning_cases import CPU, CUDA, QUICK, layer, random_layer, topologies
 
 from lhc_triton.planning import COST_MODELS, Tile
 from lhc_triton.planning.grouping import candidate_widths, exact_batches, form_tiles, merge_by_savings
+from lhc_triton.planning.planner import choose_tiles
+from lhc_triton.planning.schema import ConvGeometry, LayerTopology
 
 # Arithmetic is all that costs: a union can only lose.
 ARITHMETIC = dataclasses.replace(
@@ -143,3 +145,68 @@ def test_many_groups_are_merged_in_runs(monkeypatch):
     tiles = form_tiles(topology, OVERHEAD, 128)
     assert sorted(g for tile in tiles for g in tile.groups) == list(range(12))
     assert len(tiles) == 3
+
+
+def partitions(items):
+    if not items:
+        yield []
+        return
+    first, *rest = items
+    for parts in partitions(rest):
+        for index in range(len(parts)):
+            yield [*parts[:index], [first, *parts[index]], *parts[index + 1 :]]
+        yield [[first], *parts]
+
+
+def tiles_of(topology, parts):
+    return [Tile(tuple(p), tuple(sorted(set().union(*(topology.pattern_of(g) for g in p))))) for p in parts]
+
+
+def small_layer(seed):
+    """3 to 7 groups, some alike, of random sizes."""
+    rng = np.random.default_rng(seed)
+    groups, in_blocks, kernel = int(rng.integers(3, 8)), int(rng.integers(2, 9)), int(rng.choice([1, 3]))
+    in_block, out_block = int(rng.choice([4, 8, 32])), int(rng.choice([8, 16, 32]))
+    kinds = rng.random((int(rng.integers(1, 4)), in_blocks, kernel, kernel)) < rng.choice([0.1, 0.3, 0.7])
+    mask = kinds[rng.integers(len(kinds), size=groups)]
+    mask = mask ^ (rng.random(mask.shape) < rng.choice([0, 0.05, 0.2]))
+    side = int(rng.choice([4, 7, 14, 28, 56]))
+    geometry = ConvGeometry(
+        int(rng.choice([1, 8])),
+        in_block * in_blocks,
+        out_block * groups,
+        side,
+        side,
+        (kernel, kernel),
+        (1, 1),
+        (kernel // 2,) * 4,
+    )
+    return LayerTopology.from_mask("small", geometry, in_block, out_block, mask)
+
+
+@pytest.mark.parametrize("backend", sorted(COST_MODELS))
+def test_small_layers_are_planned_within_2_percent_of_the_best_there_is(backend):
+    cost = COST_MODELS[backend]
+    for seed in range(30):
+        topology = small_layer(seed)
+        best = float("inf")
+        for width in candidate_widths(topology.out_block, topology.geometry.out_channels):
+            capacity = width // min(topology.out_block, topology.geometry.out_channels)
+            for parts in partitions(list(range(topology.groups))):
+                if max(map(len, parts)) <= capacity:
+                    best = min(best, cost.sparse_us(topology, tiles_of(topology, parts), width))
+        assert choose_tiles(topology, cost)[2] <= 1.02 * best, seed
+
+
+@pytest.mark.parametrize("backend", sorted(COST_MODELS))
+@pytest.mark.parametrize("seed", range(4))
+def test_no_simple_rule_plans_better(backend, seed):
+    cost, topology = COST_MODELS[backend], random_layer(seed, in_blocks=8, groups=24, density=0.2)
+    found = choose_tiles(topology, cost)[2]
+    order = sorted(range(topology.groups), key=topology.pattern_of)
+    for width in candidate_widths(topology.out_block, topology.geometry.out_channels):
+        capacity = width // topology.out_block
+        for groups in (1, capacity):
+            for ranked in (range(topology.groups), order):  # merged as they lie, or sorted and cut
+                parts = [sorted(list(ranked)[g : g + groups]) for g in range(0, topology.groups, groups)]
+                assert found <= cost.sparse_us(topology, tiles_of(topology, parts), width) * (1 + 1e-9)

@@ -75,10 +75,12 @@ def test_scattered_zeros_have_no_blocks(density, kernel):
     assert infer_blocks(live) is None
 
 
-def test_scattered_input_channels_have_no_blocks():
+def test_scattered_input_channels_are_found_one_by_one():
     live = np.ones((64, 128, 3, 3), dtype=bool)
     live[:, np.random.default_rng(6).choice(128, 64, replace=False)] = False
-    assert infer_blocks(live) is None
+    blocks = infer_blocks(live)
+    assert (blocks.in_block, blocks.out_block) == (1, 64)
+    assert blocks.work == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 2, 3, 3), (10, 200, 1, 1), (200, 3, 5, 5)])

@@ -18,7 +18,7 @@ from tiny_runs import CONFIG, SOURCE, assert_same_run, lines_of, one_thread, tin
 from lhc_triton.files import write_beside
 from lhc_triton.models import weights
 from lhc_triton.training import Data, EpochMetrics, ImageSet, epochs, finishing, train
-from lhc_triton.training.checkpoints import Checkpoint
+from lhc_triton.training.checkpoints import CHECKPOINT_KIND, CHECKPOINT_VERSION, Checkpoint
 
 # Everything that has a state of its own.
 RICH = dataclasses.replace(
@@ -31,6 +31,9 @@ RICH = dataclasses.replace(
     early_stop=2,
     penalty="macs",
     pattern_weight=0.1,
+    mac_share=0.2,
+    mac_budget=0.3,
+    gradual=True,
     shapes="rigid",
     dense_twin="none",
 )
@@ -310,6 +313,21 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(copy, changes):
     with pytest.raises(ValueError, match=f"another run \\({next(iter(changes))} "):
         train(changed, copy, progress=False, data=tiny_data())
     assert (copy / "last.safetensors").read_bytes() == before
+
+
+def test_a_run_from_before_some_settings_goes_on_as_one_without_them(whole, tmp_path):
+    with pytest.raises(StopError):
+        train(CONFIG, tmp_path, progress=False, data=tiny_data(), on_epoch=stop_after(9))
+    for path in tmp_path.glob("*.safetensors"):
+        tensors, document = weights.read_tensors(path, CHECKPOINT_KIND, CHECKPOINT_VERSION)
+        for part in (document["run"], document["schedule"] or {}):
+            for name in ("start", "mac_budget", "gradual"):
+                part.pop(name, None)
+        weights.write_tensors(path, tensors, document)
+    with pytest.raises(ValueError, match=r"another run \(gradual False, now True\)"):
+        train(dataclasses.replace(CONFIG, gradual=True), tmp_path, progress=False, data=tiny_data())
+    train(CONFIG, tmp_path, progress=False, data=tiny_data())
+    assert lines_of(tmp_path) == lines_of(whole[0])
 
 
 def test_a_run_goes_on_in_the_precision_it_began_in(whole, copy):

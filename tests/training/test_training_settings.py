@@ -111,7 +111,16 @@ def test_numbers_may_begin_with_their_point():
     assert TrainConfig().changed({"lr": ".1", "density": ".25"}) == TrainConfig(lr=0.1, density=0.25)
 
 
-@pytest.mark.parametrize("change", [{"pattern_weight": 1.0}, {"mac_share": 0.1}, {"penalty": "macs"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pattern_weight": 1.0},
+        {"mac_share": 0.1},
+        {"penalty": "macs"},
+        {"mac_budget": 0.2},
+        {"gradual": True},
+    ],
+)
 @pytest.mark.parametrize("without", [{"density": None}, {"topology": "cross"}])
 def test_what_shapes_the_penalty_needs_a_target(change, without):
     TrainConfig(**change)
@@ -298,7 +307,7 @@ def test_an_unknown_setting_is_refused():
 
 
 def test_every_handcrafted_topology_and_data_set_can_be_chosen():
-    assert get_args(TopologyName) == ("learned", *HANDCRAFTED)
+    assert get_args(TopologyName) == ("learned", "pruned", *HANDCRAFTED)
 
 
 def test_warm_ups_take_a_third_of_the_coarse_stage_unless_told():

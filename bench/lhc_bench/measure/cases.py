@@ -135,6 +135,13 @@ def question_cases() -> tuple[LayerCase, ...]:
     return tuple(case for case in gpu_cases() if case.layer in wanted and case.stride == 1)
 
 
+def first_cases() -> tuple[LayerCase, ...]:
+    """Four wide 3x3 layers over images of 56, 28 and 14 pixels a side: with three widths of tiles, twelve."""
+    by_name = {case.name: case for case in eligible_cases()}
+    names = ("vgg16-imagenet/conv3_2", "vgg16-imagenet/conv4_2", "vgg16-imagenet/conv5_1")
+    return (*(by_name[name] for name in names), by_name["resnet34-imagenet/layer3.0.conv2"])
+
+
 def quick_cases() -> tuple[LayerCase, ...]:
     """Four layers that span the range: both networks, both image sizes, wide and narrow."""
     wanted = (

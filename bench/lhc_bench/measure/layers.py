@@ -17,6 +17,7 @@ from lhc_bench.measure.peers import dense_peers
 from lhc_bench.measure.replayed import reason_of
 from lhc_bench.measure.rivals import SEMI_STRUCTURED_DENSITY, block_sparse, narrow, semi_structured
 from lhc_bench.measure.setting import LIMITS, Call, Contender, Setting, Sparse
+from lhc_bench.measure.tuning_suite import tiles_of_groups
 from lhc_triton.planning.cost import CostModel
 from lhc_triton.planning.planner import plan_layer
 from lhc_triton.planning.schema import ConvGeometry, LayerPlan, LayerTopology
@@ -25,7 +26,9 @@ from lhc_triton.runtime.choosing.launch_configs import launch_shape, pixel_bucke
 from lhc_triton.runtime.op.accuracy import norm_error
 from lhc_triton.runtime.op.dense import DenseConv2d
 from lhc_triton.runtime.op.packing import pack
+from lhc_triton.tf32 import tf32_allowed
 
+SHARED = "shared"
 CANDIDATES = 48  # launch configs among which a variant's best is looked for
 CHECKED_VALUES = 1 << 22  # of an output with more values than this, the first image is checked
 
@@ -85,8 +88,9 @@ class LayerSubject:
 
         "auto" is what dispatch takes for its plan: a sparse backend, or the dense convolution as an
         accelerated network runs it; "triton box" is the kernel's variant of that name, with its most
-        promising launch config. The rivals keep about as much work: "narrow" at any density below 1, "bsr"
-        with the same mask, "2:4" at density 0.5.
+        promising launch config; in "triton shared" each group of filters is a tile of its own. The rivals
+        keep about as much work: "narrow" at any density below 1, "bsr" with the same mask, "2:4" at density
+        0.5.
         """
         geometry, (in_block, out_block) = self.geometry, block
         channels = (geometry.out_channels, geometry.in_channels)
@@ -130,8 +134,10 @@ class LayerSubject:
         """Plan and pack the layer for a backend; ValueError where it cannot serve it."""
         backend, _, variant = name.partition(" ")
         device = self.x.device
-        cost = CostModel.for_device(setting.device, backend)
+        cost = CostModel.for_device(setting.device, backend, tf32_allowed())
         plan = plan_layer(topology, cost, backend=backend, dtype=setting.dtype_name)
+        if variant == SHARED:
+            plan, variant = tiles_of_groups(topology, backend), ""
         if backend == "auto":
             backend = choose_backend(plan, setting.dtype, device, setting.tune, setting.store).backend
         reason = supports(backend, plan, setting.dtype, device)
@@ -182,7 +188,7 @@ class LayerSubject:
         geometry = self.geometry
         x = self.x if geometry.out_values <= CHECKED_VALUES else self.x[:1]
         padding = (geometry.padding[0], geometry.padding[2])
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, benchmark=False):
             return F.conv2d(
                 x.double(), weight.double(), self.bias.double(), geometry.stride, padding, geometry.dilation
             ).relu_()

@@ -44,7 +44,7 @@ def transient_mb(call: Callable[[], object], device: str) -> float | None:
             return (torch.cuda.max_memory_allocated() - before) / 1e6
         # The profiler greets on stderr, in the middle of our progress bar, unless told not to.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
             call()
     results = getattr(seen.profiler, "kineto_results", None)
     if results is None:

@@ -29,6 +29,8 @@ from lhc_triton.runtime.op.backends import unavailable
 ERROR_FACTOR = 10  # errors of layers add up
 CHANNEL_STEP = 8
 SETTLING_IMAGES = 8
+CHECKED_IMAGES = 4
+"""Of a GPU's batch, that are compared with float64."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,7 @@ class NetworkSubject:
         engines get the masked network itself.
         """
         sparse = self._masked(block, density, setting)
-        with torch.inference_mode():
-            expected = copy.deepcopy(sparse).double()(self.x.double())
+        expected = self._expected(sparse, setting)
         counts = lhc.summary(sparse, tuple(self.x.shape[1:]))
         images = self.x.shape[0]
         contenders: dict[str, Contender] = {}
@@ -179,7 +180,11 @@ class NetworkSubject:
                 continue
             try:
                 fast = accelerate(
-                    sparse, self.x, tune=setting.tune, backend=backend, graphs=setting.device != "cuda"
+                    sparse,
+                    self.x,
+                    tune=setting.tune,
+                    backend=backend,  # type: ignore[arg-type]
+                    graphs=setting.device != "cuda",
                 )
             except Exception as error:  # a forced backend may not serve every layer, or not compile
                 left_out[backend] = reason_of(error)
@@ -201,6 +206,16 @@ class NetworkSubject:
         parts = _parts(counts, self.x, expected)
         return Sparse(contenders, counts.converted.density, parts, left_out, self.memory_mb)
 
+    def _expected(self, model: nn.Module, setting: Setting) -> Tensor:
+        """Return a network's output in float64, on a GPU of the first images only and without a search.
+
+        cuDNN would look for the fastest of its float64 convolutions, which takes minutes for a whole batch.
+        """
+        x = self.x[:CHECKED_IMAGES] if setting.device == "cuda" else self.x
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, benchmark=False):
+            y: Tensor = copy.deepcopy(model).double()(x.double())
+            return y
+
     def _masked(self, block: tuple[int, int], density: float, setting: Setting) -> nn.Module:
         in_block, out_block = block
         config = lhc.LHCConfig(density=density, in_block=in_block, out_block=out_block)
@@ -216,7 +231,7 @@ class NetworkSubject:
 
     def _contender(self, fast: nn.Module, expected: Tensor, macs: int) -> Contender:
         with torch.inference_mode():
-            error = norm_error(fast(self.x), expected)
+            error = norm_error(fast(self.x)[: len(expected)], expected)
         memory = _memory_mb(fast, self.x, self.x.device.type)
         return Contender({"network": _bound(fast, self.x)}, error, macs, memory)
 
@@ -224,8 +239,7 @@ class NetworkSubject:
         model = _drawn(self.case, setting, math.sqrt(total.live_macs / total.macs))
         model = model.to(setting.device, setting.dtype)
         macs = lhc.summary(model, tuple(self.x.shape[1:])).total.macs * self.x.shape[0]
-        with torch.inference_mode():
-            expected = copy.deepcopy(model).double()(self.x.double())
+        expected = self._expected(model, setting)
         fast = accelerate(model, self.x, tune=setting.tune, backend="dense", graphs=setting.device != "cuda")
         return self._contender(fast, expected, macs)
 
@@ -271,6 +285,6 @@ def _parts(counts: Summary, x: Tensor, y: Tensor) -> tuple[tuple[int, int], ...]
     found = []
     for linear in (False, True):
         rows = [row for row in counts.rows if (row.kind == "linear") == linear]
-        values = sum(row.live_weights for row in rows) + (y if linear else x).numel()
+        values = sum(row.live_weights for row in rows) + (y if linear else x)[0].numel() * x.shape[0]
         found.append((sum(row.live_macs for row in rows) * x.shape[0], values * x.element_size()))
     return tuple(found)

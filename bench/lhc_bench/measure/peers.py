@@ -1,4 +1,4 @@
-"""The dense convolutions a sparse one has to beat: eager in both layouts, and compiled."""
+"""The dense convolutions a sparse one has to beat: eager in both layouts, compiled, and fused by cuDNN."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lhc_bench.measure.replayed import reason_of
 from lhc_triton.planning.schema import ConvGeometry
 from lhc_triton.runtime.network.accelerate import accelerate
+from lhc_triton.runtime.op import cudnn_fused
 from lhc_triton.runtime.op.accuracy import norm_error
 
 Call = Callable[[], Tensor]
@@ -57,7 +58,8 @@ def dense_peers(
 
     Returns:
         Functions without arguments by name ("eager contiguous", "eager channels_last", "compiled ..."; on
-        CUDA channels_last alone), and the reason for each form that is left out.
+        CUDA channels_last alone, and "fused channels_last", one kernel of cuDNN's), and the reason for each
+        form that is left out.
 
     Raises:
         ValueError: the padding differs between opposite sides.
@@ -78,6 +80,8 @@ def dense_peers(
             return F.conv2d(a, w, bias, geometry.stride, (top, left), geometry.dilation).relu_()
 
         calls[f"eager {name}"] = eager
+        if a.is_cuda:
+            calls |= _fused(f"fused {name}", geometry, a, w, bias, skipped)
         if not compiled:
             continue
         model, reason = compiled_or_reason(_ConvReLU(geometry, w, bias), a)
@@ -88,6 +92,18 @@ def dense_peers(
     if not compiled:
         skipped["compiled"] = "not asked for"
     return calls, skipped
+
+
+def _fused(
+    name: str, geometry: ConvGeometry, x: Tensor, weight: Tensor, bias: Tensor, skipped: dict[str, str]
+) -> dict[str, Call]:
+    """Return cuDNN's fused kernel by its name; where there is none, nothing, and why in ``skipped``."""
+    if not cudnn_fused.serves(x.device, x.dtype):
+        skipped[name] = "cuDNN does not fuse this type here, or not with the same results"
+        return {}
+    padding = geometry.padding[0], geometry.padding[2]
+    options = (geometry.stride, padding, geometry.dilation, 1)
+    return {name: lambda: cudnn_fused.convolve(x, weight, bias, None, *options)}
 
 
 def network_peers(dense: nn.Module, example: Tensor) -> tuple[dict[str, nn.Module], dict[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lhc_triton.errors import first_line, one_line
-from lhc_triton.runtime.replay.cuda_graphs import capture
+from lhc_triton.runtime.replay.cuda_graphs import GraphMemory
 
 Call = Callable[[], Any]
 
@@ -27,7 +27,7 @@ def replayed(call: Call, device: str) -> tuple[Call, str | None]:
         return call, None
     try:
         with torch.inference_mode():
-            graph, output = capture(call)
+            graph, output = GraphMemory().capture(call)
     # Whatever the call does may be forbidden while recording, and each library says so in its own way.
     except Exception as error:
         return call, reason_of(error)

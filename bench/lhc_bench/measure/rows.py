@@ -26,7 +26,7 @@ DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 """Densities that rows are sorted under unless a run names its own."""
 
 COUNTS = ("batch", "in_channels", "out_channels", "height", "width", "in_block", "out_block", "threads")
-TIMES = ("baseline_us", "time_us", "p20_us", "p80_us", "floor_us", "speedup")
+TIMES = ("cold_us", "cold_baseline_us", "baseline_us", "time_us", "p20_us", "p80_us", "floor_us", "speedup")
 POSITIVE = frozenset((*COUNTS, *TIMES))
 
 R = TypeVar("R")
@@ -58,8 +58,10 @@ class Row:
         memory_mb, baseline_memory_mb: 1e6 bytes of tensors during a call of this and of the eager dense
             network: weights, tables, and activations at their most.
         threads: of the CPU.
+        cold_us, cold_baseline_us: of a layer on a GPU, the medians of the same two with L2 emptied before
+            each sample. `time_us` and `baseline_us` are repeated calls, whose operands may still be there.
 
-    The last five came later: they are None where a file does not have them, or where they do not apply.
+    The last seven came later: they are None where a file does not have them, or where they do not apply.
     """
 
     case: str
@@ -92,6 +94,8 @@ class Row:
     memory_mb: float | None = None
     baseline_memory_mb: float | None = None
     threads: int | None = None
+    cold_us: float | None = None
+    cold_baseline_us: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, POSITIVE)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lhc_bench.measure.engines import Engines, OpenEngines
 from lhc_bench.measure.remote_engine import DEEPSPARSE, EngineError
-from lhc_bench.measure.replayed import replayed
+from lhc_bench.measure.replayed import reason_of, replayed
 from lhc_bench.measure.rows import Row
+from lhc_triton.runtime.choosing.dispatch import Tune
 from lhc_triton.runtime.choosing.timing import Timing
 from lhc_triton.runtime.choosing.timing_store import TimingStore
 
@@ -43,6 +44,8 @@ class Setting:
         budget_s: seconds after which a timing begins no further round; None: no limit.
         engines: where the rivals that are other engines run; None without them.
         choosing: how "auto" chooses, "off", "cached" or "full"; None: see `tune`.
+        cold_timer: of layers on a GPU: takes functions and returns their medians in us with an empty L2; None
+            leaves that out.
     """
 
     device: str
@@ -56,7 +59,8 @@ class Setting:
     rivals: tuple[str, ...] = ()
     budget_s: float | None = None
     engines: OpenEngines | None = None
-    choosing: str | None = None
+    choosing: Tune | None = None
+    cold_timer: Callable[[Mapping[str, Call]], dict[str, float]] | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -64,7 +68,7 @@ class Setting:
         return str(self.dtype).removeprefix("torch.")
 
     @property
-    def tune(self) -> str:
+    def tune(self) -> Tune:
         """How dispatch chooses: by its own measurement on a CPU, by what `lhc-triton tune` stored on a GPU.
 
         There, each layer has a dozen launch configs to compile, which would take longer than all the rest.
@@ -216,7 +220,8 @@ def measure(
 ) -> Measured:
     """Time a subject under a random mask, all contenders and dense peers interleaved.
 
-    On CUDA each is recorded into a graph, so that nobody waits for the host to launch its kernels.
+    On CUDA each is recorded into a graph, so that nobody waits for the host to launch its kernels. Times are
+    of repeated calls, whose operands may still lie in the L2 cache; layers are also timed with an empty one.
 
     Args:
         subject: a layer or a network.
@@ -260,6 +265,16 @@ def measure(
         return min((name for name in times if owners[name] == owner), key=lambda n: times[n].median_us)
 
     baseline = fastest("")
+    cold: dict[str, float] = {}
+    if setting.cold_timer is not None and subject.kernel:
+        try:
+            cold = setting.cold_timer(calls)
+        except RuntimeError as error:
+            notes.append((place, f"not timed with a cold L2: {reason_of(error)}"))
+
+    def coldest(owner: str) -> float | None:
+        return min((us for form, us in cold.items() if owners[form] == owner), default=None)
+
     rows = []
     for name in right:
         mine, contender = times[fastest(name)], sparse.contenders[name]
@@ -296,6 +311,8 @@ def measure(
                 memory_mb=contender.memory_mb,
                 baseline_memory_mb=sparse.baseline_memory_mb,
                 threads=torch.get_num_threads() if setting.device == "cpu" else None,
+                cold_us=coldest(name),
+                cold_baseline_us=coldest(""),
             )
         )
     return Measured(tuple(rows), tuple(notes))
@@ -315,6 +332,7 @@ class Request:
         rounds, densities: in the place of the suite's own.
         compiled: also compare with torch.compile.
         engines: which other engines to compare with.
+        batch: images of a call, in the place of each case's own.
     """
 
     name: str
@@ -327,6 +345,7 @@ class Request:
     densities: Sequence[float] | None = None
     compiled: bool = True
     engines: Engines | None = None
+    batch: int | None = None
 
 
 class SuiteLike(Protocol):

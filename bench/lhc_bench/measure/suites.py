@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,12 +16,21 @@ import torch
 from lhc_bench.files import check_writable
 from lhc_bench.measure import engines as other
 from lhc_bench.measure import loading
-from lhc_bench.measure.cases import LayerCase, batch_of, cpu_cases, gpu_cases, question_cases, quick_cases
+from lhc_bench.measure.cases import (
+    LayerCase,
+    batch_of,
+    cpu_cases,
+    first_cases,
+    gpu_cases,
+    question_cases,
+    quick_cases,
+)
 from lhc_bench.measure.layers import LayerSubject
 from lhc_bench.measure.networks import NetworkCase, NetworkSubject
 from lhc_bench.measure.rivals import MASK_FREE
 from lhc_bench.measure.rows import Results, Row, environment, summarise, write_results
 from lhc_bench.measure.setting import (
+    Call,
     Machine,
     Progress,
     Request,
@@ -32,6 +41,8 @@ from lhc_bench.measure.setting import (
     measure,
     measure_machine,
 )
+from lhc_triton.runtime.choosing.cold_timing import time_cold
+from lhc_triton.runtime.choosing.dispatch import Tune
 from lhc_triton.runtime.choosing.timing import Timing, time_paired
 from lhc_triton.runtime.choosing.timing_store import TimingStore
 
@@ -69,13 +80,13 @@ class Suite:
     budget_s: float | None = None
     limit_s: float = 480.0
     compiled: bool = True
-    choosing: str | None = None
+    choosing: Tune | None = None
 
     def run(self, request: Request) -> dict[str, Any]:
         """Measure every case under every mask and write the results; see `run_suite`."""
         rounds = self.rounds if request.rounds is None else request.rounds
         wanted = tuple(self.densities if request.densities is None else request.densities)
-        _check(rounds, request.seed, wanted)
+        _check(rounds, request.seed, wanted, request.batch)
         cases = tuple(case for case in self.cases() if request.only in case.name)
         if not cases:
             known = "; ".join(case.name for case in self.cases())
@@ -97,7 +108,9 @@ class Suite:
                 request.compiled and self.compiled, timer, store, self.rivals,
                 self.budget_s, opened, self.choosing,
             )  # fmt: skip
-            run = _Run(self, cases, setting, wanted, request.progress)
+            if self.device == "cuda":
+                setting = replace(setting, cold_timer=partial(_time_cold, rounds=rounds))
+            run = _Run(self, cases, setting, wanted, request.progress, request.batch)
             # cuDNN's own search is part of the best dense a GPU has.
             with torch.backends.cudnn.flags(enabled=True, benchmark=True):
                 run.measure_all()
@@ -171,6 +184,11 @@ def gpu_networks() -> tuple[NetworkCase, ...]:
     )
 
 
+def first_networks() -> tuple[NetworkCase, ...]:
+    """VGG16 and ResNet50 at the size of photographs."""
+    return NetworkCase("vgg16", "imagenet", 64), NetworkCase("resnet50", "imagenet", 64)
+
+
 SUITES: dict[str, SuiteLike] = {
     "quick": Suite(*CPU, (), quick_cases, PAPER, CPU_DENSITIES, 15, budget_s=3.0),
     "cpu-layers": Suite(*CPU, ("narrow",), cpu_cases, PAPER, CPU_DENSITIES, 20, budget_s=5.0),
@@ -192,6 +210,21 @@ SUITES: dict[str, SuiteLike] = {
     "gpu-questions": Suite(
         *GPU[:2], QUESTIONED, (), question_cases, SHARED, (0.1, 0.2, 0.5), 30, budget_s=3.0, compiled=False
     ),
+    "gpu-first": Suite(
+        *GPU[:2],
+        ("triton shared", "triton"),
+        (),
+        first_cases,
+        SHARED,
+        (0.1, 0.2, 0.5),
+        30,
+        budget_s=1.0,
+        limit_s=120.0,
+        compiled=False,
+    ),
+    "gpu-first-models": Suite(
+        *GPU, (), first_networks, SHARED[:2], (0.1, 0.2), 30, budget_s=2.0, limit_s=420.0, compiled=False
+    ),
     "gpu-models": Suite(*GPU, ("narrow",), gpu_networks, SHARED[:2], (0.1, 0.2, 0.5), 30, budget_s=3.0),
     loading.SUITE: loading.LoadingSuite(),
 }
@@ -209,6 +242,7 @@ def run_suite(
     timer: Timer = time_paired,
     only: str = "",
     engines: other.Engines | None = None,
+    batch: int | None = None,
 ) -> dict[str, Any]:
     """Run a suite and write results.json and results.csv.
 
@@ -224,6 +258,7 @@ def run_suite(
         only: measure the cases whose names contain this.
         engines: for the suite "cpu-engines", which ones; by default those that are installed here. Their rows
             are named after them, and the summary has our speed-ups over them under "engines".
+        batch: images of a call; by default each case's own.
 
     Returns:
         What results.json holds: {"env", "rows", "summary"}. A backend that could not run, or whose result
@@ -232,14 +267,14 @@ def run_suite(
 
     Raises:
         ValueError: an unknown suite, a suite for a GPU where there is none, no case with that name, rounds
-            below 1, a negative seed, a density outside (0, 1], engines for another suite, or an interpreter
-            without its engine; nothing is written then.
+            or a batch below 1, a negative seed, a density outside (0, 1], engines for another suite, or an
+            interpreter without its engine; nothing is written then.
         OSError: if the folder cannot be written.
     """
     if engines is not None and name != other.SUITE:
         raise ValueError(f"suite {name!r} compares with no other engine; the suite {other.SUITE!r} does")
     return _known(name).run(
-        Request(name, out_dir, progress, seed, timer, only, rounds, densities, compiled, engines)
+        Request(name, out_dir, progress, seed, timer, only, rounds, densities, compiled, engines, batch)
     )
 
 
@@ -253,8 +288,10 @@ class _Run:
         setting: Setting,
         densities: Sequence[float],
         progress: Progress,
+        batch: int | None,
     ) -> None:
         self.suite = suite
+        self.batch = batch
         self.progress = progress
         self.cases = cases
         # A mask of all ones is the same for any block.
@@ -320,14 +357,19 @@ class _Run:
 
     def _prepare(self, case: Case) -> Subject:
         if isinstance(case, LayerCase):
-            return LayerSubject.prepare(case, batch_of(case.model, self.suite.device), self.setting)
-        return NetworkSubject.prepare(case, self.setting)
+            batch = self.batch or batch_of(case.model, self.suite.device)
+            return LayerSubject.prepare(case, batch, self.setting)
+        return NetworkSubject.prepare(replace(case, batch=self.batch or case.batch), self.setting)
 
     def _counting(self, calls: Any, **options: Any) -> dict[str, Timing]:
         times = self.timer(calls, **options)
         made = [len(timing.samples_us) for timing in times.values()]
         self.rounds_made = [min(self.rounds_made[0], *made), max(self.rounds_made[1], *made)]
         return times
+
+
+def _time_cold(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
+    return time_cold(calls, torch.device("cuda", torch.cuda.current_device()), rounds, captured=True)
 
 
 @contextmanager
@@ -354,7 +396,9 @@ def _known(name: str) -> SuiteLike:
     return suite
 
 
-def _check(rounds: int, seed: int, densities: tuple[float, ...]) -> None:
+def _check(rounds: int, seed: int, densities: tuple[float, ...], batch: int | None) -> None:
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch is {batch}; it must be at least 1")
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; it must be at least 1")
     if seed < 0:

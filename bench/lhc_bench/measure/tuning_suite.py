@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from lhc_bench.measure.cases import batch_of, eligible_cases
+from lhc_bench.measure.cases import LayerCase, batch_of, eligible_cases
 from lhc_bench.measure.masks import random_mask
 from lhc_triton.planning.cost import CostModel
 from lhc_triton.planning.network_plan import Plan
@@ -45,8 +45,8 @@ def suite_jobs(name: str, dtype: torch.dtype, batch: int | None = None) -> tuple
         batch: images; by default those of the GPU benchmarks, 64 (ImageNet) and 256 (CIFAR).
 
     Returns:
-        For each density, the 3x3 layers of VGG16 and the ResNets as the planner tiles them in whole networks
-        (blocks of 32x16), and with patterns shared by exactly 128, 64 and 16 filters.
+        For each density, the 3x3 layers of VGG16 and the ResNets, the commonest first, as the planner tiles
+        them in whole networks (blocks of 32x16), and with patterns shared by exactly 128, 64 and 16 filters.
 
     Raises:
         ValueError: the suite is not known, or the batch is below 1.
@@ -59,7 +59,13 @@ def suite_jobs(name: str, dtype: torch.dtype, batch: int | None = None) -> tuple
 
 
 def _layers(dtype: torch.dtype, batch: int | None) -> Iterator[LayerPlan]:
-    cases = [(c.name, c.geometry(batch or batch_of(c.model, "cuda"))) for c in eligible_cases()]
+    counts: dict[ConvGeometry, int] = {}
+    names: dict[ConvGeometry, str] = {}
+    for case in eligible_cases():
+        geometry = case.geometry(batch or batch_of(case.model, "cuda"))
+        counts[geometry] = counts.get(geometry, 0) + case.count
+        names.setdefault(geometry, case.name)
+    cases = [(names[geometry], geometry) for geometry in sorted(counts, key=lambda g: -counts[g])]
     cost, compute = CostModel.for_device("cuda"), str(dtype).removeprefix("torch.")
     for density in DENSITIES:
         for name, geometry in cases:
@@ -71,16 +77,42 @@ def _layers(dtype: torch.dtype, batch: int | None) -> Iterator[LayerPlan]:
                     yield shared_plan(name, geometry, density, width)
 
 
-def _topology(name: str, geometry: ConvGeometry, density: float, out_block: int) -> LayerTopology:
-    mask = random_mask(
-        geometry.out_channels, geometry.in_channels, geometry.kernel, density, IN_BLOCK, out_block
-    )
-    return LayerTopology.from_mask(name, geometry, IN_BLOCK, out_block, mask)
+def _topology(
+    name: str, geometry: ConvGeometry, density: float, out_block: int, in_block: int = IN_BLOCK
+) -> LayerTopology:
+    channels = (geometry.out_channels, geometry.in_channels)
+    mask = random_mask(*channels, geometry.kernel, density, in_block, out_block)
+    return LayerTopology.from_mask(name, geometry, in_block, out_block, mask)
 
 
 def shared_plan(name: str, geometry: ConvGeometry, density: float, width: int) -> LayerPlan:
     """Plan a layer whose patterns are shared by ``width`` filters each: every group is a tile of its own."""
-    topology = _topology(name, geometry, density, width)
+    return tiles_of_groups(_topology(name, geometry, density, width))
+
+
+def tiles_of_groups(topology: LayerTopology, backend: str = "triton") -> LayerPlan:
+    """Plan a layer without any union: each group of filters is a tile of its own, the longest first."""
     tiles = [Tile((group,), topology.pattern_of(group)) for group in range(topology.groups)]
     longest_first = tuple(sorted(tiles, key=lambda tile: -len(tile.entries)))
-    return LayerPlan(topology, longest_first, width, "triton", f"patterns shared by {width} filters")
+    width = topology.out_block
+    return LayerPlan(topology, longest_first, width, backend, f"patterns shared by {width} filters")
+
+
+def measured_jobs(
+    cases: Sequence[LayerCase],
+    blocks: Sequence[tuple[int, int]],
+    densities: Sequence[float],
+    device: str,
+    dtype: torch.dtype,
+) -> tuple[Job, ...]:
+    """Return a job for each layer that a suite of these cases measures, as planned and without a union."""
+    cost, compute = CostModel.for_device(device, "triton"), str(dtype).removeprefix("torch.")
+    jobs = []
+    for density in densities:
+        for case in cases:
+            geometry = case.geometry(batch_of(case.model, device))
+            for in_block, out_block in blocks:
+                topology = _topology(case.name, geometry, density, out_block, in_block)
+                jobs.append(Job(tiles_of_groups(topology), dtype))
+                jobs.append(Job(plan_layer(topology, cost, backend="triton", dtype=compute), dtype))
+    return tuple(jobs)

@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from lhc_bench.reports.meaning import OF_BLOCKS, idle_settings
 from lhc_triton.models.weights import read_tensors
 from lhc_triton.training import PRESETS, TrainConfig, train
 from lhc_triton.training.checkpoints import CHECKPOINT_KIND, CHECKPOINT_VERSION
@@ -24,15 +25,10 @@ from lhc_triton.training.networks import check_topology
 MAX_RUNS = 1000
 MAX_BYTES = 1 << 20
 LONGEST_NAME = 120
-WITH_PARTS = ("groupwise", "hetconv", "stripe", "1xn")
-"""The topologies made by hand that TrainConfig.parts says something of."""
-
-OF_LEARNED = ("density", "in_block", "out_block", "block_rule", "shapes", "warmup_epochs", "effect_lr")
-"""Settings that a topology made by hand does not have; it has its own blocks."""
-
 BUILT_FROM = (
     *("data", "image_size", "network", "stem", "width", "widths", "topology", "parts", "pointwise_layers"),
-    *("density", "in_block", "out_block", "block_rule", "shapes"),
+    *OF_BLOCKS,
+    "shapes",
 )
 """Settings that say what network a run builds."""
 
@@ -126,18 +122,12 @@ def _combinations(grid: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _run(base: TrainConfig, changes: Mapping[str, Any]) -> tuple[dict[str, Any], TrainConfig]:
     """The changes that mean something beside each other, and the settings they come to."""
     topology = changes.get("topology", base.topology)
-    learned = topology == "learned"
-    steered = learned and changes.get("density", base.density) not in (None, NOTHING)
-    idle = {
-        *(() if topology in WITH_PARTS else ("parts",)),
-        *(() if learned else OF_LEARNED),
-        *(() if steered else OF_TARGET),
-    }
+    idle = idle_settings(topology, changes.get("density", base.density) not in (None, NOTHING))
     if idle & changes.keys():  # what is left out has to be in its range as well
         _changed(base, {**changes, "topology": "learned", "density": TrainConfig().density})
     meant = {name: value for name, value in changes.items() if name not in idle}
     # The rest keeps the base's value: runs that were trained before have it in their checkpoints.
-    return meant, _changed(base, {**meant, **({} if steered else OF_TARGET)})
+    return meant, _changed(base, {**meant, **{k: v for k, v in OF_TARGET.items() if k in idle}})
 
 
 def _changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:

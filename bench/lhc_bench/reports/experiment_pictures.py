@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +32,12 @@ SPEEDS = {
     "predicted_cpu": "predicted for the CPU, converted layers",
     "predicted_cuda": "modelled for an H100, converted layers",
 }
+COSTS = {
+    "live_weights": "weights that are left, in thousands",
+    "live_macs": "MACs that are left for one image, in millions",
+}
+COST_UNITS = {"live_weights": 1e3, "live_macs": 1e6}
+SPEED_AXIS = "times as fast as dense"
 LINE = 0.235  # inches for a layer
 SHAPES_SHOWN = 14
 BIGGEST_GLYPH = 0.42
@@ -38,28 +45,30 @@ SHOWN_SHARE = 0.5  # percent; less rounds to nothing
 
 
 def accuracy_figure(found: Sequence[Experiment], against: Sequence[str]) -> Figure:
-    """Draw test accuracy against the density, or against speed-ups.
+    """Draw test accuracy against the density, against what the whole network costs, or against speed-ups.
 
     Args:
         found: experiments on one data set.
-        against: names of `RunRow.values` for the x axes, a panel each: "density" alone, or keys of SPEEDS.
+        against: names of `RunRow.values` for the x axes, a panel each: "density" alone, keys of COSTS, or
+            keys of SPEEDS.
     """
-    density = list(against) == ["density"]
+    density, costs = list(against) == ["density"], set(against) <= COSTS.keys()
     wide, tall, gap = (6.4 if density else 4.3), 3.6, 0.3
     width = 0.85 + (wide + gap) * len(against)
     legend_lines = len(found) + len(dense_twins(found))
     bottom = 0.7 + canvas.LEGEND_LINE * legend_lines
-    title = "Accuracy against density" if density else "Accuracy against speed-up"
+    what = "density" if density else "weights and MACs of the whole network" if costs else "speed-up"
+    title = f"Accuracy against {what}"
     caption = ["Large: mean over the seeds, bars one standard deviation; small: each run."]
     if not density:
-        caption[0] += " Line: nothing is both faster and more accurate."
+        caption[0] += f" Line: nothing is both {'smaller' if costs else 'faster'} and more accurate."
     figure = canvas.frame(width, bottom + tall + (0.5 if density else 0.7), title, caption)
     axes: list[Axes] = []
     for index, name in enumerate(against):
         axis = canvas.panel(figure, 0.7 + (wide + gap) * index, bottom, wide, tall)
         _scatter(axis, found, name)
         if not density:
-            axis.set_title(SPEEDS[name], fontsize=9, loc="left", pad=4)
+            axis.set_title({**SPEEDS, **COSTS}[name], fontsize=9, loc="left", pad=4)
         if index:
             axis.sharey(axes[0])
             axis.tick_params(labelleft=False)
@@ -70,44 +79,55 @@ def accuracy_figure(found: Sequence[Experiment], against: Sequence[str]) -> Figu
 
 
 def _scatter(axis: Axes, found: Sequence[Experiment], name: str) -> None:
-    density = name == "density"
-    dense = {label: 100 * accuracy for label, accuracy in dense_twins(found).items()}
-    xs, means = [1.0], [(1.0, accuracy) for accuracy in dense.values()]
-    for number, (label, accuracy) in enumerate(dense.items()):
-        axis.plot([1.0], [accuracy], color=DENSE, marker=DENSE_MARKERS[number % 4], markersize=10,
+    density, unit = name == "density", COST_UNITS.get(name, 1.0)
+    xs, means = [], []
+    for number, (label, twin) in enumerate(dense_twins(found).items()):
+        x = {"live_weights": twin.weights / unit, "live_macs": twin.macs / unit}.get(name, 1.0)
+        xs.append(x)
+        means.append((x, 100 * twin.accuracy))
+        axis.plot([x], [100 * twin.accuracy], color=DENSE, marker=DENSE_MARKERS[number % 4], markersize=10,
                   linestyle="none", label=label, zorder=3)  # fmt: skip
-        axis.axhline(accuracy, color=DENSE, linewidth=1, linestyle=":", zorder=0)
+        axis.axhline(100 * twin.accuracy, color=DENSE, linewidth=1, linestyle=":", zorder=0)
     for number, experiment in enumerate(found):
         # Forty pairs before one comes again; neighbours differ in both, so that one shows behind the other.
         color = COLORS[number % len(COLORS)]
         marker = MARKERS[(number + number // len(COLORS)) % len(MARKERS)]
-        x, y = experiment.mean(name), experiment.mean("lhc_accuracy")
-        assert x is not None
+        values = [value / unit for value in experiment.values(name)]
+        x, y = statistics.fmean(values), experiment.mean("lhc_accuracy")
         assert y is not None
-        xs += experiment.values(name)
+        xs += values
         means.append((x, 100 * y))
         if len(experiment.rows) > 1:
             accuracies = [100 * value for value in experiment.values("lhc_accuracy")]
-            axis.scatter(experiment.values(name), accuracies, s=9, color=color, alpha=0.6, linewidths=0)
+            axis.scatter(values, accuracies, s=9, color=color, alpha=0.6, linewidths=0)
         axis.errorbar(
-            [x], [100 * y], xerr=experiment.spread(name), yerr=100 * (experiment.spread("lhc_accuracy") or 0),
+            [x], [100 * y], xerr=(experiment.spread(name) or 0) / unit,
+            yerr=100 * (experiment.spread("lhc_accuracy") or 0),
             color=color, marker=marker, markersize=7, alpha=0.8, linestyle="none", elinewidth=1,
             label=experiment.label,
         )  # fmt: skip
-    if not density:
-        front = pareto(means)
-        axis.step(*zip(*front, strict=True), where="pre", color=IDEAL, linewidth=1, zorder=1)
+    if name in COSTS:
+        front = [(-x, y) for x, y in pareto([(-x, y) for x, y in means])]
+        axis.step(*zip(*front[::-1], strict=True), where="post", color=IDEAL, linewidth=1, zorder=1)
+    elif not density:
+        axis.step(*zip(*pareto(means), strict=True), where="pre", color=IDEAL, linewidth=1, zorder=1)
     axis.set_xscale("log")
     speeds = CLOSE_SPEED_TICKS if max(xs) < 2 * min(xs) else SPEED_TICKS
-    canvas.log_ticks(axis.xaxis, DENSITY_TICKS if density else speeds, "{:g}" if density else "{:g}x")
+    ticks = DENSITY_TICKS if density else _cost_ticks(xs) if name in COSTS else speeds
+    canvas.log_ticks(axis.xaxis, ticks, "{:g}" if density or name in COSTS else "{:g}x")
     axis.set_xlim(min(xs) / 1.2, max(xs) * 1.2)
     axis.margins(y=0.12)
-    axis.set_xlabel(
-        "density: live share of the converted weights" if density else "times as fast as dense", fontsize=9
-    )
+    words = {"density": "density: live share of the converted weights", **dict.fromkeys(SPEEDS, SPEED_AXIS)}
+    axis.set_xlabel(words.get(name, ""), fontsize=9)
     axis.grid(color="#e3e3e3", linewidth=0.6)
     axis.set_axisbelow(True)
     canvas.clean(axis)
+
+
+def _cost_ticks(xs: Sequence[float]) -> list[float]:
+    """1, 2 and 5 times powers of ten, as far as they lie about the values."""
+    powers = range(math.floor(math.log10(min(xs))), math.ceil(math.log10(max(xs))) + 1)
+    return [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
 
 
 def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -17,16 +17,17 @@ from lhc_bench.measure.peers import network_peers, reset_compiler
 from lhc_bench.pictures.topology_map import SHAPES_SHOWN
 from lhc_bench.reports.runs import Run
 from lhc_triton.conversion import lhc_layers
-from lhc_triton.models.architecture import Architecture
+from lhc_triton.models.architecture import Architecture, OwnArchitecture
 from lhc_triton.models.pretrained import load_network
 from lhc_triton.planning import plan_topologies
 from lhc_triton.planning.cost import CostModel
 from lhc_triton.planning.extract import read_model
 from lhc_triton.planning.schema import LayerTopology
 from lhc_triton.runtime.choosing.timing import time_paired
+from lhc_triton.tf32 import tf32_allowed
 from lhc_triton.topology import shape_counts
 from lhc_triton.training.identity import TOPOLOGY_ONLY
-from lhc_triton.training.networks import network_name
+from lhc_triton.training.networks import maker, network_name
 
 DTYPES = {"cpu": "float32", "cuda": "float16"}
 """The compute type that times are predicted and measured in, by device kind."""
@@ -106,6 +107,8 @@ class RunRow:
             "density": self.density,
             "mac_density": self.mac_density,
             "patterns": float(self.patterns),
+            "live_weights": float(self.live_weights),
+            "live_macs": float(self.live_macs),
             **{f"predicted_{device}": timed.speedup for device, timed in self.predicted.items()},
             "measured": None if self.measured is None else self.measured.speedup,
         }
@@ -217,36 +220,55 @@ def experiments(rows: Sequence[RunRow]) -> tuple[Experiment, ...]:
 def labels(runs: Sequence[Run]) -> list[str]:
     """Name runs by the settings in which they differ; equal names mean equal settings.
 
-    A value that more than half of the runs have is left out, unless nothing would be left to say.
+    A value that more than half of the runs have is left out, unless nothing would be left to say; and so is
+    a setting that means nothing beside the others.
     """
-    settings = [run.setting for run in runs]
+    settings = [run.meaning for run in runs]
     return [text or network_name(run.config) for text, run in zip(_differences(settings), runs, strict=True)]
 
 
 def _differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Name settings as `labels` does; empty names where all are equal."""
-    counts = {name: Counter(_shown(setting[name]) for setting in settings) for name in settings[0]}
+    names = list(dict.fromkeys(name for setting in settings for name in setting))
+    counts = {
+        name: Counter(_shown(setting[name]) for setting in settings if name in setting) for name in names
+    }
     changed = [name for name, found in counts.items() if len(found) > 1]
     usual = {}
     for name in changed:
         value, times = counts[name].most_common(1)[0]
-        if 2 * times > len(settings):
+        if 2 * times > counts[name].total():
             usual[name] = value
     named = []
     for setting in settings:
-        shown = [name for name in changed if _shown(setting[name]) != usual.get(name)]
-        named.append(", ".join(f"{name} {_shown(setting[name])}" for name in shown or changed))
+        mine = [name for name in changed if name in setting]
+        shown = [name for name in mine if _shown(setting[name]) != usual.get(name)]
+        named.append(", ".join(f"{name} {_shown(setting[name])}" for name in shown or mine))
     return named
 
 
-def dense_twins(found: Sequence[Experiment]) -> dict[str, float]:
-    """Mean test accuracies of the dense twins, by the settings in which these differ.
+@dataclass(frozen=True)
+class DenseTwin:
+    """Dense networks of one setting.
+
+    Attributes:
+        accuracy: mean share of test images put into their class, over the seeds.
+        weights, macs: of the whole network for one image.
+    """
+
+    accuracy: float
+    weights: int
+    macs: int
+
+
+def dense_twins(found: Sequence[Experiment]) -> dict[str, DenseTwin]:
+    """The dense twins, by the settings in which these differ.
 
     Args:
         found: experiments; those that differ in their topologies alone share a twin per seed.
 
     Returns:
-        Shares by name: "dense twin" where there is one setting of them.
+        Twins by name: "dense twin" where there is one setting of them.
     """
     twins = [experiment for experiment in found if experiment.values("dense_accuracy")]
     if not twins:
@@ -256,12 +278,16 @@ def dense_twins(found: Sequence[Experiment]) -> dict[str, float]:
         for experiment in twins
     ]
     accuracies: dict[str, dict[int, float]] = {}
-    for name, experiment in zip(_differences(settings), twins, strict=True):
-        seeds = accuracies.setdefault(f"dense twin, {name}" if name else "dense twin", {})
+    sizes = {}
+    for difference, experiment in zip(_differences(settings), twins, strict=True):
+        name = f"dense twin, {difference}" if difference else "dense twin"
+        sizes[name] = experiment.first.weights, experiment.first.macs
         for row in experiment.rows:
             if row.run.dense_accuracy is not None:
-                seeds[row.run.config.seed] = row.run.dense_accuracy
-    return {name: statistics.fmean(seeds.values()) for name, seeds in accuracies.items()}
+                accuracies.setdefault(name, {})[row.run.config.seed] = row.run.dense_accuracy
+    return {
+        name: DenseTwin(statistics.fmean(seeds.values()), *sizes[name]) for name, seeds in accuracies.items()
+    }
 
 
 def _shown(value: object) -> str:
@@ -281,12 +307,12 @@ def describe(run: Run, batch: int) -> RunRow:
         ValueError: weights do not fit, no layer of the network is converted, or its dense twin is another
             network.
     """
-    saved = load_network(run.lhc_file)
+    saved = load_network(run.lhc_file, maker(run.config))
     model, sizes = saved.model, saved.architecture
     converted = lhc_layers(model)
     if not converted:
         raise ValueError(f"{run.lhc_file}: no layer of the network is converted; these are dense weights")
-    if run.dense_file is not None and load_network(run.dense_file).architecture != sizes:
+    if run.dense_file is not None and load_network(run.dense_file, maker(run.config)).architecture != sizes:
         raise ValueError(f"{run.dense_file}: holds another network than {run.lhc_file.name} beside it")
     counts = lhc.summary(model, (sizes.in_channels, sizes.image_size, sizes.image_size))
     reading = read_model(model, _images(sizes, batch))
@@ -294,7 +320,7 @@ def describe(run: Run, batch: int) -> RunRow:
     topologies = tuple(topology for topology in reading.topologies if topology.name in converted)
     predicted = {}
     for device, dtype in DTYPES.items():
-        cost = CostModel.for_device(device)
+        cost = CostModel.for_device(device, tf32=tf32_allowed())
         totals = plan_topologies(topologies, cost, dtype=dtype).totals
         assert totals.planned_us is not None
         predicted[device] = Timed(device, dtype, batch, totals.dense_us, totals.planned_us, cost.source)
@@ -317,8 +343,9 @@ def describe(run: Run, batch: int) -> RunRow:
 
 def with_measured(row: RunRow, batch: int, device: str, rounds: int) -> RunRow:
     """The row with the time of its network against its dense twin, see `measure`."""
-    saved = load_network(row.run.lhc_file)
-    dense = load_network(row.run.dense_file).model if row.run.dense_file else None
+    make = maker(row.run.config)
+    saved = load_network(row.run.lhc_file, make)
+    dense = load_network(row.run.dense_file, make).model if row.run.dense_file else None
     timed = measure(saved.model, dense, _images(saved.architecture, batch), device, rounds)
     return replace(row, measured=timed)
 
@@ -328,7 +355,7 @@ def _count(noted: object) -> int | None:
     return noted if isinstance(noted, int) and not isinstance(noted, bool) else None
 
 
-def _images(sizes: Architecture, batch: int) -> Tensor:
+def _images(sizes: Architecture | OwnArchitecture, batch: int) -> Tensor:
     shape = (batch, sizes.in_channels, sizes.image_size, sizes.image_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 

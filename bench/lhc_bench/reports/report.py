@@ -17,6 +17,7 @@ from lhc_bench.measure.rows import environment
 from lhc_bench.pictures import canvas
 from lhc_bench.pictures.topology_map import draw_topology
 from lhc_bench.reports.experiment_pictures import (
+    COSTS,
     SPEEDS,
     accuracy_figure,
     layers_figure,
@@ -30,7 +31,7 @@ from lhc_bench.reports.runs import read_run
 Progress = Callable[[str], None]
 PAGE_OF_LAYERS = 16
 OWN_PICTURE = re.compile(
-    r"\d\d+_(training|layers|shapes|topology(_\d+)?)\.png|accuracy_(density|speedup).*\.png"
+    r"\d\d+_(training|layers|shapes|topology(_\d+)?)\.png|accuracy_(density|cost|speedup).*\.png"
 )
 MAX_BATCH = 4096  # counting runs each network once on so many images
 
@@ -132,18 +133,18 @@ def _remove_stale(out: Path, written: AbstractSet[Path]) -> None:
 
 
 def _overview(report: Report, out: Path) -> Section:
-    """Draw what compares the experiments, one pair of pictures per data set."""
+    """Draw what compares the experiments, three pictures per data set."""
     by_data: dict[str, list[Experiment]] = {}
     for experiment in report.experiments:
         by_data.setdefault(experiment.first.run.config.data, []).append(experiment)
     pictures = []
     for data, found in by_data.items():
         speeds = [name for name in SPEEDS if all(experiment.values(name) for experiment in found)]
-        for kind, against in (("density", ["density"]), ("speedup", speeds)):
+        for kind, against in (("density", ["density"]), ("cost", list(COSTS)), ("speedup", speeds)):
             path = out / f"accuracy_{kind}{'' if len(by_data) == 1 else f'_{data}'}.png"
             canvas.save(accuracy_figure(found, against), path, "png")
             pictures.append(Picture(path, f"{data}: test accuracy against {kind}"))
-    return Section("Accuracy against density and speed", None, tuple(pictures))
+    return Section("Accuracy against density, cost and speed", None, tuple(pictures))
 
 
 def _section(number: int, experiment: Experiment, out: Path) -> Section:

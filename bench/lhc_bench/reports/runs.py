@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lhc_bench.reports.meaning import idle_settings
 from lhc_triton.training import TrainConfig, read_config
 from lhc_triton.training.identity import TOPOLOGY_ONLY
 
@@ -71,6 +72,12 @@ class Run:
     def setting(self) -> dict[str, Any]:
         """The settings that make it the experiment it is; runs of other seeds have equal ones."""
         return {k: v for k, v in self.config.to_dict().items() if k not in NOT_A_SETTING}
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """Those of the settings that mean something beside the others."""
+        idle = idle_settings(self.config.topology, self.config.density is not None)
+        return {k: v for k, v in self.setting.items() if k not in idle}
 
     @property
     def density_target(self) -> float | None:

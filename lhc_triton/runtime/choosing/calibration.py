@@ -15,6 +15,7 @@ from lhc_triton.runtime.choosing.launch_configs import deterministic
 from lhc_triton.runtime.choosing.timing import geometric_mean, time_paired
 from lhc_triton.runtime.choosing.timing_store import TimingStore, code_version, device_name
 from lhc_triton.runtime.choosing.workload import Workload
+from lhc_triton.tf32 import tf32_allowed
 
 # Channels in, filters, image side, kernel side: a wide image, a small one, and a 1x1 layer.
 PROBES = ((64, 64, 56, 3), (256, 256, 14, 3), (256, 128, 28, 1))
@@ -48,7 +49,7 @@ def cost_model(
     """
     if backend == "auto":
         backend = auto_backend(dtype, device) or backend
-    cost = CostModel.for_device(device.type, backend)
+    cost = CostModel.for_device(device.type, backend, tf32_allowed())
     if device.type != "cpu" or tune == "off" or deterministic():
         return cost
     return calibrated(cost, dtype, store or TimingStore())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 
@@ -20,6 +21,7 @@ from lhc_triton.runtime.choosing.timing import time_paired
 from lhc_triton.runtime.choosing.timing_store import TimingStore, layer_key
 from lhc_triton.runtime.choosing.workload import Workload
 from lhc_triton.runtime.op.backends import unavailable
+from lhc_triton.tf32 import tf32_allowed
 
 CLEARLY = 1.03
 """How many times as fast as dense a sparse backend must be measured: nearer times are noise."""
@@ -27,7 +29,8 @@ CLEARLY = 1.03
 ROUNDS = 9
 BUDGET_S = 0.3
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-TUNES = ("off", "cached", "full")
+Tune = Literal["off", "cached", "full"]
+TUNES: tuple[str, ...] = get_args(Tune)
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def choose_backend(
     if supports(layer.backend, layer, dtype, device) is not None:
         # Planned for a backend that is not to be had here: the same tiles, priced for the one that is.
         itemsize = itemsize_of(str(dtype).removeprefix("torch."))
-        cost = CostModel.for_device(device.type, able[0])
+        cost = CostModel.for_device(device.type, able[0], tf32_allowed())
         layer = price_tiles(layer.topology, layer.tiles, layer.tile_width, cost, itemsize)
     return Decision(layer.backend, layer.reason)
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from lhc_kernels.cpu.building import FLAGS, BuildError, cache_folder, find_compiler, target_flags
 from lhc_triton.runtime.choosing.dispatch import backend_status
 from lhc_triton.runtime.choosing.timing_store import cpu_name, package_version
 
 PACKAGES = ("lhc-triton", "torch", "triton", "numpy", "matplotlib", "safetensors", "torchvision", "timm")
 COMPILERS = ("c++", "g++", "clang++", "nvcc")
-VARIABLES = ("TRITON_INTERPRET", "LHC_TRITON_CACHE", "OMP_NUM_THREADS")
+VARIABLES = ("TRITON_INTERPRET", "LHC_TRITON_CACHE", "OMP_NUM_THREADS", "CXX", "LHC_TRITON_NATIVE_FLAGS")
 
 
 def package_versions() -> dict[str, str | None]:
@@ -65,12 +66,25 @@ def _version_line(path: str) -> str:
     return next((line for line in lines if "release" in line), lines[0] if lines else "no version printed")
 
 
+def native_build() -> dict[str, str]:
+    """Tell how the native kernel is built here: compiler, flags, folder; or the problem."""
+    try:
+        return {
+            "compiler": " ".join(find_compiler()),
+            "flags": " ".join((*FLAGS, *target_flags())),
+            "folder": str(cache_folder()),
+        }
+    except BuildError as error:
+        return {"problem": str(error)}
+
+
 def diagnose() -> dict[str, Any]:
     """Collect everything `lhc-triton doctor` shows.
 
     Returns:
         A JSON-ready dict: "python", "platform", "packages", "devices", "compilers", "environment" (the
-        variables that change what runs), and "backends": per device kind the rows of `backend_status`.
+        variables that change what runs), "native": see `native_build`, "backends": per device kind the rows
+        of `backend_status`, and "notes": what is known of these versions, one line each.
     """
     environment = {name: os.environ.get(name) for name in VARIABLES}
     kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -81,5 +95,17 @@ def diagnose() -> dict[str, Any]:
         "devices": devices(),
         "compilers": compilers(),
         "environment": {name: value for name, value in environment.items() if value is not None},
+        "native": native_build(),
         "backends": {kind: backend_status(kind) for kind in kinds},
+        "notes": version_notes(package_version("triton")),
     }
+
+
+def version_notes(triton: str | None) -> list[str]:
+    """Return what is known of a version of Triton, one line each."""
+    if triton is None or not triton.startswith("3.6."):
+        return []
+    return [
+        f"Triton {triton} puts no proxy fence between asynchronous copies and wgmma (3.7 does): if results "
+        "on Hopper change from run to run, `make test-gpu` has a test for it, and a newer Triton the fence"
+    ]

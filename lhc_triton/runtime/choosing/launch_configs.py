@@ -20,14 +20,13 @@ import torch
 
 from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.choosing.timing_store import Measured, TimingStore, device_name, package_version
+from lhc_triton.tf32 import tf32_allowed
 
 if TYPE_CHECKING:
     from lhc_kernels import KernelConfig, LaunchShape
 
 TABLES = Path(__file__).resolve().parents[2] / "tables"
 DETERMINISTIC = "LHC_TRITON_DETERMINISTIC"
-PRECISION = "ieee"
-"""Of float32 products: the only one within the error that the op promises."""
 
 Pair = tuple[int, int]
 
@@ -45,6 +44,11 @@ class Found:
     config: tuple[int, ...]
     source: str
     time_us: float | None = None
+
+
+def precision(dtype: str) -> str:
+    """Return a config's precision: of float32 products TF32 where torch's own convolutions may use it."""
+    return "tf32" if dtype == "float32" and tf32_allowed() else "ieee"
 
 
 def deterministic() -> bool:
@@ -182,12 +186,12 @@ def fastest(records: Mapping[str, Measured], shape: LaunchShape) -> tuple[Kernel
     """
     from lhc_kernels import config_problem
 
-    best = None
+    best, wanted = None, precision(shape.dtype)
     for name, record in records.items():
         if isinstance(record, str) or (best is not None and record >= best[1]):
             continue
         config = config_of(name)
-        if config is None or config.precision != PRECISION or config_problem(config, shape) is not None:
+        if config is None or config.precision != wanted or config_problem(config, shape) is not None:
             continue
         best = config, record
     return best
@@ -229,7 +233,7 @@ def look_up(
         best = fastest(_table(table_path(tables, device_name(device))).get(key, {}), shape)
         if best is not None:
             return Found(tuple(best[0].to_list()), "table", best[1])
-    return Found(tuple(heuristic_config(shape, PRECISION).to_list()), "heuristic")
+    return Found(tuple(heuristic_config(shape, precision(shape.dtype)).to_list()), "heuristic")
 
 
 def table_path(tables: Path, device: str) -> Path:

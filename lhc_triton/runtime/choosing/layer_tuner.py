@@ -14,7 +14,7 @@ import torch
 from lhc_triton.errors import one_line
 from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.choosing.cold_timing import ColdTimer
-from lhc_triton.runtime.choosing.launch_configs import PRECISION, config_name, planned
+from lhc_triton.runtime.choosing.launch_configs import config_name, planned, precision
 from lhc_triton.runtime.choosing.timing import race
 from lhc_triton.runtime.choosing.timing_store import Measured, TimingStore
 from lhc_triton.runtime.choosing.workload import Workload
@@ -62,9 +62,21 @@ class Tuned:
 
 
 class GpuBench:
-    """Runs a layer's configs on its GPU; see `Bench`."""
+    """Runs a layer's configs on its GPU; see `Bench`.
 
-    def __init__(self, layer: LayerPlan, dtype: torch.dtype, device: torch.device) -> None:
+    Args:
+        layer, dtype, device: what is measured, and where.
+        compiled: returns once a config is compiled; raises if it cannot be, or not well.
+    """
+
+    def __init__(
+        self,
+        layer: LayerPlan,
+        dtype: torch.dtype,
+        device: torch.device,
+        compiled: Callable[[Config], None] = lambda config: None,
+    ) -> None:
+        self._compiled = compiled
         self._work = Workload(layer, dtype, device)
         self._expected = self._work.expected()
         self._tolerance = layer_tolerance(dtype, device)
@@ -73,6 +85,7 @@ class GpuBench:
 
     def prepare(self, config: Config) -> Sampler:
         """See `Bench`."""
+        self._compiled(config)
         call = self._work.sparse("triton", config)
         geometry = self._work.layer.topology.geometry
         # The allocator hands the same memory out again: what a kernel forgets to write would look right.
@@ -129,11 +142,13 @@ def tune_layer(
     refuse_in_capture()
     key, shape = planned(layer, dtype, device)
     known = store.get(key)
-    todo = {config_name(c.to_list()): c.to_list() for c in candidate_configs(shape, limit, PRECISION)}
+    todo = {
+        config_name(c.to_list()): c.to_list() for c in candidate_configs(shape, limit, precision(shape.dtype))
+    }
     todo = {name: config for name, config in todo.items() if name not in known}
     if not todo:
         return Tuned(key, 0, 0, 0)
-    bench, keep = benches(_full_bucket(layer, shape.pixels), dtype, device), partial(store.put, key)
+    bench, keep = benches(full_bucket(layer, shape.pixels), dtype, device), partial(store.put, key)
     samplers, records = _prepare(bench, todo, lambda: clock() < deadline, keep)
     raced = race(samplers, ROUNDS, MARGIN)
     if any(isinstance(record, str) for record in raced.values()):
@@ -145,7 +160,7 @@ def tune_layer(
     return Tuned(key, len(records) - failed, failed, len(todo) - len(records))
 
 
-def _full_bucket(layer: LayerPlan, bucket: int) -> LayerPlan:
+def full_bucket(layer: LayerPlan, bucket: int) -> LayerPlan:
     """Return the plan for the largest batch that has no more output pixels than the bucket."""
     topology = layer.topology
     batch = bucket // (topology.geometry.out_height * topology.geometry.out_width)

@@ -15,11 +15,11 @@ from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.choosing.dispatch import choose_backend
 from lhc_triton.runtime.choosing.launch_configs import (
     DETERMINISTIC,
-    PRECISION,
     config_name,
     deterministic,
     fastest,
     planned,
+    precision,
 )
 from lhc_triton.runtime.choosing.layer_tuner import LIMIT, Benches, GpuBench, Tuned, tune_layer
 from lhc_triton.runtime.choosing.timing_store import TimingStore, device_name, layer_key
@@ -178,7 +178,7 @@ def run_jobs(
         raise ValueError(f"budget is {budget_s} seconds; it must be positive")
     start = clock()
     deadline = float("inf") if budget_s is None else start + budget_s
-    mine = _distinct(jobs, device)[rank::ranks]
+    mine = distinct(jobs, device)[rank::ranks]
     rows: list[Row] = []
     problem = ""
     for index, job in enumerate(mine):
@@ -196,7 +196,7 @@ def run_jobs(
     return Report(name, str(store.path), rank, ranks, len(mine), left, seconds, tuple(rows), problem)
 
 
-def _distinct(jobs: Sequence[Job], device: torch.device) -> list[Job]:
+def distinct(jobs: Sequence[Job], device: torch.device) -> list[Job]:
     """Return the jobs without those that would find all their records made."""
     found: dict[tuple[str, str], Job] = {}
     for job in jobs:
@@ -229,7 +229,7 @@ def _run_job(
         problem = one_line(error)
     records = store.get(key)
     best = fastest(records, shape)
-    plain = records.get(config_name(heuristic_config(shape, PRECISION).to_list()))
+    plain = records.get(config_name(heuristic_config(shape, precision(shape.dtype)).to_list()))
     return Row(
         layer=layer.name,
         key=key,

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from lhc_triton.planning.network_plan import Plan
-from lhc_triton.runtime.choosing.dispatch import Decision, decide
+from lhc_triton.planning.planner import BackendName
+from lhc_triton.runtime.choosing.dispatch import Decision, Tune, decide
 from lhc_triton.runtime.choosing.launch_configs import deterministic
 from lhc_triton.runtime.network.accelerated import AcceleratedModel, plain_attributes, public_names
 from lhc_triton.runtime.network.agreeing import agreeing, check_replays
@@ -24,10 +24,10 @@ from lhc_triton.runtime.network.record import LayerRow, Record, make_row
 
 def accelerate(
     model: nn.Module,
-    example_input: Tensor | Sequence[Tensor],
+    example_input: Tensor | tuple[Tensor, ...],
     plan: Plan | None = None,
-    tune: str = "cached",
-    backend: str = "auto",
+    tune: Tune = "cached",
+    backend: BackendName = "auto",
     graphs: bool = True,
 ) -> AcceleratedModel:
     """Return a network for inference that computes what ``model`` computes, and skips its dead weights.

@@ -19,6 +19,8 @@ from lhc_triton.runtime.op.dense import FusedConv2d
 from lhc_triton.runtime.replay.cpu_recordings import Tapes, why_not_recordable
 from lhc_triton.runtime.replay.cuda_graphs import Graphs
 
+_LONGEST_NAME = 20  # so that a line of explain() fits 80 columns
+
 
 class AcceleratedModel(nn.Module):
     """A network for inference whose convolutions run as planned; made by ``accelerate`` and ``load``.
@@ -70,6 +72,11 @@ class AcceleratedModel(nn.Module):
         Raises:
             TypeError: a traced network is given more arguments than its example had, or others.
         """
+        if torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                "an accelerated network has no ONNX form, since its sparse layers are operators of ours:"
+                " export the model that it was made from, a converted or pruned one after lhc.to_dense(model)"
+            )
         if isinstance(self.network, fx.GraphModule):
             if named or len(inputs) > len(self._parameters_of_forward):
                 inputs, named = self._bound(inputs, named), {}
@@ -192,7 +199,7 @@ class AcceleratedModel(nn.Module):
         how = "traced with torch.fx" if report["traced"] else "module by module, epilogues not fused"
         lines = [
             f"{report['model']} on {report['device']} in {report['dtype']}: "
-            f"{totals['sparse_layers']} of {totals['layers']} convolutions run sparse "
+            f"{totals['sparse_layers']} of {totals['layers']} convolutions run sparse",
             f"(backend {report['backend']!r}; {how})",
             "",
             *table_of(self.record.rows),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from lhc_triton.runtime.choosing.launch_configs import look_up, pixel_bucket
 from lhc_triton.runtime.op.backends import unavailable
 from lhc_triton.runtime.op.dense import FusedConv2d, autocasts, frozen
 from lhc_triton.runtime.op.packing import blocks_from_weight, pack_blocks, weight_from_blocks
+from lhc_triton.tf32 import tf32_allowed
 
 _PACKED = ("packed", "tile_ptr", "entries", "filters")
 
@@ -72,7 +74,7 @@ class GroupedConv2d(FusedConv2d):
         self.layer = layer
         self.backend = backend
         self.tune = tune
-        self._configs: dict[tuple[int, int, int], list[int]] = {}
+        self._configs: dict[tuple[int, int, int, bool], list[int]] = {}
         self.blocks = frozen(blocks.detach().clone())
         for name in _PACKED:
             self.register_buffer(name, None, persistent=False)
@@ -119,9 +121,13 @@ class GroupedConv2d(FusedConv2d):
                 x = x.to(self.dtype)
                 residual = None if residual is None else residual.to(self.dtype)
                 return self._convolve(x, residual, activation, pool).to(result)
-        config: list[int] = []
-        if BACKENDS[self.backend].has_configs:
+        # AOTInductor's packages hand an empty list on as None; backends without configs read none of it.
+        has_configs = BACKENDS[self.backend].has_configs
+        config: list[int] = [0] if torch.compiler.is_exporting() and not has_configs else []
+        if has_configs:
             images, _, height, width = self._sum_shape(x)
+            # Under torch.compile the size of an image is no symbol: a config is chosen for this very one.
+            height, width = operator.index(height), operator.index(width)
             config = self._config(pixel_bucket(images * height * width), height, width)
         y: Tensor = torch.ops.lhc.grouped_conv2d(
             x,
@@ -144,7 +150,7 @@ class GroupedConv2d(FusedConv2d):
 
     def _config(self, bucket: int, height: int, width: int) -> list[int]:
         """Return the launch config for so many output pixels, of images of OH x OW."""
-        place = (bucket, height, width)
+        place = (bucket, height, width, tf32_allowed())
         if place not in self._configs:
             home = self.packed
             found = look_up(self.layer, home.dtype, home.device, bucket, (height, width), tune=self.tune)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from lhc_triton.planning import plan as make_plan
 from lhc_triton.planning.cost import CostModel
 from lhc_triton.planning.network_plan import Plan
+from lhc_triton.planning.planner import BackendName
 from lhc_triton.runtime.choosing.calibration import cost_model
 from lhc_triton.runtime.choosing.dispatch import passed_over
 from lhc_triton.runtime.network.arguments import check_convs, fitting_plan
@@ -93,7 +94,9 @@ def _plan_copy(
     handle = nn.modules.module.register_module_forward_hook(look)
     try:
         with preserved(work):
-            plan = make_plan(work, tuple(x.clone() for x in inputs), requested, cost, dense=True)
+            plan = make_plan(
+                work, tuple(x.clone() for x in inputs), cast(BackendName, requested), cost, dense=True
+            )
     except ValueError as error:
         problem = judge.verdict(work).problem
         if problem is not None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lhc_triton.planning.schema import out_size
-from lhc_triton.runtime.op import prepacked
+from lhc_triton.runtime.op import cudnn_fused, prepacked
 from lhc_triton.runtime.op.epilogue import ACTIVATIONS, POOLS, in_format, is_channels_last, pooled
 
 
@@ -85,11 +85,14 @@ class FusedConv2d(nn.Module):
         if x.dim() == 3:
             with_batch = None if residual is None else residual.unsqueeze(0)
             return self.forward(x.unsqueeze(0), with_batch).squeeze(0)
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
+        tracing = (
+            torch.jit.is_tracing()
+        )  # sizes are tensors then: what compares them becomes no part of a trace
+        if x.dim() != 4 or (not tracing and x.shape[1] != self.in_channels):
             raise ValueError(f"the input has shape {tuple(x.shape)}, expected [N, {self.in_channels}, H, W]")
         if x.dtype != self.dtype and not autocasts(x):
             raise ValueError(f"the input is {x.dtype}, the layer computes in {self.dtype}; convert the input")
-        if residual is not None and residual.shape != self._sum_shape(x):
+        if residual is not None and not tracing and residual.shape != self._sum_shape(x):
             # equal on the example, but not here: the addition broadcasts, which no epilogue does
             y = self._convolve(x, None, "none", "none") + residual
             return self._finish(y, None, self.activation, self.pool)
@@ -176,6 +179,7 @@ class DenseConv2d(FusedConv2d):
             kept = weight.detach().clone(memory_format=torch.channels_last)
             self.weight = frozen(kept)
         self._prepacked: tuple[Tensor, tuple[int, int], Tensor] | None = None
+        self._fused: tuple[tuple[torch.device, torch.dtype], bool] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -191,9 +195,23 @@ class DenseConv2d(FusedConv2d):
         options = (self.stride, border, self.dilation, self.groups)
         if prepacked.serves(x):
             y = prepacked.convolve(x, self._in_onednn_order(x, border), self.bias, *options)
+        elif activation == "relu" and self._fuses(x):
+            y = cudnn_fused.convolve(x, self.weight, self.bias, residual, *options)
+            residual, activation = None, "none"
         else:
             y = F.conv2d(x, self.weight, self.bias, *options)
         return self._finish(y, residual, activation, pool)
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Return whether cuDNN's fused kernel takes over; found out at the first call on a device."""
+        if not x.is_cuda or torch.compiler.is_compiling() or autocasts(x):
+            return False
+        place = (x.device, x.dtype)
+        if self._fused is None or self._fused[0] != place:
+            if torch.cuda.is_current_stream_capturing():
+                return False
+            self._fused = (place, cudnn_fused.serves(*place))
+        return self._fused[1]
 
     def _in_onednn_order(self, x: Tensor, border: tuple[int, int]) -> Tensor:
         """Return the prepacked weight, made again whenever the weight is another one or was written to."""

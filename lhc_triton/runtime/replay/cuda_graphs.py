@@ -142,7 +142,7 @@ class CudaDevice:
 
     def __init__(self) -> None:
         self._done: torch.cuda.Event | None = None
-        self._pool: Any = None
+        self._memory: GraphMemory | None = None
 
     def ready(self, inputs: Sequence[Tensor]) -> bool:
         """See `Device`."""
@@ -166,9 +166,9 @@ class CudaDevice:
 
     def capture(self, function: Function) -> tuple[Callable[[], None], Any]:
         """See `Device`."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph, outputs = capture(function, self._pool)
+        if self._memory is None:
+            self._memory = GraphMemory()
+        graph, outputs = self._memory.capture(function)
         return graph.replay, outputs
 
     def wait(self) -> None:
@@ -179,26 +179,61 @@ class CudaDevice:
     def finish(self) -> None:
         """See `Device`."""
         self.wait()
-        self._done = self._pool = None
+        self._done = self._memory = None
 
 
-def capture(function: Function, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Run a function once on a stream of its own, then capture it on the current GPU.
+class GraphMemory:
+    """Captures graphs on the current GPU that share their memory, for they never run at the same time.
 
-    Args:
-        function: called twice; the first call compiles and allocates what a capture must not.
-        pool: of memory, shared with other graphs that never run at the same time; None: its own.
-
-    Returns:
-        The graph, and the function's result, which every replay writes again.
+    What one capture frees serves the next one only on the same stream, so all of them are made on one.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may go on using the GPU meanwhile.
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        result = function()
-    return graph, result
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, function: Function) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """Run a function once on the stream of captures, then capture it.
+
+        Args:
+            function: called twice; the first call compiles and allocates what a capture must not.
+
+        Returns:
+            The graph, and the function's result, which every replay writes again.
+
+        Raises:
+            Exception: the function's own, or the capture's. The current stream is the caller's again, and the
+                pool serves further captures.
+        """
+        before = torch.cuda.current_stream()
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(self._stream):
+            function()
+        before.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        cause: Exception | None = None
+        try:
+            # Other threads may go on using the GPU meanwhile.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                try:
+                    result = function()
+                except Exception as error:
+                    cause = error
+                    raise
+        except Exception as error:
+            # Where the end of a capture fails, torch leaves the stream set and the pool open.
+            torch.cuda.set_stream(before)
+            _close_pool(before.device_index, self._pool)
+            raise cause or error  # noqa: B904  (the end of a capture that failed says only that it did)
+        return graph, result
+
+
+def _close_pool(device: int, pool: Any) -> None:
+    """Undo what the beginning of a capture did to the allocator, unless its end has done so."""
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        return  # it is not open
+    torch._C._cuda_releasePool(device, pool)

@@ -24,6 +24,7 @@ from lhc_triton.runtime.saved.operations import (
     MAX_NUMBER,
     MODULES,
     OPERATIONS,
+    WORDS,
     GraphError,
     Result,
     check_arguments,
@@ -72,6 +73,7 @@ FLOATS: Mapping[str, torch.dtype] = {
 FREE = 2**24
 PER_VALUE = {"weights": 1024, "packed weights": 64, "cells": 128}
 MAX_STEP = 2**12  # stride, dilation and border, in pixels
+MAX_SCALE = 64  # of a side, at an upsampling
 
 
 def store_module(name: str, module: nn.Module) -> dict[str, Any]:
@@ -162,13 +164,16 @@ def build_module(name: str, spec: Any, layers: Mapping[str, LayerPlan]) -> nn.Mo
         _check_fields(where, values, MODULES[plain])
         if plain is nn.BatchNorm2d:
             return _build_norm(where, values)
-        options = {"device": "meta"} if plain is nn.Linear else {}
+        options = {"device": "meta"} if plain in _WITH_TENSORS else {}
         arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         return plain(**arguments, **options).eval()
     except GraphError:
         raise
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise GraphError(f"{where}: {first_line(error)}") from error
+
+
+_WITH_TENSORS = (nn.Linear, nn.PReLU, nn.Conv2d, nn.ConvTranspose2d, nn.GroupNorm, nn.LayerNorm)
 
 
 def _build_norm(where: str, values: dict[str, Any]) -> nn.BatchNorm2d:
@@ -238,6 +243,20 @@ def _fits(value: Any, kind: str) -> bool:
     match kind:
         case "bool":
             return isinstance(value, bool)
+        case "bool?":
+            return value is None or isinstance(value, bool)
+        case "word":
+            return isinstance(value, str) and value in WORDS
+        case "shape":
+            return all_ints(1)
+        case "size?":
+            return value is None or is_int(value, 1) or all_ints(1, 2)
+        case "scale?":
+            scales = value if isinstance(value, list) else [value]
+            return value is None or (
+                len(scales) in (1, 2)
+                and all(isinstance(scale, int | float) and 0 < scale <= MAX_SCALE for scale in scales)
+            )
         case "text":
             return isinstance(value, str) and len(value) <= 1000
         case "number":

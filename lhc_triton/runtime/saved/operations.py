@@ -26,6 +26,15 @@ MAX_BITS = 256  # of a whole number that a graph computes from sizes
 _SIZE_BITS = 40
 
 
+WORDS = frozenset(
+    {
+        "nearest", "nearest-exact", "bilinear", "bicubic", "area", "constant", "reflect", "replicate",
+        "circular", "zeros", "none", "tanh", "floor", "trunc",
+    }
+)  # fmt: skip
+"""Modes that operations and modules are told by name."""
+
+
 class GraphError(ValueError):
     """A graph cannot be stored, or a stored graph is not valid; the message is one line."""
 
@@ -37,7 +46,8 @@ class Parameter:
     Attributes:
         name: as in a keyword argument.
         kind: "tensor", "tensors" (a list), "value" (tensor or number), "int" (or the value of a node),
-            "ints" (one or a list), "number", "bool", "index" (of a getitem), or "shape" (the word itself).
+            "ints" (one or a list), "number", "numbers" (one or a list), "bool", "false" (nothing else),
+            "word" (one of WORDS), "index" (of a getitem), or "shape" (the word itself).
         optional: whether it may be left out.
         nullable: whether it may be None.
     """
@@ -80,12 +90,32 @@ _FUNCTIONS = (
     _operation("imul", operator.imul, "a:value b:value"),
     _operation("truediv", operator.truediv, "a:value b:value"),
     _operation("floordiv", operator.floordiv, "a:value b:value"),
+    _operation("isub", operator.isub, "a:value b:value"),
+    _operation("itruediv", operator.itruediv, "a:value b:value"),
+    _operation("pow", operator.pow, "a:tensor b:number"),
+    _operation("neg", operator.neg, "a:tensor"),
     _operation("getitem", operator.getitem, "a:tensor b:index"),
     _operation("shape", getattr, "a:tensor b:shape"),
     _operation("like_format", like_format, "value:tensor other:tensor"),
     _operation("torch.add", torch.add, "input:tensor other:value alpha:number?"),
     _operation("torch.sub", torch.sub, "input:tensor other:value alpha:number?"),
     _operation("torch.mul", torch.mul, "input:tensor other:value"),
+    _operation("torch.div", torch.div, "input:tensor other:value rounding_mode:word?~"),
+    _operation("torch.neg", torch.neg, "input:tensor"),
+    _operation("torch.pow", torch.pow, "input:tensor exponent:number"),
+    _operation("torch.sqrt", torch.sqrt, "input:tensor"),
+    _operation("torch.exp", torch.exp, "input:tensor"),
+    _operation("torch.abs", torch.abs, "input:tensor"),
+    _operation("torch.clamp", torch.clamp, "input:tensor min:number?~ max:number?~"),
+    _operation("torch.tanh", torch.tanh, "input:tensor"),
+    _operation("torch.stack", torch.stack, "tensors:tensors dim:int?"),
+    _operation("torch.chunk", torch.chunk, "input:tensor chunks:int dim:int?"),
+    _operation("torch.split", torch.split, "tensor:tensor split_size_or_sections:ints dim:int?"),
+    _operation("torch.transpose", torch.transpose, "input:tensor dim0:int dim1:int"),
+    _operation("torch.permute", torch.permute, "input:tensor dims:ints"),
+    _operation("torch.reshape", torch.reshape, "input:tensor shape:ints"),
+    _operation("torch.unsqueeze", torch.unsqueeze, "input:tensor dim:int"),
+    _operation("torch.squeeze", torch.squeeze, "input:tensor dim:int?"),
     _operation("torch.cat", torch.cat, "tensors:tensors dim:int?"),
     _operation("torch.flatten", torch.flatten, "input:tensor start_dim:int? end_dim:int?"),
     _operation("torch.relu", torch.relu, "input:tensor"),
@@ -98,8 +128,37 @@ _FUNCTIONS = (
     _operation("silu", F.silu, "input:tensor inplace:bool?"),
     _operation("hardswish", F.hardswish, "input:tensor inplace:bool?"),
     _operation("hardsigmoid", F.hardsigmoid, "input:tensor inplace:bool?"),
-    _operation("softmax", F.softmax, "input:tensor dim:int?~"),
-    _operation("log_softmax", F.log_softmax, "input:tensor dim:int?~"),
+    _operation("softmax", F.softmax, "input:tensor dim:int?~ _stacklevel:int?"),
+    _operation("log_softmax", F.log_softmax, "input:tensor dim:int?~ _stacklevel:int?"),
+    _operation("leaky_relu", F.leaky_relu, "input:tensor negative_slope:number? inplace:bool?"),
+    _operation("prelu", F.prelu, "input:tensor weight:tensor"),
+    _operation("elu", F.elu, "input:tensor alpha:number? inplace:bool?"),
+    _operation("gelu", F.gelu, "input:tensor approximate:word?"),
+    _operation("mish", F.mish, "input:tensor inplace:bool?"),
+    _operation("softplus", F.softplus, "input:tensor beta:number? threshold:number?"),
+    _operation("hardtanh", F.hardtanh, "input:tensor min_val:number? max_val:number? inplace:bool?"),
+    _operation("tanh", F.tanh, "input:tensor"),
+    _operation("sigmoid", F.sigmoid, "input:tensor"),
+    _operation("dropout", F.dropout, "input:tensor p:number? training:false inplace:bool?"),
+    _operation("dropout2d", F.dropout2d, "input:tensor p:number? training:false inplace:bool?"),
+    _operation(
+        "interpolate",
+        F.interpolate,
+        "input:tensor size:ints?~ scale_factor:numbers?~ mode:word? align_corners:bool?~"
+        " recompute_scale_factor:bool?~ antialias:bool?",
+    ),
+    _operation("pixel_shuffle", F.pixel_shuffle, "input:tensor upscale_factor:int"),
+    _operation("pixel_unshuffle", F.pixel_unshuffle, "input:tensor downscale_factor:int"),
+    _operation("channel_shuffle", F.channel_shuffle, "input:tensor groups:int"),
+    _operation(
+        "group_norm", F.group_norm, "input:tensor num_groups:int weight:tensor?~ bias:tensor?~ eps:number?"
+    ),
+    _operation(
+        "layer_norm",
+        F.layer_norm,
+        "input:tensor normalized_shape:ints weight:tensor?~ bias:tensor?~ eps:number?",
+    ),
+    _operation("linear", F.linear, "input:tensor weight:tensor bias:tensor?~"),
     _operation("max_pool2d", F.max_pool2d, _POOL + "dilation:ints? ceil_mode:bool? return_indices:bool?"),
     _operation(
         "avg_pool2d",
@@ -107,7 +166,8 @@ _FUNCTIONS = (
         _POOL + "ceil_mode:bool? count_include_pad:bool? divisor_override:int?~",
     ),
     _operation("adaptive_avg_pool2d", F.adaptive_avg_pool2d, "input:tensor output_size:ints~"),
-    _operation("pad", F.pad, "input:tensor pad:ints"),
+    _operation("adaptive_max_pool2d", F.adaptive_max_pool2d, "input:tensor output_size:ints~"),
+    _operation("pad", F.pad, "input:tensor pad:ints mode:word? value:number?~"),
 )
 _METHODS = tuple(
     _operation(name, name, signature)
@@ -132,7 +192,21 @@ _METHODS = tuple(
         ("add_", "input:tensor other:value alpha:number?"),
         ("mul", "input:tensor other:value"),
         ("mul_", "input:tensor other:value"),
+        ("sub", "input:tensor other:value alpha:number?"),
+        ("sub_", "input:tensor other:value alpha:number?"),
+        ("div", "input:tensor other:value"),
+        ("div_", "input:tensor other:value"),
+        ("neg", "input:tensor"),
+        ("pow", "input:tensor exponent:number"),
+        ("sqrt", "input:tensor"),
+        ("exp", "input:tensor"),
+        ("abs", "input:tensor"),
+        ("tanh", "input:tensor"),
+        ("clamp", "input:tensor min:number?~ max:number?~"),
+        ("log_softmax", "input:tensor dim:int"),
+        ("expand", "input:tensor *:int"),
         ("chunk", "input:tensor chunks:int dim:int?"),
+        ("split", "input:tensor split_size:ints dim:int?"),
     )
 )
 OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
@@ -174,6 +248,62 @@ MODULES: Mapping[type[nn.Module], Mapping[str, str]] = {
         "count_include_pad": "bool",
     },
     nn.AdaptiveAvgPool2d: {"output_size": "sizes"},
+    nn.AdaptiveMaxPool2d: {"output_size": "sizes"},
+    nn.LeakyReLU: {"negative_slope": "number", "inplace": "bool"},
+    nn.PReLU: {"num_parameters": "size"},
+    nn.ELU: {"alpha": "number", "inplace": "bool"},
+    nn.GELU: {"approximate": "word"},
+    nn.Mish: {"inplace": "bool"},
+    nn.Softplus: {"beta": "number", "threshold": "number"},
+    nn.Hardtanh: {"min_val": "number", "max_val": "number", "inplace": "bool"},
+    nn.Tanh: {},
+    nn.Softmax: {"dim": "int"},
+    nn.LogSoftmax: {"dim": "int"},
+    nn.Conv2d: {
+        "in_channels": "size",
+        "out_channels": "size",
+        "kernel_size": "pair",
+        "stride": "pair",
+        "padding": "border",
+        "dilation": "pair",
+        "groups": "size",
+        "bias": "bool",
+        "padding_mode": "word",
+    },
+    nn.ConvTranspose2d: {
+        "in_channels": "size",
+        "out_channels": "size",
+        "kernel_size": "pair",
+        "stride": "pair",
+        "padding": "border",
+        "output_padding": "border",
+        "groups": "size",
+        "bias": "bool",
+        "dilation": "pair",
+    },
+    nn.GroupNorm: {"num_groups": "size", "num_channels": "size", "eps": "number", "affine": "bool"},
+    nn.LayerNorm: {
+        "normalized_shape": "shape",
+        "eps": "number",
+        "elementwise_affine": "bool",
+        "bias": "bool",
+    },
+    nn.Upsample: {
+        "size": "size?",
+        "scale_factor": "scale?",
+        "mode": "word",
+        "align_corners": "bool?",
+        "recompute_scale_factor": "bool?",
+    },
+    nn.UpsamplingNearest2d: {"size": "size?", "scale_factor": "scale?"},
+    nn.UpsamplingBilinear2d: {"size": "size?", "scale_factor": "scale?"},
+    nn.PixelShuffle: {"upscale_factor": "size"},
+    nn.PixelUnshuffle: {"downscale_factor": "size"},
+    nn.ChannelShuffle: {"groups": "size"},
+    nn.ZeroPad2d: {"padding": "border4"},
+    nn.ReflectionPad2d: {"padding": "border4"},
+    nn.ReplicationPad2d: {"padding": "border4"},
+    nn.ConstantPad2d: {"padding": "border4", "value": "number"},
     nn.Flatten: {"start_dim": "int", "end_dim": "int"},
     nn.Identity: {},
 }
@@ -213,7 +343,10 @@ def _check_module(name: str, module: nn.Module) -> None:
         return
     if type(module) not in MODULES:
         raise GraphError(f"module {name!r} is a {type(module).__name__}, which is not on the list")
-    if getattr(module, "return_indices", False) or getattr(module, "divisor_override", None) is not None:
+    bordered = isinstance(module, nn.ConvTranspose2d) and module.padding_mode != "zeros"
+    odd = bordered or (isinstance(module, nn.Conv2d) and isinstance(module.padding, str))
+    indices = getattr(module, "return_indices", False)
+    if odd or indices or getattr(module, "divisor_override", None) is not None:
         raise GraphError(f"module {name!r} has an argument that is not on the list")
 
 
@@ -304,7 +437,7 @@ def check_arguments(operation: Operation, args: Sequence[Any], kwargs: Mapping[s
 Result = str | int
 """What a node gives: "tensor", "tensors" (several), "sizes", or of a number the bits that it may have."""
 
-_ARITHMETIC = frozenset({"add", "iadd", "sub", "mul", "imul", "truediv", "floordiv"})
+_ARITHMETIC = frozenset({"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv", "floordiv"})
 
 
 def result_of(
@@ -321,7 +454,11 @@ def result_of(
         return "sizes"
     if name in ("size", "dim"):
         return _SIZE_BITS
-    if name == "chunk" or (name == "max_pool2d" and (len(args) == 7 or "return_indices" in kwargs)):
+    if name in ("pow", "neg") and results.get(args[0], "tensor") != "tensor":
+        raise GraphError(f"{name}: its operand is a number or a shape, with which a file may not calculate")
+    if name in ("chunk", "split", "torch.chunk", "torch.split") or (
+        name == "max_pool2d" and (len(args) == 7 or "return_indices" in kwargs)
+    ):
         return "tensors"
     if name == "getitem":
         base = results.get(args[0], "tensor") if args else "tensor"
@@ -364,7 +501,14 @@ _KINDS: Mapping[str, Callable[[Any], bool]] = {
     "value": lambda v: isinstance(v, fx.Node) or _is_int(v) or isinstance(v, float),
     "int": lambda v: _is_int(v) or isinstance(v, fx.Node),
     "number": lambda v: _is_int(v) or isinstance(v, float),
+    "numbers": lambda v: (
+        all(_is_kind(item, "number") for item in v)
+        if isinstance(v, list | tuple) and len(v) <= MAX_ITEMS
+        else _is_kind(v, "number")
+    ),
+    "word": lambda v: isinstance(v, str) and v in WORDS,
     "bool": lambda v: isinstance(v, bool),
+    "false": lambda v: v is False,
     "shape": lambda v: v == "shape",
     "index": lambda v: all(map(_is_index, v)) if isinstance(v, tuple) else _is_index(v),
     "ints": lambda v: (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickletools
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +48,14 @@ def read_inert(data: bytes) -> Any:
     """
     machine = _Machine()
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if count == _MAX_OPCODES:
-                raise ValueError(f"it has more than {_MAX_OPCODES} opcodes")
-            if opcode.name == "STOP":
-                return machine.pop()
-            machine.step(opcode.name, argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of odd escapes in strings that are damaged
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+                if count == _MAX_OPCODES:
+                    raise ValueError(f"it has more than {_MAX_OPCODES} opcodes")
+                if opcode.name == "STOP":
+                    return machine.pop()
+                machine.step(opcode.name, argument)
     # Where the parser finds nothing wrong, a damaged pickle still takes what is not there off stack or memo.
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a pickle as CIFAR has them ({error})") from error

@@ -1,6 +1,7 @@
 """Suites, on tiny layers with a timer that calls everything once."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ from torch import Tensor, nn
 from lhc_bench.measure import layers, peers, suites
 from lhc_bench.measure.cases import LayerCase
 from lhc_bench.measure.rows import read_results
+from lhc_bench.measure.setting import Machine, Setting, measure
 from lhc_kernels.configs import VARIANTS, KernelConfig
 from lhc_triton.planning.cost import CostModel
 from lhc_triton.planning.planner import plan_layer
 from lhc_triton.planning.schema import LayerTopology
 from lhc_triton.runtime.choosing.dispatch import Decision
 from lhc_triton.runtime.choosing.timing import Timing
+from lhc_triton.runtime.choosing.timing_store import TimingStore
 
 TINY = (
     LayerCase("tiny-cifar", "conv1", 64, 48, 6, 6),
@@ -59,6 +62,36 @@ def test_a_suite_writes_right_numbers_for_each_case_and_density(tmp_path):
     assert rows[1].peak_share == pytest.approx(rows[1].gmacs / found["env"]["gmacs"])
     assert (found["env"]["rounds_made"], found["env"]["notes"]) == ([2, 2], [])
     assert seen[-1] == (4, 4)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_batch_may_be_chosen(tmp_path):
+    options = {"rounds": 1, "densities": (0.2,), "timer": once, "compiled": False}
+    found = suites.run_suite("quick", tmp_path, batch=3, **options)
+    assert {row["batch"] for row in found["rows"]} == {3}
+    with pytest.raises(ValueError, match="batch is 0; it must be at least 1"):
+        suites.run_suite("quick", tmp_path, batch=0, **options)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_layers_are_timed_with_an_empty_cache_too_where_there_is_a_timer_for_that(fails):
+    def cold(calls):
+        if fails:
+            raise RuntimeError("compiled cannot be timed: no memory")
+        return {name: 500.0 + place for place, name in enumerate(calls)}
+
+    setting = Setting(
+        "cpu", torch.float32, ("torch",), 1, 0, False, once, TimingStore(Path("none")), cold_timer=cold
+    )
+    subject = layers.LayerSubject.prepare(TINY[0], 2, setting)
+    found = measure(subject, (32, 16), 0.2, setting, Machine(1e3, 10.0, 10.0))
+    (row,) = found.rows
+    forms = len(subject.peers)
+    assert (row.cold_baseline_us, row.cold_us) == ((None, None) if fails else (500.0, 500.0 + forms))
+    assert [reason for _, reason in found.notes] == (
+        ["not timed with a cold L2: RuntimeError: compiled cannot be timed: no memory"] if fails else []
+    )
+    assert row.baseline_us == 100.0
 
 
 @pytest.mark.usefixtures("tiny")

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lhc_bench.reports import ablation
+from lhc_bench.reports import ablation, meaning
 from lhc_bench.reports.ablation import dense_part, read_ablation, run_ablation
 from lhc_triton.cli import main
 from lhc_triton.handcrafted import HANDCRAFTED, handcrafted
-from lhc_triton.training import PRESETS, TrainConfig, loop, read_config
+from lhc_triton.training import PRESETS, TrainConfig, epochs, read_config
 from lhc_triton.training.data import open_data
 from lhc_triton.training.stage import train_epoch
 
@@ -101,6 +101,18 @@ def test_each_combination_is_trained_once_with_every_seed(spec):
             },
         ),
         (
+            'topology = "pruned"\nstart = ["random", "twin"]\ndensity = [0.1, 0.2]\nmac_budget = 0.2\n'
+            "mac_share = [0.01, 0.5]\nshapes = ['free', 'rigid']",
+            {
+                f"topology=pruned,density={density},mac_budget=0.2,seed=0": {
+                    "topology": "pruned",
+                    "density": density,
+                    "mac_budget": 0.2,
+                }
+                for density in (0.1, 0.2)
+            },
+        ),
+        (
             'density = [0.1, "none"]\nmac_share = [0.01, 0.5]\nout_block = [8]',
             {
                 "density=0.1,mac_share=0.01,out_block=8,seed=0": {"out_block": 8},
@@ -125,7 +137,7 @@ def test_what_means_nothing_keeps_the_value_of_the_base_if_that_goes_with_the_to
 def test_parts_mean_something_for_the_topologies_that_are_said_to_have_them(name):
     conv = torch.nn.Conv2d(24, 24, 3)
     one, other = (handcrafted(name, conv, parts=parts).block_mask for parts in (2, 3))
-    assert torch.equal(one, other) is (name not in ablation.WITH_PARTS)
+    assert torch.equal(one, other) is (name not in meaning.WITH_PARTS)
 
 
 def test_without_grid_and_seeds_the_base_is_trained_alone(spec):
@@ -325,7 +337,7 @@ def fail_in(monkeypatch):
                 raise ValueError("the loss\nbecame nan")
             return train_epoch(trainee, training, config, plan, *others)
 
-        monkeypatch.setattr(loop, "train_epoch", failing)
+        monkeypatch.setattr(epochs, "train_epoch", failing)
 
     return patch
 

@@ -230,7 +230,7 @@ def test_the_page_stands_alone_and_its_text_is_escaped(reported):
     text = (out / "report.html").read_text()
     pictures = sorted(path.name for path in out.glob("*.png"))
     own = [f"{n:02}_{kind}.png" for n in (1, 2, 3) for kind in ("layers", "shapes", "topology", "training")]
-    assert pictures == [*own, "accuracy_density.png", "accuracy_speedup.png"]
+    assert pictures == [*own, "accuracy_cost.png", "accuracy_density.png", "accuracy_speedup.png"]
     assert text.count('src="data:image/png;base64,') == text.count("src=") == len(pictures)
     assert not re.search(r"https?://|<script|<link|@import|url\(", text)
     assert "&lt;quick&gt;" in text

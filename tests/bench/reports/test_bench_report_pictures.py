@@ -7,7 +7,12 @@ import pytest
 from fabricated_runs import COARSE, FINE, fabricated_run
 
 from lhc_bench.reports import experiment_pictures
-from lhc_bench.reports.experiment_pictures import layers_figure, shapes_figure, training_figure
+from lhc_bench.reports.experiment_pictures import (
+    accuracy_figure,
+    layers_figure,
+    shapes_figure,
+    training_figure,
+)
 from lhc_bench.reports.experiment_rows import dense_twins, describe, experiments, labels
 from lhc_bench.reports.report import make_report
 from lhc_bench.reports.runs import read_run
@@ -48,10 +53,42 @@ def test_dense_twins_of_other_recipes_stay_apart_and_shared_ones_count_once(made
     accuracy = [[row.run.dense_accuracy for row in experiment.rows] for experiment in found]
     twins = dense_twins(found)
     assert list(twins) == [f"dense twin, lr {found[0].first.run.config.lr:g}", "dense twin, lr 0.02"]
-    assert list(twins.values()) == pytest.approx(
+    assert [twin.accuracy for twin in twins.values()] == pytest.approx(
         [(accuracy[1][0] + accuracy[0][1]) / 2, accuracy[2][0]], abs=1e-12
     )
+    assert {(twin.weights, twin.macs) for twin in twins.values()} == {
+        (found[0].first.weights, found[0].first.macs)
+    }
     assert list(dense_twins(found[:2])) == ["dense twin"]
+
+
+def test_a_setting_that_means_nothing_beside_the_others_is_not_named(tmp_path):
+    gradual = {"mac_share": 0.3, "gradual": True, "warmup_epochs": 2}
+    changes = (gradual, {**gradual, "density": 0.5}, {"topology": "pruned"}, {"topology": "cross"})
+    runs = [
+        read_run(fabricated_run(tmp_path / f"{number}", **change)) for number, change in enumerate(changes)
+    ]
+    assert labels(runs) == [
+        "topology learned",
+        "topology learned, density 0.5",
+        "topology pruned",
+        "topology cross",
+    ]
+
+
+def test_accuracy_is_drawn_against_what_the_whole_network_costs(made):
+    found = made({"seed": 0}, {"seed": 1}, {"out_block": 16, "seed": 0})
+    axes = accuracy_figure(found, ["live_weights", "live_macs"]).axes
+    for axis, name, unit in ((axes[0], "weights", 1e3), (axes[1], "macs", 1e6)):
+        drawn = {
+            line.get_label(): line.get_xdata()[0] for line in axis.lines if line.get_label() == "dense twin"
+        }
+        assert drawn == {"dense twin": getattr(found[0].first, name) / unit}
+        means = [container.lines[0].get_xdata()[0] for container in axis.containers]
+        live = [[getattr(row, f"live_{name}") for row in experiment.rows] for experiment in found]
+        assert means == pytest.approx([sum(values) / len(values) / unit for values in live])
+        low, high = axis.get_xlim()
+        assert all(low < x < high for x in [*means, *drawn.values()])
 
 
 @pytest.mark.parametrize("figure", [training_figure, layers_figure, shapes_figure])

@@ -15,6 +15,7 @@ from lhc_triton.runtime.choosing.dispatch import choose_backend
 from lhc_triton.runtime.choosing.layer_tuner import tune_layer
 from lhc_triton.runtime.choosing.timing_store import TimingStore
 from lhc_triton.runtime.network.accelerate import accelerate
+from lhc_triton.runtime.replay.cuda_graphs import GraphMemory
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,11 +56,25 @@ def test_a_cold_sample_takes_some_time():
 
 
 def test_inside_a_capture_tuning_is_refused(store):
-    with (
-        pytest.raises(RuntimeError, match="inside a CUDA graph capture"),
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
-    ):
-        tune_layer(layer_of(), HALF, CUDA, store)
+    x = torch.ones(8, device=CUDA)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x.add(1)  # torch warns of an empty graph
+        with pytest.raises(RuntimeError, match="inside a CUDA graph capture"):
+            tune_layer(layer_of(), HALF, CUDA, store)
+
+
+def test_after_a_failed_capture_the_thread_and_the_memory_serve_on():
+    memory, x = GraphMemory(), torch.ones(8, device=CUDA)
+    before = torch.cuda.current_stream()
+    for _ in range(3):
+        with pytest.raises(RuntimeError):
+            memory.capture(lambda: float(x.sum()))
+        assert torch.cuda.current_stream() == before
+    graph, y = memory.capture(lambda: 2 * x)
+    x.fill_(4)
+    graph.replay()
+    assert y.tolist() == [8] * 8
+    torch.cuda.empty_cache()  # fails while a capture counts as underway
 
 
 @pytest.fixture

@@ -241,9 +241,27 @@ def test_compiled_for_a_dynamic_batch_a_layer_is_compiled_once_for_each_bucket(m
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_for_dynamic_sizes_a_layer_is_compiled_for_each_size_of_image(module, configs_run, dynamic):
+    compiled = torch.compile(module, backend="eager", fullgraph=True, dynamic=dynamic)
+    sizes = ((8, 8), (12, 10), (8, 8), (16, 16), (10, 12))
+    for height, width in sizes:
+        compiled(torch.zeros(3, 64, height, width, dtype=HALF))
+    assert configs_run == [module._config(pixel_bucket(3 * h * w), h, w) for h, w in sizes]
+    torch._dynamo.reset()
+
+
 def test_importing_the_runtime_does_not_import_triton():
     import subprocess
 
     code = "import sys, lhc_triton.runtime.choosing.tuning_jobs; sys.exit('triton' in sys.modules)"
     root = Path(__file__).resolve().parents[3]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_float32_products_follow_torch_s_own_setting(monkeypatch, allowed):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    found = {dtype: look_up(LAYER, dtype, CPU, 64, (8, 8), tune="off") for dtype in (torch.float32, HALF)}
+    precisions = {dtype: config_of(config_name(f.config)).precision for dtype, f in found.items()}
+    assert precisions == {torch.float32: "tf32" if allowed else "ieee", HALF: "ieee"}

@@ -1,0 +1,1 @@
+"""Small networks of other people's kinds, for tests that need more than one."""

@@ -14,7 +14,7 @@ OUT_BLOCKS = (8, 16, 32, 64, 128)
 # Blocks may cover this much more than the smallest ones do: a chance zero must not force smaller blocks.
 SLACK = 1.02
 # An entry costs as much as its channels and this many more: a tile's sums are read and written once for each
-# entry, which takes the torch backend the time of 7 channels' arithmetic on a CPU (see cost.CPU).
+# entry, which takes the torch backend the time of 7 channels' arithmetic on a CPU (see cost.TORCH).
 ENTRY_CHANNELS = 8
 # Narrow blocks cost more for what they hold: they have to be the zeros' own, with this share of live weights.
 NARROW_FIT = 0.75

@@ -20,7 +20,7 @@ def bench(
         str,
         typer.Option(
             help="quick, cpu-layers, cpu-models, cpu-scaling, cpu-engines, gpu-layers, gpu-models, "
-            "gpu-questions, loading."
+            "gpu-questions, gpu-first, gpu-first-models, loading."
         ),
     ] = "quick",
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv and the plots.")] = Path(

@@ -28,7 +28,7 @@ def bench(
         str,
         typer.Option(
             help="quick, cpu-layers, cpu-models, cpu-scaling, cpu-engines, gpu-layers, gpu-models, "
-            "gpu-questions, loading, mine."
+            "gpu-questions, gpu-first, gpu-first-models, loading, mine."
         ),
     ] = "quick",
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv and the plots.")] = Path(

@@ -140,7 +140,7 @@ PAPER: Blocks = ((32, 16),)
 SHARED: Blocks = ((32, 128), (32, 16), (32, 64))
 CPU = ("cpu", torch.float32, ("torch", "native", "auto"))
 GPU = ("cuda", torch.float16, ("triton", "auto"))
-QUESTIONED = ("triton grid", "triton persistent", "triton box", "triton split")
+QUESTIONED = ("triton grid", "triton persistent", "triton box", "triton split", "triton resident")
 
 
 def cpu_networks() -> tuple[NetworkCase, ...]:

@@ -29,8 +29,8 @@ CEILING = {16: 80, 32: 100, 64: 128, 128: 128}
 
 
 def most_spilled(report: CompileReport) -> int:
-    """Return the stack bytes that a kernel may have: some where Triton 3.6 or 3.9 is held to registers."""
-    return 208 if report.config.max_registers and SLACK > 1 else 0
+    """The stack bytes that a kernel may have: some where it is held to registers, most in Triton 3.6."""
+    return 0 if not report.config.max_registers else 208 if SLACK > 1 else 24
 
 
 def compiled(

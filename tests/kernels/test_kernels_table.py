@@ -19,18 +19,26 @@ pytestmark = pytest.mark.aot
 PINNED = triton.__version__.startswith("3.7.")
 SLACK = 1.0 if PINNED else 1.4
 
-CEILING = {"sm_80": 168, "sm_89": 168, "sm_90": 160, "sm_100": 160, "gfx942": 160}
-"""Registers of the heuristic's choices; with eight warps, 168 admit one program to a multiprocessor."""
+CEILING = {"sm_80": 176, "sm_89": 176, "sm_90": 160, "sm_100": 160, "gfx942": 160}
+"""Registers of the heuristic's choices; with eight warps, 129 to 255 admit one program to a processor."""
 
-STACK = {"sm_100": 8}
-"""ptxas keeps one register on the stack there: stored before the pipelined loop, loaded behind it."""
+
+def most_spilled(report: CompileReport, fma: bool) -> int:
+    """Return the stack bytes that a kernel may have.
+
+    Held to the registers of two programs it keeps up to 40 there (sm_100); else ptxas keeps two there
+    on sm_100 and in one product of plain float32: stored before the pipelined loop, loaded behind it.
+    """
+    if report.config.max_registers:
+        return 40
+    return 8 if report.target == "sm_100" or fma else 0
 
 
 def check(report: CompileReport, config: KernelConfig, layer: Layer, shape: LaunchShape) -> None:
     facts, hopper = layer.facts, report.target == "sm_90"
     fma = facts.dtype == "float32" and layer.precision == "ieee"
     odd = facts.in_channels % 2 == 1
-    assert report.stack_bytes <= STACK.get(report.target, 0)
+    assert report.stack_bytes <= (most_spilled(report, fma) if PINNED else 208)
     if report.kernel.startswith("reduce"):
         return
     assert report.shared_bytes <= shared_bytes(config, shape) + 1024

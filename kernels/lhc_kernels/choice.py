@@ -97,10 +97,10 @@ def _bound(config: KernelConfig, shape: LaunchShape) -> int:
     Compiled, 128 x 128 over 8 warps: Triton 3.6.0 takes 166 registers by itself, and held to 128 it keeps 88
     bytes of a thread on the stack, outside of the loop. 3.7.1 and 3.9.0 take no more than 128 by themselves;
     held to it, even a persistent program does (179 and 136 by itself) with 24 bytes on the stack at the most.
-    With a residual up to 472 bytes would go there.
+    With a residual up to 472 bytes would go there, and for sm_100 up to 280.
     """
     sums = config.block_m * config.block_n // (32 * config.num_warps)
-    near = config.num_warps == 8 and sums == 64 and not shape.residual and shape.capability >= 80
+    near = config.num_warps == 8 and sums == 64 and not shape.residual and shape.capability // 10 == 9
     return 128 if near and multiplies_by(config, shape) == "memory" and shape.dtype != "int8" else 0
 
 

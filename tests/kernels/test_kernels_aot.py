@@ -157,7 +157,7 @@ def test_persistent_programs_keep_the_inner_loop_pipelined(tile_width: int) -> N
     assert persistent.async_copy
     assert persistent.copies_in_flight == grid.copies_in_flight > 0
     assert persistent.stack_bytes <= most_spilled(persistent)
-    assert grid.registers < persistent.registers <= SLACK * 192
+    assert grid.registers <= persistent.registers <= SLACK * 192
 
 
 @pytest.mark.parametrize("tile_width", [16, 64, 128])

@@ -26,11 +26,11 @@ CEILING = {"sm_80": 176, "sm_89": 176, "sm_90": 160, "sm_100": 160, "gfx942": 16
 def most_spilled(report: CompileReport, fma: bool) -> int:
     """Return the stack bytes that a kernel may have.
 
-    Held to the registers of two programs it keeps up to 40 there (sm_100); else ptxas keeps two there
+    Held to the registers of two programs (sm_90) it keeps up to 24 there; else ptxas keeps two there
     on sm_100 and in one product of plain float32: stored before the pipelined loop, loaded behind it.
     """
     if report.config.max_registers:
-        return 40
+        return 24
     return 8 if report.target == "sm_100" or fma else 0
 
 

@@ -144,22 +144,29 @@ def _made_beside(path: Path) -> IO[bytes]:
     while True:
         beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         file = beside.open("xb")  # made anew: a link that waits under the name is not followed
-        _lock(file)
+        try:
+            _lock(file)
+        except BlockingIOError:  # another writer has just taken it for a leftover, and removes it
+            file.close()
+            continue
+        except OSError:
+            pass  # files cannot be locked here, and none is taken for a leftover
         try:
             if os.path.samestat(os.stat(beside), os.fstat(file.fileno())):
                 return file
         except FileNotFoundError:
-            pass  # another writer took it for a leftover before it was locked
+            pass  # it was removed before it was locked
         file.close()
 
 
-def _lock(file: IO[bytes]) -> bool:
-    """Lock a file for as long as it is open; False where another has, or where files cannot be locked."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+def _lock(file: IO[bytes]) -> None:
+    """Lock a file for as long as it is open.
+
+    Raises:
+        BlockingIOError: another has locked it.
+        OSError: files cannot be locked here.
+    """
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -172,10 +179,10 @@ def _remove_leftovers(path: Path) -> None:
         left = path.with_name(name)
         try:
             with open_regular(left) as file:
-                if _lock(file):
-                    left.unlink(missing_ok=True)
+                _lock(file)
+                left.unlink(missing_ok=True)
         except OSError:
-            continue  # gone, or another user's
+            continue  # in use, gone, or another user's
 
 
 def _sync_folder(folder: Path) -> None:

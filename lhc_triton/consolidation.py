@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .conversion import FilterFn, lhc_layers
 from .layers import LHCConv2d
 from .planning import plan
+from .tables import aligned
 from .topology import block_means
 
 ROUNDS = 50  # of swaps or reassignments; most layers need fewer than ten
@@ -78,14 +79,7 @@ class Consolidation:
             )
             for row in self.layers
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column == 0 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
+        lines = aligned(rows)
         return "\n".join([*lines, f"lost {self.lost:.4f} of the sum of squared weights"])
 
 

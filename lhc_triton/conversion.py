@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .errors import first_line
 from .layers import LHCConv2d
+from .tables import aligned
 from .takeover import own_forward, weight_in_force
 from .topology import Effects, LHCConfig
 
@@ -414,15 +415,9 @@ class Summary:
     def __str__(self) -> str:
         header = ("layer", "kind", "weights", "live", "MACs", "live MACs", "density", "patterns", "rescued")
         lines = [header, *map(_cells, self.rows), _cells(self.converted), _cells(self.total)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        texts = [
-            "  ".join(
-                cell.ljust(width) if column < 2 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
+        texts = aligned(lines, left=2)
+        rule = "-" * len(texts[0])
+        texts = [text.rstrip() for text in texts]
         return "\n".join([texts[0], rule, *texts[1:-2], rule, *texts[-2:]])
 
 

@@ -24,6 +24,7 @@ from .layers import LHCConv2d
 from .planning.cost import CostModel
 from .planning.extract import call_geometries
 from .selection import Choices, Clock, Masks, Share, select, share_of_costs
+from .tables import aligned
 from .takeover import weight_in_force
 from .topology import LHCConfig
 
@@ -107,14 +108,7 @@ class PruningReport:
             )
             for row in self.layers
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column == 0 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
+        lines = aligned(rows)
         lines += [f"left as it is: {name or 'the model itself'} {reason}" for name, reason in self.skipped]
         lines.append(
             f"kept {self.kept:.3f} of the {_NAMES[self.objective]} of these layers; the budget was"

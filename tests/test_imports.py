@@ -17,7 +17,7 @@ LEARN = {
     f"lhc_triton.{name}"
     for name in ("topology", "takeover", "layers", "conversion", "handcrafted", "schedule")
 }
-ANYWHERE = {"lhc_triton.files", "lhc_triton.errors", "lhc_triton.tf32"}
+ANYWHERE = {"lhc_triton.files", "lhc_triton.errors", "lhc_triton.tables", "lhc_triton.tf32"}
 BELOW = ANYWHERE | {"lhc_triton.topology", "lhc_triton.takeover"}
 ROOM = "lhc_triton.runtime"
 OPERATIONS = f"{ROOM}.saved.operations"  # the list of operations is below what is recorded by it, and saved
@@ -33,6 +33,7 @@ MEASURE = PRODUCT | {"lhc_bench.files"}
 ALLOWED: dict[str, set[str]] = {
     "lhc_triton.files": set(),
     "lhc_triton.errors": set(),
+    "lhc_triton.tables": set(),
     "lhc_triton.tf32": set(),
     "lhc_triton.topology": ANYWHERE,
     "lhc_triton.takeover": ANYWHERE,

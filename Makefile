@@ -22,11 +22,15 @@ SECONDS ?= 900
 demo: $(READY)
 	$(BIN)/lhc-triton demo --out out/demo
 
+NATIVE := kernels/lhc_kernels/cpu
+SOURCES := $(wildcard $(NATIVE)/*.cpp $(NATIVE)/*.h) tests/kernels/native_driver.cpp
+
 test: lint types unit interpreter aot
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 types: $(READY)
 	$(BIN)/mypy
@@ -68,7 +72,6 @@ matrix-%: $(READY)
 
 # Random calls of the native kernel, without torch or Python, in a build that stops at the first bad address, overflow or
 # shift (AddressSanitizer, UBSan).
-NATIVE := kernels/lhc_kernels/cpu
 sanitize:
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -e && \
 	for source in tests/kernels/native_driver.cpp $(addprefix $(NATIVE)/,cells_float.cpp cells_pairs.cpp conv.cpp \
@@ -91,6 +94,7 @@ test-gpu:
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else \

@@ -13,8 +13,8 @@ namespace lhc {
 constexpr int kMaxVectors = kLanes == 4 && kRegisters == 32 ? 4 : 2;
 constexpr int max_pixels(int vectors) { return (kRegisters == 32 ? 28 : 12) / vectors; }
 
-// One call of a kernel. Sums in float32 of adjacent filters can go to y at once; else they go to `sums`, and `finish` of
-// finish.h does the rest.
+// One call of a kernel. Sums in float32 of adjacent filters can go to y at once; else they go to `sums`, and `finish`
+// of finish.h does the rest.
 struct Cell {
   const Step *steps, *end;
   int64_t rows[2], columns[2];       // taps that exist for these pixels, begin and end
@@ -27,7 +27,7 @@ struct Cell {
   int64_t filters[4];                // first filter of each vector
   const float* residual;             // or null
   float* y;
-  float floor;                       // of y: 0 for ReLU, -infinity for none
+  float floor;  // of y: 0 for ReLU, -infinity for none
 };
 
 // A kernel, and the pixels that it takes.

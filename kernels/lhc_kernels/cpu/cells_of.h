@@ -61,7 +61,8 @@ template <class Math, int L, int V, int P>
     for (; units >= kLine; units -= kLine) {
       unrolled<P / kGroup>([&](auto g) LHC_INLINE {
         for (int u = 0; u < kLine; u += kUnits)
-          add_units<Math, L, V, g * kGroup, kGroup, kUnits>(cell.x, shift + 4 * static_cast<unsigned>(u), weight + u * cell.row_step, cell.row_step, sums);
+          add_units<Math, L, V, g * kGroup, kGroup, kUnits>(cell.x, shift + 4 * static_cast<unsigned>(u),
+                                                            weight + u * cell.row_step, cell.row_step, sums);
       });
       shift += 4 * kLine, weight += kLine * cell.row_step;
     }

@@ -15,16 +15,13 @@ struct PairMath {
   template <int L>
   [[gnu::always_inline]] static Vec<L> add(Vec<L> sum, Vec<L> weight, Vec<L> factor) {
     if constexpr (L == 16)
-      return reinterpret_cast<Vec<L>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
-                                                       reinterpret_cast<__m512bh>(weight),
-                                                       reinterpret_cast<__m512bh>(factor)));
+      return reinterpret_cast<Vec<L>>(_mm512_dpbf16_ps(
+          reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(weight), reinterpret_cast<__m512bh>(factor)));
     else if constexpr (L == 8)
-      return reinterpret_cast<Vec<L>>(_mm256_dpbf16_ps(reinterpret_cast<__m256>(sum),
-                                                       reinterpret_cast<__m256bh>(weight),
-                                                       reinterpret_cast<__m256bh>(factor)));
+      return reinterpret_cast<Vec<L>>(_mm256_dpbf16_ps(
+          reinterpret_cast<__m256>(sum), reinterpret_cast<__m256bh>(weight), reinterpret_cast<__m256bh>(factor)));
     else
-      return reinterpret_cast<Vec<L>>(_mm_dpbf16_ps(reinterpret_cast<__m128>(sum),
-                                                    reinterpret_cast<__m128bh>(weight),
+      return reinterpret_cast<Vec<L>>(_mm_dpbf16_ps(reinterpret_cast<__m128>(sum), reinterpret_cast<__m128bh>(weight),
                                                     reinterpret_cast<__m128bh>(factor)));
   }
   // By name: compilers would give a register to each factor, and then there are too few for the sums.

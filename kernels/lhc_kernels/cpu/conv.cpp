@@ -17,8 +17,8 @@ namespace {
 // channels of 28x28 to 2x2 pixels.
 constexpr int64_t kWeightBytes = 1 << 19;
 // Images larger than a first-level cache and outputs larger than a second-level one are fetched ahead (a fifth of the
-// whole for 64 channels of 224x224 pixels at density 0.05). Smaller images lie, in a network, in the caches of the other
-// core that wrote a part of them: 2 % to 4 % of VGG16 and the ResNets.
+// whole for 64 channels of 224x224 pixels at density 0.05). Smaller images lie, in a network, in the caches of the
+// other core that wrote a part of them.
 constexpr int64_t kReadAheadBytes = 1 << 15, kWriteAheadBytes = 1 << 20;
 constexpr int64_t kFetchedBytes = 1 << 16, kLineBytes = 64;
 constexpr int64_t kItemsPerThread = 8;
@@ -66,7 +66,8 @@ void run_panel(const Job& job, const Block& block, int64_t tile, size_t index) {
   const Layer::Filled& filled = layer.filled[static_cast<size_t>(tile) * layer.panels.size() + index];
   if (filled.columns == 0) return;
   const auto place = static_cast<size_t>(tile * layer.padded_width + panel.place);
-  const bool direct = filled.adjacent && !conv.pairs && !conv.scale && !conv.pooled && conv.activation != Activation::kSilu;
+  const bool direct =
+      filled.adjacent && !conv.pairs && !conv.scale && !conv.pooled && conv.activation != Activation::kSilu;
   alignas(64) float sums[4 * kMostPixels * kLanes];
 
   Cell cell{};
@@ -91,7 +92,8 @@ void run_panel(const Job& job, const Block& block, int64_t tile, size_t index) {
       cell.sums = direct ? nullptr : sums + a * kernel.pixels * filled.vectors * panel.lanes;
       kernel.run(cell);
     }
-    if (!direct) finish(conv, layer, job.columns, tile, static_cast<int64_t>(index), block, {sums, kernel.pixels, first, count});
+    if (!direct)
+      finish(conv, layer, job.columns, tile, static_cast<int64_t>(index), block, {sums, kernel.pixels, first, count});
   }
 }
 

@@ -63,9 +63,11 @@ void scatter(Value* p, const int32_t* filters, bool in_fours, Vec<L> v) {
 }
 
 template <int L, typename Value>
-void run(const Conv& conv, const Layer& layer, const Columns& columns, int64_t tile, int64_t index, const Block& block, const Sums& sums) {
+void run(const Conv& conv, const Layer& layer, const Columns& columns, int64_t tile, int64_t index, const Block& block,
+         const Sums& sums) {
   const Panel& panel = layer.panels[static_cast<size_t>(index)];
-  const Layer::Filled& filled = layer.filled[static_cast<size_t>(tile) * layer.panels.size() + static_cast<size_t>(index)];
+  const Layer::Filled& filled =
+      layer.filled[static_cast<size_t>(tile) * layer.panels.size() + static_cast<size_t>(index)];
   const auto place = static_cast<size_t>(tile * layer.padded_width + panel.place);
   const int64_t width = panel.lanes * filled.vectors;
   const auto* residual = static_cast<const Value*>(conv.residual);
@@ -77,8 +79,7 @@ void run(const Conv& conv, const Layer& layer, const Columns& columns, int64_t t
       Vec<L> result;
       for (int a = 0; a < pixels; ++a) {
         Vec<L> v = load<L>(sums.values + (a * sums.pixels + i - sums.first) * width + column);
-        if (conv.scale)
-          v = v * load<L>(columns.scale + place + column) + load<L>(columns.bias + place + column);
+        if (conv.scale) v = v * load<L>(columns.scale + place + column) + load<L>(columns.bias + place + column);
         if (residual) {
           const Value* from = residual + block.residual[i] + (a / 2 * conv.out_width + a % 2) * conv.out_channels;
           v += filled.adjacent ? load<L>(from + *filters) : gather<L>(from, filters);
@@ -95,7 +96,8 @@ void run(const Conv& conv, const Layer& layer, const Columns& columns, int64_t t
 }
 
 template <int L>
-void run(const Conv& conv, const Layer& layer, const Columns& columns, int64_t tile, int64_t index, const Block& block, const Sums& sums) {
+void run(const Conv& conv, const Layer& layer, const Columns& columns, int64_t tile, int64_t index, const Block& block,
+         const Sums& sums) {
   if (conv.pairs)
     run<L, uint16_t>(conv, layer, columns, tile, index, block, sums);
   else
@@ -104,7 +106,8 @@ void run(const Conv& conv, const Layer& layer, const Columns& columns, int64_t t
 
 }  // namespace
 
-void finish(const Conv& conv, const Layer& layer, const Columns& columns, int64_t tile, int64_t index, const Block& block, const Sums& sums) {
+void finish(const Conv& conv, const Layer& layer, const Columns& columns, int64_t tile, int64_t index,
+            const Block& block, const Sums& sums) {
   const int lanes = layer.panels[static_cast<size_t>(index)].lanes;
   if (lanes == kLanes) return run<kLanes>(conv, layer, columns, tile, index, block, sums);
   if constexpr (kLanes == 16)

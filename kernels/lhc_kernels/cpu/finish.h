@@ -14,6 +14,7 @@ struct Sums {
 };
 
 // Writes y for these sums.
-void finish(const Conv& conv, const Layer& layer, const Columns& columns, int64_t tile, int64_t panel, const Block& block, const Sums& sums);
+void finish(const Conv& conv, const Layer& layer, const Columns& columns, int64_t tile, int64_t panel,
+            const Block& block, const Sums& sums);
 
 }  // namespace lhc

@@ -19,8 +19,8 @@ struct Step {
 // Columns of a tile that one call of a kernel computes: `vectors` vectors of `lanes` filters.
 struct Panel {
   int lanes, vectors;
-  int64_t column;       // in the packed weight
-  int64_t place;        // in the padded vectors below
+  int64_t column;  // in the packed weight
+  int64_t place;   // in the padded vectors below
 };
 
 class Layer {
@@ -34,7 +34,7 @@ class Layer {
   // For each tile, padded to whole vectors: -1 where a column has no filter.
   int64_t padded_width;
   std::vector<int32_t> filters;
-  bool in_order;                    // whether the filters are 0, 1, 2, ... without a gap
+  bool in_order;  // whether the filters are 0, 1, 2, ... without a gap
   // For each tile and panel: columns up to the last filter; vectors that hold them; whether each vector's filters are
   // adjacent, and whether those of each four columns are, or there are none.
   struct Filled {
@@ -43,7 +43,7 @@ class Layer {
     bool adjacent, in_fours;
   };
   std::vector<Filled> filled;
-  int64_t row_step;                 // bytes from one unit of the weight to the next
+  int64_t row_step;  // bytes from one unit of the weight to the next
 
   // Whether some weights were copied: the layer then holds what they were.
   bool copies_weights() const { return !last_entries_.empty(); }
@@ -62,7 +62,7 @@ class Columns {
  public:
   Columns(const Conv& conv, const Layer& layer);
 
-  const float *bias, *scale;        // scale is null where there is none
+  const float *bias, *scale;  // scale is null where there is none
 
  private:
   std::vector<float> bias_, scale_;

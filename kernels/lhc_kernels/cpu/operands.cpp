@@ -143,8 +143,8 @@ bool read_weight(const at::Tensor& given, Call& call) {
 }  // namespace
 
 at::Tensor prepare_weight(const at::Tensor& weight, int64_t channels) {
-  TORCH_CHECK(weight.dim() == 3 && is_host(weight) && is_served(weight.scalar_type()),
-              "native_weight: the weight is ", weight.scalar_type(), " of ", weight.dim(),
+  TORCH_CHECK(weight.dim() == 3 && is_host(weight) && is_served(weight.scalar_type()), "native_weight: the weight is ",
+              weight.scalar_type(), " of ", weight.dim(),
               " dimensions; expected [E, in_block, tile_width] in float32, float16 or bfloat16, in host memory");
   return takes_pairs(weight, channels) ? in_pairs_of(weight) : weight.to(at::kFloat).contiguous();
 }

@@ -13,8 +13,22 @@ namespace lhc {
 
 // The operator's arguments in the schema's order.
 enum Argument {
-  kX, kWeight, kTables, kBias, kResidual, kScale, kOutChannels, kKernelSize, kStride, kPadding, kDilation,
-  kActivation, kPool, kBackend, kConfig, kArguments
+  kX,
+  kWeight,
+  kTables,
+  kBias,
+  kResidual,
+  kScale,
+  kOutChannels,
+  kKernelSize,
+  kStride,
+  kPadding,
+  kDilation,
+  kActivation,
+  kPool,
+  kBackend,
+  kConfig,
+  kArguments
 };
 
 // What a call keeps alive while it runs.

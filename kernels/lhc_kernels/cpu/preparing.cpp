@@ -65,12 +65,38 @@ Key key_of(const Call& call) {
   const auto identity = [&](size_t i) { return address(t[i].unsafeGetTensorImpl()); };
   const auto place = [&](size_t i) { return address(t[i].const_data_ptr()); };
   const auto version = [&](size_t i) { return static_cast<int64_t>(t[i]._version()); };
-  return {identity(0), identity(1), identity(2), place(0), place(1), place(2), version(0), version(1), version(2),
-          t[1].numel(), address(c.weight), c.pairs + 2 * c.pooled, c.row_step, c.column_step, c.batch, c.channels,
-          c.height, c.width, c.out_channels, c.out_height, c.out_width,
-          c.kernel[0] << 32 | c.kernel[1], c.stride[0] << 32 | c.stride[1], c.dilation[0] << 32 | c.dilation[1],
-          c.top << 32 | c.left, c.tiles, c.tile_width, c.in_block, t[0].stride(0), t[1].stride(0),
-          t[2].stride(0), t[2].stride(1)};
+  return {identity(0),
+          identity(1),
+          identity(2),
+          place(0),
+          place(1),
+          place(2),
+          version(0),
+          version(1),
+          version(2),
+          t[1].numel(),
+          address(c.weight),
+          c.pairs + 2 * c.pooled,
+          c.row_step,
+          c.column_step,
+          c.batch,
+          c.channels,
+          c.height,
+          c.width,
+          c.out_channels,
+          c.out_height,
+          c.out_width,
+          c.kernel[0] << 32 | c.kernel[1],
+          c.stride[0] << 32 | c.stride[1],
+          c.dilation[0] << 32 | c.dilation[1],
+          c.top << 32 | c.left,
+          c.tiles,
+          c.tile_width,
+          c.in_block,
+          t[0].stride(0),
+          t[1].stride(0),
+          t[2].stride(0),
+          t[2].stride(1)};
 }
 
 struct Hash {

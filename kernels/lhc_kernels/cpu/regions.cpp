@@ -85,8 +85,8 @@ void Regions::place(const Conv& conv, int64_t block, Block& out) const {
   for (int i = 0; i < out.count;) {
     const int64_t oh = rows.first + row, ow = columns.first + column;
     const int64_t ih = oh * step * conv.stride[0], iw = ow * step * conv.stride[1];
-    uintptr_t x = reinterpret_cast<uintptr_t>(conv.x) + times(image, conv.image_step) +
-                  times(ih, conv.row_step) + times(iw, conv.column_step);
+    uintptr_t x = reinterpret_cast<uintptr_t>(conv.x) + times(image, conv.image_step) + times(ih, conv.row_step) +
+                  times(iw, conv.column_step);
     int64_t y = ((image * height + oh) * width + ow) * conv.out_channels;
     int64_t residual = ((image * conv.out_height + oh * step) * conv.out_width + ow * step) * conv.out_channels;
     const int end = static_cast<int>(std::min<int64_t>(out.count, i + columns.count - column));

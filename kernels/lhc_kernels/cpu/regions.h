@@ -30,8 +30,8 @@ struct Block {
   int count;
   const Span *rows, *columns;
   // Of each pixel; the last one is repeated, for a kernel may take more than there are.
-  uintptr_t x[kBlock + max_pixels(1)];       // address that tap (0, 0) would read, were there no border
-  int64_t out[kBlock + max_pixels(1)];       // place in y of filter 0, in values
+  uintptr_t x[kBlock + max_pixels(1)];  // address that tap (0, 0) would read, were there no border
+  int64_t out[kBlock + max_pixels(1)];  // place in y of filter 0, in values
   int64_t residual[kBlock + max_pixels(1)];
 };
 

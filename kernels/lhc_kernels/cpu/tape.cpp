@@ -154,8 +154,7 @@ thread_local std::unique_ptr<Recorder> Recorder::current;
 void Tape::start(std::vector<at::Tensor> inputs) {
   TORCH_CHECK(!Recorder::current, "this thread records already");
   TORCH_CHECK(steps_.empty(), "a tape is recorded once");
-  Recorder::current =
-      std::make_unique<Recorder>(c10::intrusive_ptr<Tape>::reclaim_copy(this), inputs);
+  Recorder::current = std::make_unique<Recorder>(c10::intrusive_ptr<Tape>::reclaim_copy(this), inputs);
 }
 
 std::string Tape::stop(std::vector<at::Tensor> outputs, std::vector<at::Tensor> constants) {

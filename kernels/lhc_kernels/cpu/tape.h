@@ -40,13 +40,13 @@ class Tape : public torch::CustomClassHolder {
     c10::OperatorHandle op;
     std::vector<c10::IValue> constants;  // one for each argument; none where it comes from a slot
     std::vector<Place> places;
-    std::vector<size_t> results;         // slot of each returned tensor
-    std::vector<size_t> freed;           // slots that no later step reads
+    std::vector<size_t> results;  // slot of each returned tensor
+    std::vector<size_t> freed;    // slots that no later step reads
   };
 
   std::vector<Step> steps_;
   size_t input_count_ = 0, slot_count_ = 0;
-  std::vector<c10::IValue> outputs_;     // a tensor that is a constant, or the number of a slot
+  std::vector<c10::IValue> outputs_;  // a tensor that is a constant, or the number of a slot
 };
 
 }  // namespace lhc

@@ -92,9 +92,8 @@ template <int L>
 // registers, while those of an ordinary loop, unrolled late, were stored in every round (3x slower).
 template <int N, typename Body>
 [[gnu::always_inline]] inline void unrolled(Body body) {
-  [&]<int... I>(std::integer_sequence<int, I...>) LHC_INLINE {
-    (body(std::integral_constant<int, I>{}), ...);
-  }(std::make_integer_sequence<int, N>{});
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      LHC_INLINE { (body(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, N>{});
 }
 
 }  // namespace lhc

@@ -5,69 +5,69 @@ from typing import Any
 
 import pytest
 import torch
-from grouped_problems import Conv, Problem, make_problem
+from grouped_problems import Conv, PackedProblem, make_problem
 
 from lhc_kernels import INTERPRETED, KernelConfig, grouped_conv2d
 
-Change = Callable[[Problem], None]
+Change = Callable[[PackedProblem], None]
 
 
-def call(p: Problem, **changes: Any) -> torch.Tensor:
+def call(p: PackedProblem, **changes: Any) -> torch.Tensor:
     arguments = {"bias": p.bias, "residual": p.residual, "scale": p.scale, **p.options, **changes}
     return grouped_conv2d(p.x, p.weight, p.tables, **arguments)
 
 
-def half_weight(p: Problem) -> None:
+def half_weight(p: PackedProblem) -> None:
     p.weight = p.weight.half()
 
 
-def three_dimensions(p: Problem) -> None:
+def three_dimensions(p: PackedProblem) -> None:
     p.x = p.x[0]
 
 
-def double_input(p: Problem) -> None:
+def double_input(p: PackedProblem) -> None:
     p.x = p.x.double()
     p.weight = p.weight.double()
 
 
-def no_channels(p: Problem) -> None:
+def no_channels(p: PackedProblem) -> None:
     p.x = p.x[:, :0]
 
 
-def flat_weight(p: Problem) -> None:
+def flat_weight(p: PackedProblem) -> None:
     p.weight = p.weight.flatten()
 
 
-def two_tables(p: Problem) -> None:
+def two_tables(p: PackedProblem) -> None:
     p.tables = p.tables[:2]
 
 
-def long_tables(p: Problem) -> None:
+def long_tables(p: PackedProblem) -> None:
     p.tables = [t.long() for t in p.tables]
 
 
-def unpadded_entries(p: Problem) -> None:
+def unpadded_entries(p: PackedProblem) -> None:
     p.tables[1] = p.tables[1][:-1]
 
 
-def narrow_filters(p: Problem) -> None:
+def narrow_filters(p: PackedProblem) -> None:
     p.tables[2] = p.tables[2][:, :8]
 
 
-def no_tiles(p: Problem) -> None:
+def no_tiles(p: PackedProblem) -> None:
     p.tables = [p.tables[0][:1], p.tables[1], p.tables[2][:0]]
 
 
-def int8_without_scale(p: Problem) -> None:
+def int8_without_scale(p: PackedProblem) -> None:
     p.x, p.weight = p.x.to(torch.int8), p.weight.to(torch.int8)
 
 
-def int8_with_half_residual(p: Problem) -> None:
+def int8_with_half_residual(p: PackedProblem) -> None:
     int8_without_scale(p)
     p.scale, p.residual = torch.ones(32), torch.zeros(p.out_size(), dtype=torch.float16)
 
 
-def weight_elsewhere(p: Problem) -> None:
+def weight_elsewhere(p: PackedProblem) -> None:
     p.weight = p.weight.to("meta")
 
 

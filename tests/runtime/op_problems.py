@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from hypothesis import strategies as st
+from oracle import masked_conv2d
 from torch import Tensor
 
 import lhc_triton.runtime.op.grouped_conv2d  # noqa: F401  (registers torch.ops.lhc)
@@ -115,28 +115,12 @@ class Problem:
         return torch.ops.lhc.grouped_conv2d(**self.arguments(backend, **changes))
 
     def oracle(self) -> Tensor:
-        """The dense convolution with the masked weight, in float64."""
+        """The dense convolution of the live weights, in float64."""
         g = self.geometry
-        top, bottom, left, right = g.padding
-        x = F.pad(self.x.double(), (left, right, top, bottom))
-        y = F.conv2d(x, self.weight.double() * self.mask, None, g.stride, 0, g.dilation)
-        if self.scale is not None:
-            y = y * self.scale.double().view(1, -1, 1, 1)
-        if self.bias is not None:
-            y = y + self.bias.double().view(1, -1, 1, 1)
-        if self.residual is not None:
-            y = y + self.residual.double()
-        if self.activation == "relu":
-            y = y.relu()
-        elif self.activation == "silu":
-            y = F.silu(y)
-        return F.max_pool2d(y, 2) if self.pool == "max2x2" else y
-
-
-def relative_error(y: Tensor, oracle: Tensor) -> float:
-    if not oracle.numel():
-        return 0.0
-    return float((y.double() - oracle).norm() / oracle.norm().clamp(min=1e-30))
+        return masked_conv2d(
+            self.x, self.weight, self.mask, g.stride, g.padding, g.dilation,
+            self.bias, self.residual, self.scale, self.activation, self.pool,
+        )  # fmt: skip
 
 
 @st.composite

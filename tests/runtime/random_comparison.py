@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from oracle import norm_error
 from torch import Tensor
 
 _FLIPS = 5e-4  # share of integers and booleans that rounding may flip
@@ -94,18 +95,6 @@ def leaf_difference(
         return Difference(f"{share:.2%} of {theirs.dtype} differ", share) if share > _FLIPS else None
     error = norm_error(mine.detach(), theirs.detach())
     return None if error <= tolerance else Difference(f"norm error {error:.1e}", error)
-
-
-def norm_error(mine: Tensor, theirs: Tensor) -> float:
-    """Return ||mine - theirs|| / ||theirs||; infinite where not both have the same NaN or infinity."""
-    wide = torch.complex128 if theirs.is_complex() else torch.float64
-    mine, theirs = mine.to(wide), theirs.to(wide)
-    finite = torch.isfinite(theirs)
-    same = (mine == theirs) | (mine.isnan() & theirs.isnan())
-    if not bool((same | (finite & torch.isfinite(mine))).all()):
-        return float("inf")
-    error = torch.linalg.vector_norm((mine - theirs)[finite])
-    return float(error / torch.linalg.vector_norm(theirs[finite]).clamp_min(1e-30))
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:

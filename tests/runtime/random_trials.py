@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from random_comparison import Difference, difference, leaf_difference, leaves, norm_error
+from oracle import norm_error
+from random_comparison import Difference, difference, leaf_difference, leaves
 from random_networks import Call, Case, Network, draw_case, draw_network
 from torch import Tensor, nn
 

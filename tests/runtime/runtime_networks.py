@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from op_problems import relative_error as norm_error  # noqa: F401  (the tests' one norm)
 from torch import Tensor, nn
 
 

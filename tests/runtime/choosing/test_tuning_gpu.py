@@ -5,8 +5,9 @@ import threading
 
 import pytest
 import torch
+from oracle import norm_error
 from recorded_bench import HALF, layer_of
-from runtime_networks import image, norm_error, resnet, vgg
+from runtime_networks import image, resnet, vgg
 from torch import nn
 
 from lhc_triton.runtime.choosing import launch_configs

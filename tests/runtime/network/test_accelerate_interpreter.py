@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from runtime_networks import image, norm_error, resnet
+from oracle import norm_error
+from runtime_networks import image, resnet
 
 pytestmark = pytest.mark.interpreter
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runtime_networks import finish, image, norm_error
+from oracle import norm_error
+from runtime_networks import finish, image
 from torch import Tensor, nn
 
 from lhc_triton.runtime.network.accelerate import accelerate

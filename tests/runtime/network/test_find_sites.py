@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from runtime_networks import finish, image, norm_error, resnet, shared, untraceable, vgg
+from oracle import norm_error
+from runtime_networks import finish, image, resnet, shared, untraceable, vgg
 from torch import Tensor, fx, nn
 
 from lhc_triton.runtime.network.fusion import fuse

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runtime_networks import norm_error
+from oracle import norm_error
 from torch import Tensor, nn
 
 from lhc_triton.planning import ConvGeometry, LayerPlan, LayerTopology, Tile

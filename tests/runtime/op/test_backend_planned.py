@@ -3,7 +3,8 @@
 import pytest
 import torch
 from hypothesis import assume, given, settings
-from op_problems import TOLERANCE, Problem, problems, relative_error
+from op_problems import TOLERANCE, Problem, problems
+from oracle import norm_error
 
 from lhc_triton.planning import COST_MODELS, ConvGeometry, plan_layer
 from lhc_triton.planning.backends import BACKENDS
@@ -22,7 +23,7 @@ def planned(problem: Problem, priced: str) -> Problem:
 def test_a_planned_layer_equals_the_dense_convolution(backend, priced, problem):
     assume(str(problem.dtype).removeprefix("torch.") in BACKENDS[backend].dtypes)
     y = planned(problem, priced).run(backend)
-    assert relative_error(y, problem.oracle()) <= TOLERANCE[problem.dtype]
+    assert norm_error(y, problem.oracle()) <= TOLERANCE[problem.dtype]
 
 
 @pytest.mark.gpu
@@ -54,7 +55,7 @@ def test_a_gpu_gives_the_dense_convolution(backend, dtype, channels_last, geomet
     there |= {"weight": packed.weight, "tables": packed.tables}
     y = torch.ops.lhc.grouped_conv2d(**there)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert relative_error(y.cpu(), problem.oracle()) <= TOLERANCE[dtype]
+    assert norm_error(y.cpu(), problem.oracle()) <= TOLERANCE[dtype]
 
 
 @pytest.mark.interpreter
@@ -67,4 +68,4 @@ def test_the_operator_runs_triton_in_the_interpreter(pool):
     problem = planned(problem, "triton")
     y = problem.run("triton")
     assert y.stride() == problem.run("reference").stride()
-    assert relative_error(y, problem.oracle()) <= 1e-5
+    assert norm_error(y, problem.oracle()) <= 1e-5

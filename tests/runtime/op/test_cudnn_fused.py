@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from oracle import norm_error
 from torch import nn
 
 from lhc_triton.runtime.op import cudnn_fused
-from lhc_triton.runtime.op.accuracy import norm_error
 from lhc_triton.runtime.op.dense import DenseConv2d
 
 CPU = torch.device("cpu")

@@ -1,12 +1,10 @@
 """`doctor --kernels`: what it asks of the compiler, and what it prints; the compiles are tested elsewhere."""
 
 import json
-import sys
 
 import pytest
 
 import lhc_kernels.table
-from lhc_triton.cli import main
 
 ROW = {
     "kernel": "some_fwd_kernel",
@@ -26,8 +24,8 @@ ROW = {
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command with a compiler that always gives one row; return its code, output and request."""
+def kernels(monkeypatch, run):
+    """Run the command with a compiler that always gives one row; return what it did and its request."""
     asked = []
 
     def table(targets, limit, progress):
@@ -39,34 +37,31 @@ def run(monkeypatch, capsys):
     monkeypatch.setattr("lhc_kernels.launch.INTERPRETED", False)
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lhc-triton", "doctor", "--kernels", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code or 0, capsys.readouterr(), asked
+        return run("doctor", "--kernels", *arguments), asked
 
     return call
 
 
-def test_json_holds_the_rows_and_nothing_else(run):
-    code, out, asked = run("--json", "--target", "sm_90", "--target", "sm_80", "--configs", "3")
-    assert code == 0
-    assert json.loads(out.out) == {"kernels": [ROW]}
+def test_json_holds_the_rows_and_nothing_else(kernels):
+    done, asked = kernels("--json", "--target", "sm_90", "--target", "sm_80", "--configs", "3")
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == {"kernels": [ROW]}
     assert asked == [(("sm_90", "sm_80"), 3)]
 
 
-def test_the_table_names_config_and_resources(run):
-    code, out, asked = run()
-    assert code == 0
+def test_the_table_names_config_and_resources(kernels):
+    done, asked = kernels()
+    assert done.returncode == 0
     assert asked == [(("sm_80", "sm_89", "sm_90", "sm_100", "gfx942"), 1)]
     for part in ("some_fwd_kernel", "128x16x64", "split", "72", "73728", "sm_90"):
-        assert part in out.out
+        assert part in done.stdout
 
 
-def test_interpreted_kernels_and_senseless_counts_are_refused(run, monkeypatch):
-    code, out, asked = run("--configs", "0")
-    assert (code, asked) == (2, [])
-    assert "configs is 0" in out.err
+def test_interpreted_kernels_and_senseless_counts_are_refused(kernels, monkeypatch):
+    done, asked = kernels("--configs", "0")
+    assert (done.returncode, asked) == (2, [])
+    assert "configs is 0" in done.stderr
     monkeypatch.setattr("lhc_kernels.launch.INTERPRETED", True)
-    code, out, asked = run()
-    assert (code, asked) == (2, [])
-    assert "TRITON_INTERPRET" in out.err
+    done, asked = kernels()
+    assert (done.returncode, asked) == (2, [])
+    assert "TRITON_INTERPRET" in done.stderr

@@ -1,7 +1,6 @@
 """The tune command: what it tunes, what it prints, and how it refuses."""
 
 import json
-import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lhc_triton.cli import main
 from lhc_triton.runtime.choosing import compiled_ahead, tuning_jobs
 from lhc_triton.runtime.choosing.dispatch import Decision
 from lhc_triton.runtime.choosing.timing_store import TimingStore
@@ -30,16 +28,13 @@ class FlatBench:
 
 
 @pytest.fixture
-def tune(monkeypatch, capsys, tmp_path):
+def tune(monkeypatch, run, tmp_path):
     """Run `lhc-triton tune` as its entry point would; returns exit code, stdout and stderr."""
     monkeypatch.setenv("LHC_TRITON_CACHE", str(tmp_path / "cache"))
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lhc-triton", "tune", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out = capsys.readouterr()
-        return stopped.value.code or 0, out.out, out.err
+        done = run("tune", *arguments)
+        return done.returncode, done.stdout, done.stderr
 
     return call
 
@@ -127,14 +122,11 @@ def test_the_standard_suite_is_cut_by_its_budget_from_the_end(gpu):
     assert all(t.entries == layer.topology.pattern_of(t.groups[0]) for layer in exact for t in layer.tiles)
 
 
-def test_plot_draws_the_landscape_of_a_store(tune, gpu, capsys, monkeypatch, tmp_path):
+def test_plot_draws_the_landscape_of_a_store(tune, gpu, run, tmp_path):
     store = tmp_path / "own.json"
     tune("lhc", "--batch", "1", "--store", str(store))
-    arguments = ["lhc-triton", "plot", str(store), "--out", str(tmp_path / "out"), "--json"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert not stopped.value.code
-    (picture,) = json.loads(capsys.readouterr().out)["pictures"]
+    done = run("plot", store, "--out", tmp_path / "out", "--json")
+    assert not done.returncode
+    (picture,) = json.loads(done.stdout)["pictures"]
     assert Path(picture).name.startswith("landscape-")
     assert Path(picture).read_bytes().startswith(b"\x89PNG")

@@ -14,7 +14,6 @@ from lhc_bench.measure import engines, networks, rows, suites
 from lhc_bench.measure.engines import Engines
 from lhc_bench.measure.networks import NetworkCase
 from lhc_bench.pictures import drawing
-from lhc_triton.cli import main
 from lhc_triton.runtime.choosing.timing import Timing
 
 # What the engines below "load": the export leaves the network here, under the name of its file.
@@ -301,7 +300,7 @@ def test_engines_are_refused_for_suites_without_them(tmp_path):
 
 
 @pytest.mark.usefixtures("small")
-def test_the_command_line_measures_prints_and_draws(tmp_path, monkeypatch, capsys):
+def test_the_command_line_measures_prints_and_draws(tmp_path, monkeypatch, run):
     def run_small(*arguments, engines, **options):
         chosen = Engines(loaders={"openvino": load}, export=export)
         return run_suite(*arguments, engines=chosen, rounds=1, timer=call_all, **options)
@@ -309,14 +308,10 @@ def test_the_command_line_measures_prints_and_draws(tmp_path, monkeypatch, capsy
     run_suite = suites.run_suite
     monkeypatch.setattr(suites, "run_suite", run_small)
     out = tmp_path / "out"
-    arguments = ["bench", "--suite", "cpu-engines", "--out", str(out), "--only", "features"]
-    monkeypatch.setattr(sys, "argv", ["lhc-triton", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 0
-    printed = capsys.readouterr().out
-    assert "Not measured: vgg16-cifar/features" in printed
-    assert "over openvino" in printed
+    done = run("bench", "--suite", "cpu-engines", "--out", out, "--only", "features")
+    assert done.returncode == 0
+    assert "Not measured: vgg16-cifar/features" in done.stdout
+    assert "over openvino" in done.stdout
     assert {path.name for path in out.iterdir()} == {"results.json", "results.csv", "engines.png"}
 
 
@@ -328,13 +323,8 @@ def test_the_command_line_measures_prints_and_draws(tmp_path, monkeypatch, capsy
         (["--suite", "cpu-engines"], "--deepsparse-python /nowhere/python does not serve"),
     ],
 )
-def test_the_command_line_refuses_an_interpreter_in_one_line(
-    tmp_path, monkeypatch, capsys, arguments, message
-):
-    given = ["--out", str(tmp_path / "out"), "--deepsparse-python", "/nowhere/python"]
-    monkeypatch.setattr(sys, "argv", ["lhc-triton", "bench", *arguments, *given])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+def test_the_command_line_refuses_an_interpreter_in_one_line(tmp_path, run, arguments, message):
+    done = run("bench", *arguments, "--out", tmp_path / "out", "--deepsparse-python", "/nowhere/python")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
     assert message in line

@@ -1,7 +1,6 @@
 """Ablations: which runs a file asks for, and that runs which can share a dense twin do."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 
 from lhc_bench.reports import ablation, meaning
 from lhc_bench.reports.ablation import dense_part, read_ablation, run_ablation
-from lhc_triton.cli import main
 from lhc_triton.handcrafted import HANDCRAFTED, handcrafted
 from lhc_triton.training import PRESETS, TrainConfig, epochs, read_config
 from lhc_triton.training.data import open_data
@@ -227,11 +225,10 @@ def test_runs_of_a_seed_share_the_dense_twin_of_the_first(spec, tmp_path, monkey
     assert trained[-1][0].dense_twin == "none"
 
 
-def test_the_command_line_names_the_runs_without_training(spec, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["lhc-triton", "ablate", str(spec(SPEC)), "--dry-run", "--json"])
-    with pytest.raises(SystemExit):
-        main()
-    assert json.loads(capsys.readouterr().out)["runs"] == list(read_ablation(spec(SPEC)))
+def test_the_command_line_names_the_runs_without_training(spec, run):
+    assert json.loads(run("ablate", spec(SPEC), "--dry-run", "--json").stdout)["runs"] == list(
+        read_ablation(spec(SPEC))
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,14 +251,11 @@ def test_the_command_line_names_the_runs_without_training(spec, monkeypatch, cap
         ),
     ],
 )
-def test_a_dry_run_refuses_what_cannot_be_built(spec, monkeypatch, capsys, text, message):
-    monkeypatch.setattr(sys, "argv", ["lhc-triton", "ablate", str(spec(text)), "--dry-run"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    shown = capsys.readouterr()
-    assert (stopped.value.code, shown.out) == (2, "")
-    assert shown.err.startswith(f"lhc-triton: {message}")
-    assert len(shown.err.splitlines()) == 1
+def test_a_dry_run_refuses_what_cannot_be_built(spec, run, text, message):
+    done = run("ablate", spec(text), "--dry-run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"lhc-triton: {message}")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_what_a_dry_run_checks_is_what_the_data_will_be():
@@ -272,18 +266,15 @@ def test_what_a_dry_run_checks_is_what_the_data_will_be():
         assert (found.channels, found.size) == (data.format.channels, data.format.size)
 
 
-def test_under_torchrun_the_first_process_alone_reports(spec, tmp_path, monkeypatch, capsys):
+def test_under_torchrun_the_first_process_alone_reports(spec, tmp_path, monkeypatch, run):
     monkeypatch.setattr(ablation, "train", lambda config, folder: None)
-    monkeypatch.setattr(sys, "argv", ["lhc-triton", "ablate", str(spec(SPEC)), "--out", str(tmp_path)])
-    stopped = {}
+    done = {}
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        with pytest.raises(SystemExit) as stop:
-            main()
-        stopped[rank] = stop.value.code or 0, capsys.readouterr()
-    assert stopped["1"] == (0, ("", ""))
-    assert stopped["0"][0] == 2  # there is nothing to report on: nothing was trained
-    assert "run 1 of 10" in stopped["0"][1].err
+        done[rank] = run("ablate", spec(SPEC), "--out", tmp_path)
+    assert (done["1"].returncode, done["1"].stdout, done["1"].stderr) == (0, "", "")
+    assert done["0"].returncode == 2  # there is nothing to report on: nothing was trained
+    assert "run 1 of 10" in done["0"].stderr
 
 
 TINY = """
@@ -377,42 +368,30 @@ def test_a_twin_that_took_the_place_of_a_failed_one_stays(spec, tmp_path, fail_i
     assert len(run_ablation(runs, tmp_path, lambda line: None).folders) == 2
 
 
-def test_the_command_line_reports_on_what_finished_and_lists_what_failed(
-    spec, tmp_path, monkeypatch, fail_in, capsys
-):
-    command = ["lhc-triton", "ablate", str(spec(TINY)), "--out", str(tmp_path), "--batch", "1", "--json"]
-    monkeypatch.setattr(sys, "argv", command)
-
-    def ablate():
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert stopped.value.code == 1
-        return capsys.readouterr()
-
+def test_the_command_line_reports_on_what_finished_and_lists_what_failed(spec, tmp_path, fail_in, run):
+    command = "ablate", spec(TINY), "--out", tmp_path, "--batch", 1, "--json"
     fail_in("learned", "dense", 1)
-    shown = ablate()
-    assert shown.out == ""
-    assert "2 of 2 runs failed:\n- topology=learned,seed=0: the loss became nan\n- " in shown.err
+    done = run(*command)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "2 of 2 runs failed:\n- topology=learned,seed=0: the loss became nan\n- " in done.stderr
     assert not (tmp_path / "report").exists()
     fail_in("cross", "fine", 0)
-    shown = ablate()
-    found = json.loads(shown.out)["experiments"]
+    done = run(*command)
+    assert done.returncode == 1
+    found = json.loads(done.stdout)["experiments"]
     assert [run["run"] for experiment in found for run in experiment["runs"]] == ["topology=learned,seed=0"]
-    assert "run topology=cross,seed=0 failed: the loss became nan\n" in shown.err
-    assert shown.err.endswith("1 of 2 runs failed:\n- topology=cross,seed=0: the loss became nan\n")
+    assert "run topology=cross,seed=0 failed: the loss became nan\n" in done.stderr
+    assert done.stderr.endswith("1 of 2 runs failed:\n- topology=cross,seed=0: the loss became nan\n")
 
 
-def test_one_command_trains_resumes_and_reports(spec, tmp_path, monkeypatch, capsys):
+def test_one_command_trains_resumes_and_reports(spec, tmp_path, run):
     out = tmp_path / "out"
-    command = ["lhc-triton", "ablate", str(spec(TINY)), "--out", str(out), "--batch", "1", "--json"]
-    monkeypatch.setattr(sys, "argv", command)
     names = ["topology=learned,seed=0", "topology=cross,seed=0"]
 
     def ablate():
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert not stopped.value.code
-        return json.loads(capsys.readouterr().out)["experiments"], [
+        done = run("ablate", spec(TINY), "--out", out, "--batch", 1, "--json")
+        assert not done.returncode
+        return json.loads(done.stdout)["experiments"], [
             (out / name / "metrics.csv").read_bytes() for name in names
         ]
 
@@ -421,10 +400,10 @@ def test_one_command_trains_resumes_and_reports(spec, tmp_path, monkeypatch, cap
     runs = [run for experiment in found for run in experiment["runs"]]
     assert [run["run"] for run in runs] == names
     assert len({run["dense_accuracy"] for run in runs}) == 1
-    for run in runs:
-        result = json.loads((out / run["run"] / "result.json").read_text())
+    for row in runs:
+        result = json.loads((out / row["run"] / "result.json").read_text())
         for name in ("weight_reduction", "mac_reduction"):
-            assert run[name] == pytest.approx(result[name])
+            assert row[name] == pytest.approx(result[name])
     assert [b"dense,2," in curve for curve in curves] == [True, False]
     crosses = {shape for layer in runs[1]["layers"] for shape in layer["shapes"]}
     assert crosses == {"010/111/010"}

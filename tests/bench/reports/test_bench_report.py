@@ -5,7 +5,6 @@ import random
 import re
 import shutil
 import statistics
-import sys
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from lhc_bench.reports.experiment_rows import describe, experiments, labels, wit
 from lhc_bench.reports.page import RESULTS
 from lhc_bench.reports.report import make_report
 from lhc_bench.reports.runs import read_run, run_folders
-from lhc_triton.cli import main
 from lhc_triton.cli.console import show_experiments
 from lhc_triton.models import load_network, save_network
 from lhc_triton.models.architecture import Architecture
@@ -308,22 +306,16 @@ def test_wrong_arguments_are_refused_before_anything_is_made(folders, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line_reports_and_refuses(folders, tmp_path, monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lhc-triton", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code or 0, capsys.readouterr()
-
-    code, shown = run("report", folders[0], "--out", tmp_path / "out", "--batch", 1, "--json")
-    assert code == 0
-    assert json.loads(shown.out) == json.loads((tmp_path / "out" / "report.json").read_text())
-    code, shown = run("report", tmp_path / "nowhere")
-    assert code == 2
-    assert "nowhere" in shown.err.splitlines()[-1]
+def test_the_command_line_reports_and_refuses(folders, tmp_path, run):
+    done = run("report", folders[0], "--out", tmp_path / "out", "--batch", 1, "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "report.json").read_text())
+    done = run("report", tmp_path / "nowhere")
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr.splitlines()[-1]
 
 
-def test_an_ablation_stands_for_its_runs_and_reports_are_left_out(tmp_path, monkeypatch, capsys):
+def test_an_ablation_stands_for_its_runs_and_reports_are_left_out(tmp_path, run):
     runs = tmp_path / "runs"
     for name, seed in (("one", 0), ("grid/b", 1), ("grid/a", 2), ("grid/begun", 3)):
         fabricated_run(runs / name, seed=seed)
@@ -345,22 +337,18 @@ def test_an_ablation_stands_for_its_runs_and_reports_are_left_out(tmp_path, monk
     ]  # fmt: skip
 
     def report(*folders):
-        arguments = ["report", *folders, "--out", tmp_path / "out", "--batch", 1, "--json"]
-        monkeypatch.setattr(sys, "argv", ["lhc-triton", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code or 0, capsys.readouterr()
+        return run("report", *folders, "--out", tmp_path / "out", "--batch", 1, "--json")
 
-    code, shown = report(*sorted(runs.iterdir()))
-    assert code == 0
-    assert [run["run"] for run in json.loads(shown.out)["experiments"][0]["runs"]] == ["one", "b", "a"]
-    assert f"{runs / 'page'}: a report, left out" in shown.err
+    done = report(*sorted(runs.iterdir()))
+    assert done.returncode == 0
+    assert [run["run"] for run in json.loads(done.stdout)["experiments"][0]["runs"]] == ["one", "b", "a"]
+    assert f"{runs / 'page'}: a report, left out" in done.stderr
     shutil.rmtree(runs / "grid" / "begun")
-    code, shown = report(*sorted(runs.glob("grid/*/")))
-    assert code == 0
-    assert f"{runs / 'grid' / 'report'}: a report, left out" in shown.err
-    code, shown = report(runs / "page")
-    assert (code, "no run to report on" in shown.err) == (2, True)
+    done = report(*sorted(runs.glob("grid/*/")))
+    assert done.returncode == 0
+    assert f"{runs / 'grid' / 'report'}: a report, left out" in done.stderr
+    done = report(runs / "page")
+    assert (done.returncode, "no run to report on" in done.stderr) == (2, True)
 
 
 def test_a_folder_without_a_run_is_an_error_beside_runs(folders, tmp_path):

@@ -23,13 +23,12 @@ __all__ = [
     "device_limits",
     "grouped_conv2d",
     "heuristic_config",
-    "launch_shape",
     "native_source_digest",
     "source_digest",
     "store_run",
 ]
 
-_OF_TRITON = ("INTERPRETED", "grouped_conv2d", "launch_shape")
+_OF_TRITON = ("INTERPRETED", "grouped_conv2d")
 
 
 def __getattr__(name: str) -> Any:

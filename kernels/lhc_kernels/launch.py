@@ -1,4 +1,4 @@
-"""The function that runs a grouped convolution, and what a config for it is chosen for."""
+"""The function that runs a grouped convolution."""
 
 from __future__ import annotations
 
@@ -8,47 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import dtype_name
-from .configs import LaunchShape
 from .constants import INTERPRETED
 from .devices import device_limits
 from .prepared import INT32_ELEMENTS, Signature, prepare
-
-
-def launch_shape(
-    x: Tensor,
-    weight: Tensor,
-    tiles: int,
-    out_size: tuple[int, int],
-    kernel: tuple[int, int],
-    stride: tuple[int, int] = (1, 1),
-    residual: bool = False,
-) -> LaunchShape:
-    """Return what a config is chosen for; asks the device for its properties, never for data.
-
-    Args:
-        x: the activations [N, C, H, W], for sizes, dtype and device.
-        weight: [E, in_block, tile_width].
-        tiles: T.
-        out_size: (OH, OW).
-        kernel: (kh, kw).
-        stride: (vertical, horizontal).
-        residual: whether the epilogue adds one.
-    """
-    return LaunchShape(
-        pixels=x.shape[0] * out_size[0] * out_size[1],
-        in_channels=x.shape[1],
-        in_block=weight.shape[1],
-        tile_width=weight.shape[2],
-        tiles=tiles,
-        kernel=kernel,
-        dtype=dtype_name(x),
-        entries=weight.shape[0],
-        stride=stride,
-        out_size=out_size,
-        residual=residual,
-        **device_limits(x.device),
-    )
 
 
 def grouped_conv2d(

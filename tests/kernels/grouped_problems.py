@@ -13,7 +13,7 @@ from oracle import masked_conv2d, norm_error
 from torch import Tensor
 
 import lhc_kernels
-from lhc_kernels import KernelConfig, launch
+from lhc_kernels import KernelConfig, LaunchShape, launch
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.int8: 1e-5}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -164,6 +164,26 @@ def make_problem(conv: Conv, patterns: list[list[int]] | None = None) -> PackedP
         "config": conv.config,
     }
     return problem
+
+
+def launch_shape(problem: PackedProblem) -> LaunchShape:
+    """Return what a config for the problem is chosen for, on its device."""
+    conv, weight = problem.conv, problem.weight
+    batch, _, *out_size = problem.out_size()
+    return LaunchShape(
+        pixels=batch * out_size[0] * out_size[1],
+        in_channels=conv.in_channels,
+        in_block=weight.shape[1],
+        tile_width=weight.shape[2],
+        tiles=len(problem.tables[2]),
+        kernel=conv.kernel,
+        dtype=str(conv.dtype).removeprefix("torch."),
+        entries=weight.shape[0],
+        stride=conv.stride,
+        out_size=tuple(out_size),
+        residual=conv.residual,
+        **launch.device_limits(problem.x.device),
+    )
 
 
 def run(problem: PackedProblem) -> Tensor:

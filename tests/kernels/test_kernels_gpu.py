@@ -16,6 +16,7 @@ from grouped_problems import (
     check_special_values,
     config,
     convs,
+    launch_shape,
     make_problem,
     run,
 )
@@ -58,9 +59,7 @@ def test_random_convolutions_match_the_dense_answer(part: int) -> None:
     @given(convs())
     def matches(conv: Conv) -> None:
         problem = make_problem(conv).to("cuda")
-        shape = launch.launch_shape(
-            problem.x, problem.weight, 1, problem.out_size()[2:], conv.kernel, conv.stride
-        )
+        shape = launch_shape(problem)
         if conv.config and config_problem(KernelConfig.from_list(conv.config), shape) is not None:
             conv = replace(conv, config=())  # a box on a GPU without them
         check(conv, "cuda")
@@ -79,8 +78,7 @@ def test_layers_of_a_real_size_match_the_dense_answer(tile_width: int, dtype: to
 def test_every_candidate_matches_the_dense_answer(tile_width: int, dtype: torch.dtype) -> None:
     problem = make_problem(replace(LAYER, tile_width=tile_width, dtype=dtype))
     expected, moved = problem.expected(), problem.to("cuda")
-    size = problem.out_size()[2:]
-    shape = launch.launch_shape(moved.x, moved.weight, len(problem.tables[2]), size, (3, 3), residual=True)
+    shape = launch_shape(moved)
     for candidate in candidate_configs(shape):
         moved.options["config"] = candidate.to_list()
         error = norm_error(run(moved), expected)

@@ -24,6 +24,7 @@ from grouped_problems import (
     check_special_values,
     convs,
     few_processors,
+    launch_shape,
     make_problem,
     run,
 )
@@ -60,8 +61,7 @@ def test_random_convolutions_match_the_dense_answer(conv: Conv) -> None:
 def test_candidates_match_the_dense_answer(dtype: torch.dtype) -> None:
     conv = Conv(1, 64, 64, 9, 8, tile_width=32, density=0.2, residual=True, activation="silu", dtype=dtype)
     problem = make_problem(conv)
-    size, expected = problem.out_size()[2:], problem.expected()
-    shape = launch.launch_shape(problem.x, problem.weight, 2, size, (3, 3), residual=True)
+    shape, expected = launch_shape(problem), problem.expected()
     for candidate in candidate_configs(shape, 6):
         problem.options["config"] = candidate.to_list()
         error = norm_error(run(problem), expected)
@@ -71,7 +71,7 @@ def test_candidates_match_the_dense_answer(dtype: torch.dtype) -> None:
 def test_persistent_programs_take_several_turns() -> None:
     problem = make_problem(VARIANT_CASES["persistent"])
     with few_processors():
-        shape = launch.launch_shape(problem.x, problem.weight, 3, problem.out_size()[2:], (3, 3))
+        shape = launch_shape(problem)
     config = KernelConfig.from_list(VARIANT_CASES["persistent"].config)
     sheet = cost_sheet(config, shape)
     assert sheet.programs > 2 * sheet.occupancy * shape.processors

@@ -85,11 +85,9 @@ def under_densities(rows: Sequence[Row], densities: Sequence[float]) -> dict[flo
     return dict(sorted(found.items()))
 
 
-def save(figure: Figure, path: Path, kind: str) -> Path:
-    """Write a figure whole or not at all."""
-    # Without the date, the same results give the same file.
-    metadata = {"Date": None} if kind == "svg" else None
-    return write_figure(path, figure, dpi=DPI, format=kind, metadata=metadata)
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, whole or not at all."""
+    return write_figure(path, figure, dpi=DPI, format="png")
 
 
 def caption_lines(results: Results, width: float) -> list[str]:

@@ -20,13 +20,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw(results_path: str | Path, out_dir: str | Path, svg: bool = False) -> list[Path]:
+def draw(results_path: str | Path, out_dir: str | Path) -> list[Path]:
     """Draw a results.json.
 
     Args:
         results_path: what `run_suite` or `run_loading` wrote.
         out_dir: folder for the pictures; made where it does not exist.
-        svg: write each picture as SVG as well.
 
     Returns:
         The paths of the pictures: speedup.png and layers.png; peak.png (the share of the machine's peak)
@@ -41,8 +40,7 @@ def draw(results_path: str | Path, out_dir: str | Path, svg: bool = False) -> li
     out = Path(out_dir)
     paths = []
     for name, figure in _figures(results_path).items():
-        for kind in ("png", "svg") if svg else ("png",):
-            paths.append(save(figure(), out / f"{name}.{kind}", kind))
+        paths.append(save(figure(), out / f"{name}.png"))
     return paths
 
 

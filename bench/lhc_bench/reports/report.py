@@ -142,7 +142,7 @@ def _overview(report: Report, out: Path) -> Section:
         speeds = [name for name in SPEEDS if all(experiment.values(name) for experiment in found)]
         for kind, against in (("density", ["density"]), ("cost", list(COSTS)), ("speedup", speeds)):
             path = out / f"accuracy_{kind}{'' if len(by_data) == 1 else f'_{data}'}.png"
-            canvas.save(accuracy_figure(found, against), path, "png")
+            canvas.save(accuracy_figure(found, against), path)
             pictures.append(Picture(path, f"{data}: test accuracy against {kind}"))
     return Section("Accuracy against density, cost and speed", None, tuple(pictures))
 
@@ -153,7 +153,7 @@ def _section(number: int, experiment: Experiment, out: Path) -> Section:
     pictures = []
     figures = {"training": training_figure, "layers": layers_figure, "shapes": shapes_figure}
     for name, figure in figures.items():
-        path = canvas.save(figure(experiment), out / f"{number:02}_{name}.png", "png")
+        path = canvas.save(figure(experiment), out / f"{number:02}_{name}.png")
         pictures.append(Picture(path, f"{experiment.label}: {name}"))
     total = len(first.topologies)
     for start in range(0, total, PAGE_OF_LAYERS):

@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "lhc_triton.models": LEARN | ANYWHERE,
     "lhc_triton.training": LEARN
     | ANYWHERE
-    | {f"lhc_triton.{name}" for name in ("models", "planning", "pruning", "selection")},
+    | {f"lhc_triton.{name}" for name in ("consolidation", "models", "planning", "pruning", "selection")},
     "lhc_triton.planning": LEARN | ANYWHERE,
     ROOM: set(),
     f"{ROOM}.op": OP,

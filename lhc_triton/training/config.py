@@ -163,6 +163,12 @@ class TrainConfig:
     pattern_weight: Annotated[
         float, Setting("weight of the aim for fewer patterns in a layer; 0: none", 0, 100)
     ] = 0.0
+    share: Annotated[
+        int | None,
+        Setting(
+            "filters that share a pattern in the fine stage, by lhc.consolidate; none: out_block", 1, MAX_SIZE
+        ),
+    ] = None
 
     coarse_epochs: Annotated[int, Setting("epochs in which weights and topology learn", 2, _LONG)] = 12
     fine_epochs: Annotated[
@@ -427,6 +433,11 @@ def _check_together(config: TrainConfig) -> None:
     if config.from_twin and config.dense_twin == "none":
         setting = "topology pruned" if config.topology == "pruned" else "start twin"
         raise ValueError(f"{setting} needs the weights of a dense twin; set dense_twin to train or a folder")
+    if config.share is not None and config.topology not in ("learned", "pruned"):
+        raise ValueError(
+            f"share {config.share} needs a topology that is learned or pruned, topology {config.topology} is "
+            "made by hand; leave share out"
+        )
     if config.topology == "pruned" and config.density is None:
         raise ValueError("topology pruned needs a density: the share to keep")
     if config.target is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from lhc_triton.consolidation import consolidate
 from lhc_triton.conversion import freeze, lhc_layers, output_pixels
 from lhc_triton.layers import LHCConv2d
 from lhc_triton.schedule import TopologySchedule
@@ -71,6 +72,8 @@ def start_of(run: Run, stage: StageName, rows: list[EpochMetrics]) -> Trainee:
                 layer.freeze()
         else:
             freeze(model, entry_costs=entry_costs(model, run.example(), config.penalty))
+        if config.share is not None and not begun:
+            consolidate(model, share=config.share)
     if config.sync_batchnorm:
         run.world.synchronise_batch_norm(model)
     schedule = None

@@ -205,6 +205,28 @@ def test_a_topology_can_be_replaced_between_the_stages(tmp_path):
     )
 
 
+@pytest.mark.parametrize("settings", [{}, {"topology": "pruned", "dense_twin": "train"}], ids=str)
+def test_filters_share_patterns_in_the_fine_stage(tmp_path, settings):
+    config = dataclasses.replace(CONFIG, **{"dense_twin": "none", "share": 16, **settings})
+    rows: list[EpochMetrics] = []
+
+    def stop(row: EpochMetrics) -> None:
+        rows.append(row)
+        if (row.stage, row.epoch) == ("fine", 0):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, progress=False, data=tiny_data(), on_epoch=stop)
+    result = train(config, tmp_path, progress=False, data=tiny_data())
+    assert result.density <= config.density * 1.05
+    layers = lhc_layers(load_network(tmp_path / "lhc.safetensors").model).values()
+    assert {layer.out_channels for layer in layers} == {16}
+    for layer in layers:
+        assert layer.config.out_block == 8
+        assert len(layer.topology.flatten(1).unique(dim=0)) == 1
+    assert result.settings["share"] == 16
+
+
 def test_a_topology_made_by_hand_is_trained_by_the_same_recipe(whole, tmp_path):
     rows: list[EpochMetrics] = []
     config = dataclasses.replace(CONFIG, topology="stripe", dense_twin="none", density=None)

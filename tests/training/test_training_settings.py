@@ -129,6 +129,11 @@ def test_what_shapes_the_penalty_needs_a_target(change, without):
         TrainConfig(**change, **without)
 
 
+def test_a_topology_made_by_hand_has_no_patterns_to_share():
+    with pytest.raises(ValueError, match="share 64 needs a topology that is learned or pruned, topology str"):
+        TrainConfig(topology="stripe", share=64)
+
+
 def test_settings_given_as_text_change_a_config():
     given = {
         "lr": "1e-3",

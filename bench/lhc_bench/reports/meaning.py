@@ -7,7 +7,7 @@ from lhc_triton.training.config import OF_PRUNED, OF_TARGET
 WITH_PARTS = ("groupwise", "hetconv", "stripe", "1xn")
 """The topologies made by hand that TrainConfig.parts says something of."""
 
-OF_BLOCKS = ("density", "in_block", "out_block", "block_rule")
+OF_BLOCKS = ("density", "in_block", "out_block", "block_rule", "share")
 """Settings that a topology made by hand does not have; it has its own blocks."""
 
 OF_COARSE = ("shapes", "warmup_epochs", "effect_lr")

@@ -136,24 +136,27 @@ def fill_by_overlap(rows: np.ndarray, sizes: np.ndarray, entry_us: np.ndarray, t
 
     A part begins with the longest tile that is left and grows until it is full; then it is cut back to where
     it saved most. So a part may grow through members that do not pay by themselves, which no merging of pairs
-    would look at. O(tiles^2 x entries) in all.
+    would look at. O(parts x tiles x entries) in all.
     """
     capacity = len(entry_us) - 1
-    live = rows.astype(np.float32)
-    entries = live.sum(axis=1)
+    columns = np.ascontiguousarray(rows.T).astype(np.float32)
+    entries = columns.sum(axis=0)
     alone = entries * entry_us[sizes] + tile_us
     free = np.ones(len(rows), dtype=bool)
     parts: Parts = []
     while free.any():
         tile = int(np.where(free, entries, -1).argmax())
-        part, union, groups, separate = [tile], live[tile].copy(), int(sizes[tile]), float(alone[tile])
+        part, union, groups, separate = [tile], rows[tile].copy(), int(sizes[tile]), float(alone[tile])
+        shared = columns[union].sum(axis=0)  # entries that each tile has in common with the part
         free[tile] = False
         best, keep = MIN_SAVING_US, 1
         while (fits := free & (groups + sizes <= capacity)).any():
-            tile = int(np.where(fits, entries - live @ union, np.inf).argmin())
+            tile = int(np.where(fits, entries - shared, np.inf).argmin())
             part.append(tile)
             free[tile] = False
-            np.maximum(union, live[tile], out=union)
+            added = rows[tile] & ~union
+            shared += columns[added].sum(axis=0)
+            union |= added
             groups += int(sizes[tile])
             separate += float(alone[tile])
             saving = separate - tile_us - float(union.sum() * entry_us[groups])
@@ -168,7 +171,7 @@ def cut_by_likeness(rows: np.ndarray, sizes: np.ndarray, entry_us: np.ndarray, t
     """Cut a chain of tiles, each one followed by the one most like it, wherever a part is full."""
     capacity = len(entry_us) - 1
     live = rows.astype(np.float32)
-    entries = live.sum(axis=1)
+    entries, shared = live.sum(axis=1), live @ live.T
     free = np.ones(len(rows), dtype=bool)
     tile, filled = int(entries.argmax()), capacity
     parts: Parts = []
@@ -179,7 +182,7 @@ def cut_by_likeness(rows: np.ndarray, sizes: np.ndarray, entry_us: np.ndarray, t
         parts[-1].append(tile)
         filled += int(sizes[tile])
         free[tile] = False
-        tile = int(np.where(free, entries - 2 * (live @ live[tile]), np.inf).argmin())
+        tile = int(np.where(free, entries - 2 * shared[tile], np.inf).argmin())
     return sorted(sorted(part) for part in parts)
 
 

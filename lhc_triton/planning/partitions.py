@@ -39,17 +39,17 @@ def best_partition(rows: np.ndarray, sizes: np.ndarray, entry_us: np.ndarray, ti
     starts = [fill_by_overlap, cut_by_likeness]
     if count <= MAX_PAIRWISE:
         starts.insert(0, merge_by_savings)
-
-    def cost(parts: Parts) -> float:
-        return partition_us(parts, rows, sizes, entry_us, tile_us)
-
-    found = sorted((start(rows, sizes, entry_us, tile_us) for start in starts), key=cost)
+    begun = [start(rows, sizes, entry_us, tile_us) for start in starts]
+    times = [partition_us(parts, rows, sizes, entry_us, tile_us) for parts in begun]
+    least = min(times)
+    if count > MAX_MOVED_ALL:
+        begun = [begun[times.index(least)]]
+    else:
+        begun = [parts for parts, us in zip(begun, times, strict=True) if us <= PROMISING * least]
     if count > MAX_MOVED:
-        return found[0]
-    most = PROMISING * cost(found[0])
-    promising = [parts for parts in found if cost(parts) <= most][: 1 if count > MAX_MOVED_ALL else None]
-    found = [move_by_savings(parts, rows, sizes, entry_us, tile_us) for parts in promising]
-    return min(found, key=cost)
+        return begun[0]
+    moved = [move_by_savings(parts, rows, sizes, entry_us, tile_us) for parts in begun]
+    return min(moved, key=lambda parts: partition_us(parts, rows, sizes, entry_us, tile_us))
 
 
 def partition_us(
@@ -63,8 +63,7 @@ def partition_us(
 def _homes(parts: Parts) -> np.ndarray:
     """Return the part of each tile, int [T]."""
     home = np.empty(sum(map(len, parts)), dtype=np.int64)
-    for index, part in enumerate(parts):
-        home[part] = index
+    home[np.concatenate(parts)] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     return home
 
 
@@ -148,18 +147,20 @@ def fill_by_overlap(rows: np.ndarray, sizes: np.ndarray, entry_us: np.ndarray, t
         tile = int(np.where(free, entries, -1).argmax())
         part, union, groups, separate = [tile], rows[tile].copy(), int(sizes[tile]), float(alone[tile])
         shared = columns[union].sum(axis=0)  # entries that each tile has in common with the part
+        length = int(entries[tile])
         free[tile] = False
         best, keep = MIN_SAVING_US, 1
         while (fits := free & (groups + sizes <= capacity)).any():
             tile = int(np.where(fits, entries - shared, np.inf).argmin())
             part.append(tile)
             free[tile] = False
-            added = rows[tile] & ~union
+            added = np.flatnonzero(rows[tile] & ~union)
             shared += columns[added].sum(axis=0)
-            union |= added
+            union[added] = True
+            length += len(added)
             groups += int(sizes[tile])
             separate += float(alone[tile])
-            saving = separate - tile_us - float(union.sum() * entry_us[groups])
+            saving = separate - tile_us - length * float(entry_us[groups])
             if saving > best:
                 best, keep = saving, len(part)
         free[part[keep:]] = True
@@ -251,4 +252,5 @@ def move_by_savings(
             if swapped:
                 home[other[tile]] = source
         home = np.unique(home, return_inverse=True)[1]
-    return sorted(np.flatnonzero(home == index).tolist() for index in range(int(home.max()) + 1))
+    ends = np.cumsum(np.bincount(home))[:-1]
+    return sorted(part.tolist() for part in np.split(np.argsort(home, kind="stable"), ends))

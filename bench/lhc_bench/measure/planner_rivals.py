@@ -52,22 +52,20 @@ def exhaustive(topology: LayerTopology, cost: CostModel, width: int, itemsize: i
     Raises:
         ValueError: more than `MAX_EXHAUSTIVE` filter groups.
     """
-    groups, capacity = topology.groups, _capacity(topology, width)
+    groups = topology.groups
     if groups > MAX_EXHAUSTIVE:
         raise ValueError(f"{groups} filter groups are too many for all partitions: up to {MAX_EXHAUSTIVE}")
-    group = min(topology.out_block, topology.geometry.out_channels)
-    filters = [count * group for count in range(capacity + 1)]
-    prices = cost.entry_times(topology.geometry, topology.in_block, filters, width, itemsize)
+    prices = cost.entry_times(topology.geometry, topology.in_block, range(width + 1), width, itemsize)
     if not cost.overlap:  # the weights' way from memory adds to an entry's time
         prices = prices + topology.in_block * width * itemsize / (cost.memory_gbs * 1e3)
     unions = np.zeros((1 << groups, topology.entries), dtype=bool)  # by set of groups, a bit each
-    sizes = np.zeros(1 << groups, dtype=np.int64)
+    filters = np.zeros(1 << groups, dtype=np.int64)
     for index, row in enumerate(_rows(topology)):
         bit = 1 << index
         unions[bit : 2 * bit] = unions[:bit] | row
-        sizes[bit : 2 * bit] = sizes[:bit] + 1
-    tile_us = cost.tile_us + unions.sum(axis=1) * prices[np.minimum(sizes, capacity)]
-    tile_us[sizes > capacity] = np.inf
+        filters[bit : 2 * bit] = filters[:bit] + len(topology.group_filters(index))
+    tile_us = cost.tile_us + unions.sum(axis=1) * prices[np.minimum(filters, width)]
+    tile_us[filters > width] = np.inf
     best, taken = np.zeros(1 << groups), np.zeros(1 << groups, dtype=np.int64)
     for chosen in range(1, 1 << groups):
         last = 1 << (chosen.bit_length() - 1)  # the tile that holds the last group, with any of the others

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from lhc_triton.cli.app import SOURCE_HELP, Input, Json, Weights, app
 from lhc_triton.cli.console import counting, print_json, print_table, show_results
@@ -15,22 +16,31 @@ from lhc_triton.files import open_regular
 NOTES = 4  # of a suite, that are printed
 
 
+class _Bench(TyperCommand):
+    """`bench`, whose help names the suites there are; they are imported for it only."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, with the suites' names."""
+        from lhc_bench.measure import own
+        from lhc_bench.measure.suites import SUITES
+
+        for option in self.params:
+            if isinstance(option, TyperOption) and option.name == "suite":
+                option.help = f"{', '.join((*SUITES, own.SUITE))}."
+        super().format_help(ctx, formatter)
+
+
 @app.command(
+    cls=_Bench,
     epilog="Examples: `lhc-triton bench --suite quick --out out/bench`, "
-    "`lhc-triton bench --suite mine mine.net:make --weights net.safetensors --input 1x3x224x224`"
+    "`lhc-triton bench --suite mine mine.net:make --weights net.safetensors --input 1x3x224x224`",
 )
 def bench(
     network: Annotated[str | None, typer.Argument(metavar="SOURCE", help=f"For mine: {SOURCE_HELP}")] = None,
     weights: Weights = None,
     input_shape: Input = None,
     device: Annotated[str, typer.Option(help="For mine: cpu or cuda.")] = "cpu",
-    suite: Annotated[
-        str,
-        typer.Option(
-            help="quick, cpu-layers, cpu-models, cpu-scaling, cpu-engines, gpu-layers, gpu-models, "
-            "gpu-questions, gpu-first, gpu-first-models, loading, mine."
-        ),
-    ] = "quick",
+    suite: Annotated[str, typer.Option(help="What to measure.")] = "quick",
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv and the plots.")] = Path(
         "out/bench"
     ),
@@ -58,7 +68,8 @@ def bench(
 
     The suite "cpu-engines" compares with other inference engines, those that are installed (the extra
     "peers"). The suite "loading" times how fast image files become batches instead. The suite "mine" times
-    one's own network with the zeros that it has.
+    one's own network with the zeros that it has. The suite "planner" runs nothing: it compares the predicted
+    times of the planner's tiles with those of other ways to form them, and measures how long planning takes.
     """
     from lhc_bench.measure import loading, own
     from lhc_bench.measure.engines import Engines, engines_table

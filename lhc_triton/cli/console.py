@@ -63,9 +63,11 @@ def counting(title: str) -> Iterator[Any]:
 
 
 def show_results(results: dict[str, Any]) -> None:
-    """Print what a suite found: rows of batches, or groups of layers."""
+    """Print what a suite found: groups of layers, ways to plan, or rows of batches."""
     if "groups" in results["summary"]:
         show_summary(results["summary"])
+    elif "aims" in results["summary"]:
+        show_planner(results["summary"])
     else:
         show_loading(results["rows"])
 
@@ -88,6 +90,34 @@ def show_summary(summary: dict[str, Any]) -> None:
     head = ("backend", "blocks", "density", "cases", "speed-up", "least", "of the floor", "of a matmul")
     print_table(head, rows)
     typer.echo("Speed-up over the best dense form in the same run, geometric mean over the cases.")
+
+
+def show_planner(summary: dict[str, Any]) -> None:
+    """Print a line for each cost model and way to form tiles, then the optimum and the aims."""
+    kinds = list(dict.fromkeys(kind for row in summary["methods"] for kind in row["predicted_ratio"]))
+    rows = [
+        (
+            row["cost_model"],
+            row["method"],
+            *(f"{ratio:.3f}" if (ratio := row["predicted_ratio"].get(kind)) else "-" for kind in kinds),
+            f"{row['worst_ratio']:.3f}",
+            f"{row['planning_ms']:.1f}",
+            f"{row['most_planning_ms']:,.0f}",
+        )
+        for row in summary["methods"]
+    ]
+    print_table(("cost model", "tiles", *kinds, "worst", "planning, ms", "most"), rows)
+    typer.echo("Predicted time over that of the best way under the same mask, geometric mean over the cases.")
+    if optimum := summary["optimum"]:
+        typer.echo(
+            f"Planner over the optimum, where that was found ({optimum['cases']} cases): "
+            f"{optimum['predicted_ratio']:.4f}, at most {optimum['worst_ratio']:.4f}."
+        )
+    for aim in summary["aims"]:
+        typer.echo(
+            f"{aim['aim']}: at most {aim['planning_ms']:,.0f} ms ({aim['case']}); "
+            f"the aim of {aim['limit_ms']:,.0f} ms is {'met' if aim['met'] else 'missed'}."
+        )
 
 
 def show_loading(rows: Sequence[dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -19,15 +19,18 @@ BackendName = Literal["auto", "dense", "reference", "torch", "native", "triton"]
 
 
 def choose_tiles(
-    topology: LayerTopology, cost: CostModel, itemsize: int = 4
+    topology: LayerTopology,
+    cost: CostModel,
+    itemsize: int = 4,
+    form: Callable[[LayerTopology, CostModel, int, int], tuple[Tile, ...]] = form_tiles,
 ) -> tuple[int, tuple[Tile, ...], float]:
-    """Return (tile width, tiles, predicted us) of the cheapest candidate width.
+    """Return (tile width, tiles, predicted us) of the cheapest candidate width, as ``form`` tiles each.
 
     Where memory hides the tiles' own time, the width with the least of that wins, and then the narrowest.
     """
     choices = []
     for width in candidate_widths(topology.out_block, topology.geometry.out_channels):
-        tiles = form_tiles(topology, cost, width, itemsize)
+        tiles = form(topology, cost, width, itemsize)
         predicted = cost.sparse_us(topology, tiles, width, itemsize)
         work = cost.tiles_us(topology, tiles, width, itemsize)
         choices.append(((predicted, work, width), tiles))

@@ -247,6 +247,29 @@ def test_bench_of_loading_prints_a_table_and_plot_draws_it_again(run, monkeypatc
     }  # fmt: skip
 
 
+def test_bench_of_the_planner_says_whether_its_aims_are_met(run, monkeypatch, tmp_path):
+    from lhc_bench.measure import planner
+    from lhc_bench.measure.cases import LayerCase
+    from lhc_bench.measure.planner_problems import PlannerCase
+
+    wide = PlannerCase("wide-cifar", "conv", (LayerCase("wide-cifar", "conv", 32, 2048, 6, 6),))
+    monkeypatch.setattr(planner, "planner_cases", lambda: (wide,))
+    done = run("bench", "--suite", "planner", "--density", "0.2", "--out", "planner")
+    assert done.returncode == 0, done.stderr
+    assert "sort and cut" in done.stdout
+    assert "a layer of 2,048 filters: at most" in done.stdout
+    assert "aim of 2,000 ms is" in done.stdout
+    assert (tmp_path / "planner" / "planner.png").is_file()
+
+
+def test_the_help_of_bench_names_every_suite(run):
+    from lhc_bench.measure.suites import SUITES
+
+    told = " ".join(run("bench", "--help").stdout.replace("│", " ").split())
+    assert all(f"{name}," in told for name in SUITES)
+    assert "mine." in told
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": 3}'], ids=["empty", "cut", "list", "wrong"])
 def test_plot_refuses_a_damaged_results_file(run, tmp_path, content):
     path = tmp_path / "results.json"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from planning_cases import CPU, CUDA, QUICK, layer, random_layer, topologies
 
 from lhc_triton.planning import COST_MODELS, Tile
-from lhc_triton.planning.grouping import candidate_widths, exact_batches, form_tiles, merge_by_savings
+from lhc_triton.planning.grouping import candidate_widths, exact_batches, form_tiles
 from lhc_triton.planning.planner import choose_tiles
 from lhc_triton.planning.schema import ConvGeometry, LayerTopology
 
@@ -80,43 +80,6 @@ def test_merging_never_makes_a_layer_dearer(seed, backend):
     assert cost.sparse_us(topology, merged, 64) <= cost.sparse_us(topology, exact, 64)
 
 
-def greedy(rows, sizes, entry_us, tile_us):
-    """The same merging with the whole matrix computed anew each time."""
-    parts = [[i] for i in range(len(rows))]
-    rows, sizes = [set(np.flatnonzero(row)) for row in rows], list(sizes)
-    capacity = len(entry_us) - 1
-    while True:
-        best = (1e-6, None)
-        for i in range(len(parts)):
-            for j in range(i + 1, len(parts)):
-                if not parts[i] or not parts[j] or sizes[i] + sizes[j] > capacity:
-                    continue
-                union = len(rows[i] | rows[j])
-                before = len(rows[i]) * entry_us[sizes[i]] + len(rows[j]) * entry_us[sizes[j]]
-                saved = before + tile_us - union * entry_us[sizes[i] + sizes[j]]
-                if saved > best[0]:
-                    best = (saved, (i, j))
-        if best[1] is None:
-            return [sorted(part) for part in parts if part]
-        i, j = best[1]
-        parts[i] += parts[j]
-        parts[j] = []
-        rows[i] |= rows[j]
-        sizes[i] += sizes[j]
-
-
-@QUICK
-@given(st.integers(0, 2**32 - 1), st.integers(1, 14), st.integers(2, 6))
-def test_the_incremental_matrix_merges_as_a_full_recomputation_does(seed, tiles, capacity):
-    rng = np.random.default_rng(seed)
-    rows = rng.random((tiles, 12)) < rng.uniform(0.1, 0.9)
-    sizes = rng.integers(1, capacity, size=tiles)
-    # dyadic prices make every sum exact, so that both ways see the same ties
-    entry_us = np.cumsum(rng.integers(1, 8, size=capacity + 1)) / 8
-    tile_us = float(rng.integers(0, 16)) / 8
-    assert merge_by_savings(rows, sizes, entry_us, tile_us) == greedy(rows, sizes, entry_us, tile_us)
-
-
 @pytest.mark.parametrize(
     ("out_block", "out_channels", "widths"),
     [
@@ -140,7 +103,7 @@ def test_a_tile_too_narrow_for_a_group_is_refused():
 
 
 def test_many_groups_are_merged_in_runs(monkeypatch):
-    monkeypatch.setattr("lhc_triton.planning.grouping.MAX_PAIRWISE", 5)
+    monkeypatch.setattr("lhc_triton.planning.grouping.MAX_RUN", 5)
     topology = random_layer(0, groups=12)
     tiles = form_tiles(topology, OVERHEAD, 128)
     assert sorted(g for tile in tiles for g in tile.groups) == list(range(12))

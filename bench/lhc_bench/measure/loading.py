@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -321,15 +320,6 @@ def _summarise(rows: Sequence[LoadingRow]) -> dict[str, Any]:
                 "scaling": best.images_per_s / fewest.images_per_s,
             }
     return {"decode_images_per_s": rows[0].images_per_s, "kinds": kinds}
-
-
-def is_loading(path: str | Path) -> bool:
-    """Return whether a JSON file looks like results of this suite; False if it cannot be read."""
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-        return bool(document["env"]["suite"] == SUITE)
-    except (OSError, ValueError, RecursionError, TypeError, KeyError):
-        return False
 
 
 def read_loading(path: str | Path) -> LoadingResults:

@@ -224,6 +224,15 @@ def write_document(
     return write_text(out / "results.json", text), write_text(out / "results.csv", table.getvalue())
 
 
+def suite_of(path: str | Path) -> str | None:
+    """Return which suite a JSON file says it is of; None if it does not say, or cannot be read."""
+    try:
+        suite = json.loads(Path(path).read_text(encoding="utf-8"))["env"]["suite"]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        return None
+    return suite if isinstance(suite, str) else None
+
+
 def read_results(path: str | Path) -> Results:
     """Read and check a results.json.
 

@@ -15,7 +15,7 @@ import torch
 
 from lhc_bench.files import check_writable
 from lhc_bench.measure import engines as other
-from lhc_bench.measure import loading
+from lhc_bench.measure import loading, planner
 from lhc_bench.measure.cases import (
     LayerCase,
     batch_of,
@@ -227,6 +227,7 @@ SUITES: dict[str, SuiteLike] = {
     ),
     "gpu-models": Suite(*GPU, ("narrow",), gpu_networks, SHARED[:2], (0.1, 0.2, 0.5), 30, budget_s=3.0),
     loading.SUITE: loading.LoadingSuite(),
+    planner.SUITE: planner.PlannerSuite(),
 }
 """By name; whatever can run a `Request` is a suite."""
 

@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lhc_bench.measure.loading import is_loading, read_loading
-from lhc_bench.measure.rows import read_results
+from lhc_bench.measure import loading, planner
+from lhc_bench.measure.rows import read_results, suite_of
 from lhc_bench.pictures.canvas import save
 from lhc_bench.pictures.density_curves import peak_figure, speedup_figure
 from lhc_bench.pictures.engine_bars import engines_figure, has_engines
 from lhc_bench.pictures.loading_curves import loading_figure
+from lhc_bench.pictures.planner_bars import planner_figure
 from lhc_bench.pictures.scaling_curves import scales, scaling_figure
 from lhc_bench.pictures.speedup_bars import layers_figure
 
@@ -24,13 +25,14 @@ def draw(results_path: str | Path, out_dir: str | Path) -> list[Path]:
     """Draw a results.json.
 
     Args:
-        results_path: what `run_suite` or `run_loading` wrote.
+        results_path: what a suite wrote.
         out_dir: folder for the pictures; made where it does not exist.
 
     Returns:
         The paths of the pictures: speedup.png and layers.png; peak.png (the share of the machine's peak)
         where single layers were measured; for several batches or thread counts scaling.png alone;
-        engines.png alone where other engines were measured; loading.png for the suite of that name.
+        engines.png alone where other engines were measured; loading.png and planner.png for the suites of
+        those names.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -45,8 +47,11 @@ def draw(results_path: str | Path, out_dir: str | Path) -> list[Path]:
 
 
 def _figures(path: str | Path) -> dict[str, Callable[[], Figure]]:
-    if is_loading(path):
-        return {"loading": partial(loading_figure, read_loading(path))}
+    suite = suite_of(path)
+    if suite == loading.SUITE:
+        return {"loading": partial(loading_figure, loading.read_loading(path))}
+    if suite == planner.SUITE:
+        return {"planner": partial(planner_figure, planner.read_planner(path))}
     results = read_results(path)
     if not results.rows:
         raise ValueError(f"{path} holds no rows: there is nothing to draw")

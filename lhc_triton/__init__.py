@@ -12,6 +12,7 @@ from .planning import Plan, plan
 from .pruning import PruningReport, prune, to_dense
 from .runtime.network.accelerate import accelerate
 from .schedule import TopologySchedule
+from .shrinking import ShrinkReport, shrink
 from .topology import LHCConfig
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "LHCConv2d",
     "Plan",
     "PruningReport",
+    "ShrinkReport",
     "TopologySchedule",
     "accelerate",
     "consolidate",
@@ -31,6 +33,7 @@ __all__ = [
     "plan",
     "prune",
     "save",
+    "shrink",
     "summary",
     "to_dense",
 ]

@@ -24,7 +24,7 @@ OPERATIONS = f"{ROOM}.saved.operations"  # the list of operations is below what 
 OP = LEARN | ANYWHERE | {"lhc_triton.planning", "lhc_kernels"}
 REPLAY = OP | {f"{ROOM}.op", OPERATIONS}
 CHOOSING = REPLAY | {f"{ROOM}.replay"}
-NETWORK = CHOOSING | {f"{ROOM}.choosing"}
+NETWORK = CHOOSING | {f"{ROOM}.choosing", "lhc_triton.channels", "lhc_triton.shrinking"}
 SAVED = NETWORK | {f"{ROOM}.network"}
 RUN = SAVED | {f"{ROOM}.saved"}
 SOURCES_OF = {"lhc_triton.artifact", "lhc_triton.models"}
@@ -43,7 +43,9 @@ ALLOWED: dict[str, set[str]] = {
     "lhc_triton.schedule": BELOW | {"lhc_triton.layers", "lhc_triton.conversion"},
     "lhc_triton.selection": LEARN | ANYWHERE | {"lhc_triton.planning"},
     "lhc_triton.pruning": LEARN | ANYWHERE | {"lhc_triton.planning", "lhc_triton.selection"},
-    "lhc_triton.consolidation": LEARN | ANYWHERE | {"lhc_triton.planning"},
+    "lhc_triton.consolidation": LEARN | ANYWHERE | {"lhc_triton.planning", "lhc_triton.channels"},
+    "lhc_triton.channels": LEARN | ANYWHERE,
+    "lhc_triton.shrinking": LEARN | ANYWHERE | {"lhc_triton.channels"},
     "lhc_triton.models": LEARN | ANYWHERE,
     "lhc_triton.training": LEARN
     | ANYWHERE

@@ -17,6 +17,7 @@ from lhc_triton.runtime.choosing.dispatch import passed_over
 from lhc_triton.runtime.network.arguments import check_convs, fitting_plan
 from lhc_triton.runtime.network.copying import Snapshot, preserved, unwrapped, working_copy, wrappers
 from lhc_triton.runtime.network.sites import is_fusible
+from lhc_triton.runtime.network.smaller import smaller
 from lhc_triton.runtime.network.trials import Observed, observe_model
 from lhc_triton.runtime.network.verify import Judge
 from lhc_triton.runtime.op.accuracy import network_tolerance
@@ -27,7 +28,7 @@ class Case:
     """What is to be accelerated, and what is known of it; nothing here changes any more.
 
     Attributes:
-        work: the copy of the model, in eval mode.
+        work: the copy of the model, in eval mode, without the filters and channels that do nothing.
         convs: its convolutions that can be replaced, by name.
         inputs: the example.
         observed: what the model itself does.
@@ -67,16 +68,23 @@ def read(model: nn.Module, inputs: tuple[Tensor, ...], plan: Plan | None, tune: 
     observed = observe_model(model, inputs, copies)
     weight = next(m.weight for m in work.modules() if isinstance(m, nn.Conv2d))
     judge = Judge(model, observed, network_tolerance(observed.dtypes or {weight.dtype}, weight.device))
+    removed: tuple[str, ...] = ()
     if plan is None:
         cost = cost_model(requested, weight.dtype, weight.device, tune)
         plan = _plan_copy(work, model, judge, inputs, requested, cost)
+        # A forced backend is to run the layers as they are.
+        small = smaller(work, inputs, cost) if requested == "auto" else None
+        if small is not None and judge.verdict(small.work).problem is None:
+            work, removed = small.work, (small.remark,)
+            convs = check_convs(work)
+            plan = _plan_copy(work, model, judge, inputs, requested, cost)
     else:
         plan = fitting_plan(plan, convs)
     slower = None
     if requested == "auto" and plan.layers:
         first = next(iter(convs.values())).weight
         slower = passed_over(first.dtype, first.device)
-    remarks = _remarks(work, plan, wrappers(given))
+    remarks = (*_remarks(work, plan, wrappers(given)), *removed)
     return Case(work, convs, inputs, observed, judge, plan, tune, requested, remarks, slower)
 
 

@@ -1,0 +1,88 @@
+"""A smaller copy of a model, without the filters and channels that do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lhc_triton.channels.reading import ChannelError, read_channels
+from lhc_triton.planning.cost import CostModel, itemsize_of
+from lhc_triton.planning.extract import call_geometries, read_model
+from lhc_triton.planning.planner import plan_layer
+from lhc_triton.runtime.network.copying import duplicate, has_hooks, preserved
+from lhc_triton.runtime.network.fusion import conv_weight
+from lhc_triton.runtime.network.tracing import TraceError, trace
+from lhc_triton.shrinking import ShrinkReport, keep_channels, needed_channels
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """A copy of a model with fewer filters and channels, and what went."""
+
+    work: nn.Module
+    removed: ShrinkReport
+
+    @property
+    def remark(self) -> str:
+        """What people should know of it, in one line."""
+        most = max(self.removed.layers, key=lambda row: row.weights_before - row.weights)
+        return f"{self.removed.headline} (most weights in {most.layer!r}: lhc.shrink shows every layer)"
+
+
+def smaller(work: nn.Module, inputs: Sequence[Tensor], cost: CostModel) -> Smaller | None:
+    """Return a smaller copy of a model, where one is predicted to be faster; see ``lhc.shrink``.
+
+    Args:
+        work: the working copy; it is left as it was.
+        inputs: the example.
+        cost: predicts times.
+    """
+    if not _has_dead(work) or any(has_hooks(module) for name, module in work.named_modules() if name):
+        return None
+    try:
+        traced = trace(work, len(inputs))
+        with preserved(traced):
+            graph = read_channels(traced, inputs)
+    except (TraceError, ChannelError):
+        return None
+    kept = needed_channels(graph, work)
+    if kept.all():
+        return None
+    small = duplicate(work, {})
+    found = Smaller(small, keep_channels(small, graph, kept))
+    # Blocks of zeros that no longer lie in line may cost more than a few filters less gain.
+    return found if _predicted_us(small, inputs, cost) < _predicted_us(work, inputs, cost) else None
+
+
+def _has_dead(work: nn.Module) -> bool:
+    """Return whether anything at all may be removed: a look at the weights that costs little."""
+    return any(map(_has_dead_channels, work.modules()))
+
+
+def _has_dead_channels(module: nn.Module) -> bool:
+    if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+        return module.weight is not None and bool((module.weight == 0).any())
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+        weight = conv_weight(module) if isinstance(module, nn.Conv2d) else module.weight.detach()
+        live = (weight != 0).flatten(2).any(2) if weight.dim() > 2 else weight != 0
+        return not bool(live.any(0).all() & live.any(1).all())
+    return False
+
+
+def _predicted_us(network: nn.Module, inputs: Sequence[Tensor], cost: CostModel) -> float:
+    """Return the predicted time of all convolutions with groups=1, those that stay dense among them."""
+    example = tuple(value.clone() for value in inputs)
+    with preserved(network):
+        reading = read_model(network, example, cost)
+        geometries = call_geometries(network, example)
+    planned = {one.name: plan_layer(one, cost, dtype=reading.dtype) for one in reading.topologies}
+    times = [
+        planned[name].predicted_us[planned[name].backend]
+        if name in planned
+        else cost.dense_us(geometry, itemsize_of(reading.dtype))
+        for name, geometry in geometries.items()
+        if network.get_submodule(name).groups == 1
+    ]
+    return sum(times)

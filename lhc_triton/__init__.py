@@ -4,6 +4,11 @@ Learn a network (`convert`, `TopologySchedule`, `freeze`, `summary`), plan it (`
 keep it (`save`, `load`).
 """
 
+from .interrupts import end_at_interrupts, is_command
+
+if is_command():  # before anything that takes long to import
+    end_at_interrupts()
+
 from .artifact import load, save
 from .consolidation import consolidate
 from .conversion import convert, freeze, lhc_layers, summary

@@ -32,6 +32,7 @@ from lhc_triton.runtime.saved.graph_file import (
     store_graph,
     store_module,
 )
+from lhc_triton.runtime.saved.growth import check_growth
 from lhc_triton.runtime.saved.layers_file import (
     check_formats,
     check_outline,
@@ -41,7 +42,7 @@ from lhc_triton.runtime.saved.layers_file import (
     tensors_of,
 )
 from lhc_triton.runtime.saved.operations import GraphError, decode, encode
-from lhc_triton.runtime.saved.record_file import read_record, store_record
+from lhc_triton.runtime.saved.record_file import DTYPES, read_record, store_record
 from lhc_triton.runtime.saved.retarget import check_device, retarget
 from lhc_triton.runtime.saved.sealed_file import FileError, read_text, sealed, unsealed
 
@@ -300,6 +301,7 @@ def _rebuild(
     rest = {name: tensor for name, tensor in tensors.items() if name not in own}
     if document["kind"] == "graph":
         network = build_graph(document["nodes"], modules, rest)
+        check_growth(network, [(shape, DTYPES[dtype]) for shape, dtype in record.inputs])
         _assign(network, tensors)
         return network, plan, record
     holder = nn.ModuleDict({str(index): module for index, module in enumerate(modules.values())})

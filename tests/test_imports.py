@@ -17,7 +17,7 @@ LEARN = {
     f"lhc_triton.{name}"
     for name in ("topology", "takeover", "layers", "conversion", "handcrafted", "schedule")
 }
-ANYWHERE = {"lhc_triton.files", "lhc_triton.errors", "lhc_triton.tables", "lhc_triton.tf32"}
+ANYWHERE = {f"lhc_triton.{name}" for name in ("files", "errors", "tables", "tf32", "interrupts")}
 BELOW = ANYWHERE | {"lhc_triton.topology", "lhc_triton.takeover"}
 ROOM = "lhc_triton.runtime"
 OPERATIONS = f"{ROOM}.saved.operations"  # the list of operations is below what is recorded by it, and saved
@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "lhc_triton.errors": set(),
     "lhc_triton.tables": set(),
     "lhc_triton.tf32": set(),
+    "lhc_triton.interrupts": set(),
     "lhc_triton.topology": ANYWHERE,
     "lhc_triton.takeover": ANYWHERE,
     "lhc_triton.layers": BELOW,
@@ -61,7 +62,9 @@ ALLOWED: dict[str, set[str]] = {
     "lhc_triton.artifact": RUN,
     "lhc_triton.predicting": {"lhc_triton.training"},
     "lhc_triton.sources": RUN | SOURCES_OF,
-    "lhc_triton": RUN | {"lhc_triton.artifact", "lhc_triton.pruning", "lhc_triton.consolidation"},
+    "lhc_triton.__main__": {"lhc_triton.cli"},
+    "lhc_triton": RUN
+    | {"lhc_triton.artifact", "lhc_triton.interrupts", "lhc_triton.pruning", "lhc_triton.consolidation"},
     "lhc_kernels": set(),
     "lhc_bench.measure": MEASURE,
     "lhc_bench.pictures": MEASURE | {"lhc_bench.measure"},

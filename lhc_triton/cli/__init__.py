@@ -11,30 +11,35 @@ import typer
 from lhc_triton.cli import demo, own, learn, run, bench, examine  # isort: skip  (the order of --help)
 from lhc_triton.cli.app import app
 from lhc_triton.cli.console import tell_once
+from lhc_triton.interrupts import INTERRUPTED, end_at_interrupts, is_command, raise_interrupts
 
 __all__ = ["app", "bench", "demo", "examine", "learn", "main", "own", "run"]
 
 USER_MISTAKE = 2
-INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line; exit code 2 and one line on stderr for a user's mistake."""
+    """Run the command line; exit code 2 and one line on stderr for a user's mistake, 130 for an interrupt."""
     try:
+        raise_interrupts()
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("LHC_TRITON_DEBUG"):
             raise
         _refuse(_told(error))
-    except typer.Abort:
-        tell_once("lhc-triton: interrupted")
-        raise SystemExit(INTERRUPTED) from None
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
     except Exception as error:
         # The parser's own errors (unknown option, ...) share this method, and no public base class.
         if not hasattr(error, "format_message"):
             raise
         _refuse(f"{error.format_message().rstrip('.')}. See lhc-triton --help.")
-    raise SystemExit(code if isinstance(code, int) else 0)
+    finally:
+        if is_command():
+            end_at_interrupts()
+    if code == INTERRUPTED:  # of our own, or from the parser, which says nothing
+        tell_once("lhc-triton: interrupted")
+    raise SystemExit(code if isinstance(code, int) else 0) from None
 
 
 def _told(error: Exception) -> str:

@@ -306,6 +306,15 @@ class TrainConfig:
         return _told(lambda **changes: replace(self, **changes), values)
 
 
+GIVEN = ", given to train()"
+"""Ends the setting ``factory`` of a run whose network was an object, which no file can name."""
+
+
+def is_given(config: TrainConfig) -> bool:
+    """Return whether a run's network was given to train() as an object."""
+    return config.factory is not None and config.factory.endswith(GIVEN)
+
+
 def as_text(value: Any) -> str:
     """A field's value as TOML."""
     if value is None:

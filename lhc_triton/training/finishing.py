@@ -11,7 +11,7 @@ from lhc_triton.files import write_beside
 from lhc_triton.training.config import TrainConfig
 from lhc_triton.training.identity import LAST, stages_of
 from lhc_triton.training.metrics import EpochMetrics, best_epoch
-from lhc_triton.training.networks import described, maker
+from lhc_triton.training.networks import described
 from lhc_triton.training.presets import command_of, without_places
 from lhc_triton.training.result import Chosen, TrainResult, summed_up, write_and_test
 from lhc_triton.training.run import Run
@@ -64,5 +64,5 @@ def _tested(run: Run, kind: str, model: nn.Module, config: TrainConfig) -> float
     }
     path = run.out / f"{kind}.safetensors"
     return write_and_test(
-        model, path, architecture, notes, run.data.test, run.world, run.config.workers, maker(config)
+        model, path, architecture, notes, run.data.test, run.world, run.config.workers, run.make
     )

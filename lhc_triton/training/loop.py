@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from lhc_triton.files import write_beside
+from lhc_triton.models.weights import read_tensors, write_tensors
 from lhc_triton.training.config import TrainConfig
 from lhc_triton.training.data import BadFile, Data, Source, balanced_indices, open_data, validation_split
 from lhc_triton.training.distributed import World, joined
@@ -31,12 +34,15 @@ from lhc_triton.training.metrics import (
     EpochMetrics,
     write_metrics,
 )
-from lhc_triton.training.networks import check_topology
+from lhc_triton.training.networks import check_topology, given_model, maker, outline_of
 from lhc_triton.training.progress import Progress, Silence, TerminalProgress
 from lhc_triton.training.recipe import stage_epochs
 from lhc_triton.training.result import TrainResult
 from lhc_triton.training.run import Run
 from lhc_triton.training.stage import choose_precision
+
+START = "start.safetensors"
+START_KIND = "start of a run"
 
 
 def train(
@@ -46,6 +52,7 @@ def train(
     data: Data | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
     between_stages: Callable[[nn.Module], None] | None = None,
+    model: nn.Module | None = None,
 ) -> TrainResult:
     """Train the dense network, then the network with a topology in both stages, and test both.
 
@@ -59,7 +66,7 @@ def train(
 
     Files in ``out_dir``: config.toml, metrics.csv, layers.csv, result.json; dense.safetensors and
     lhc.safetensors (the results, for load_network); last.safetensors and the best of each stage
-    (checkpoints).
+    (checkpoints); of a given model start.safetensors, the weights that all stages start from.
 
     Args:
         config: the run; see TrainConfig and PRESETS.
@@ -69,6 +76,8 @@ def train(
         on_epoch: called on every process with each epoch's metrics once its state is on disk.
         between_stages: called on every process with the best network of the coarse stage before the fine
             stage starts, to change its topology (LHCConv2d.set_topology): it must do the same on all of them.
+        model: one's own dense network, trained in place of the one that ``config`` names, from the weights
+            that it has; it is copied. To resume, give one of the same structure: the weights are the run's.
 
     Returns:
         Accuracies, densities, reductions and paths.
@@ -76,18 +85,25 @@ def train(
     Raises:
         FileNotFoundError: the data, pretrained weights or the dense twin's folder are missing.
         OSError: ``out_dir`` cannot be made or written: the disk is full, for example.
-        ValueError: a data file is damaged; too few images; ``out_dir`` holds a damaged checkpoint, or one of
-            another run; the device is not there; the loss is not finite.
+        TypeError: ``model`` is no module.
+        ValueError: a data file is damaged; too few images; ``model`` does not suit the images, or is given
+            beside the setting factory; ``out_dir`` holds a damaged checkpoint, or one of another run; the
+            device is not there; the loss is not finite.
         ConnectionError: another process of the run was lost.
         MemoryError: a step does not fit into the device's memory.
     """
     with joined(config.device) as world, ExitStack() as closing:
         out = Path(out_dir)
         data = _open(config) if data is None else data
-        check_topology(config, data.format)
+        if model is not None:
+            config, model = given_model(config, model)
+        make = maker(config) if model is None else partial(copy.deepcopy, model)
+        check_topology(config, data.format, make)
         training, validation = _split(config, data)
         _check_steps(config, len(training), world)
         known = identity(config, training, validation)
+        if model is not None:
+            known["model"] = outline_of(model)
         if between_stages is not None:
             known["between stages"] = getattr(between_stages, "__qualname__", "given")
         rows, precision = _begun(out, config, known, world)
@@ -97,6 +113,8 @@ def train(
         if world.is_main:
             _prepare(out, config, rows)
         world.check_shared(out)
+        if model is not None:
+            _start_alike(out / START, model, bool(rows), world)
         steps = len(training) // config.batch_size
         shown = closing.enter_context(_progress(config, progress and world.is_main, steps, len(rows)))
         _say_what_was_found(shown, out, rows, data.bad_files)
@@ -116,6 +134,7 @@ def train(
             log,
             on_epoch,
             between_stages,
+            make,
         )
         with named_where_memory_ends(config):
             rows = all_stages(run, rows)
@@ -171,6 +190,15 @@ def _progress(config: TrainConfig, wanted: bool, steps: int, done: int) -> Progr
     return TerminalProgress(
         sum(stage_epochs(config, stage) for stage in stages_of(config)) * steps, done * steps
     )
+
+
+def _start_alike(path: Path, model: nn.Module, begun: bool, world: World) -> None:
+    """Give a model the weights that the run starts from: a new run's first process brings them."""
+    if world.is_main and not begun:
+        with named_where_disk_fails(path.parent):
+            write_tensors(path, model.state_dict(), {"kind": START_KIND, "version": 1})
+    world.barrier()
+    model.load_state_dict(read_tensors(path, START_KIND, 1)[0])
 
 
 def _say_what_was_found(

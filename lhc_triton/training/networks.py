@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lhc_triton.conversion import blocks_by_width, convert, evaluating, output_pixels
+from lhc_triton.conversion import blocks_by_width, convert, evaluating, lhc_layers, output_pixels
+from lhc_triton.errors import first_line
 from lhc_triton.handcrafted import impose
 from lhc_triton.layers import LHCConv2d
 from lhc_triton.models.architecture import Architecture, OwnArchitecture
@@ -19,10 +23,11 @@ from lhc_triton.models.resnet import WIDTHS
 from lhc_triton.models.vgg import VGG16_WIDTHS, VGG19_WIDTHS, Images
 from lhc_triton.pruning import prune
 from lhc_triton.topology import Effects
-from lhc_triton.training.config import TrainConfig
+from lhc_triton.training.config import GIVEN, TrainConfig, is_given
 from lhc_triton.training.data import ImageFormat, expected_format, most_images
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+Make = Callable[[], nn.Module]
 
 SMALL_IMAGE = 64
 """Images of fewer pixels than this have a network's CIFAR stem and head."""
@@ -61,17 +66,62 @@ def described(config: TrainConfig, format: ImageFormat) -> Architecture | OwnArc
     return OwnArchitecture(config.factory, format.channels, len(format.classes), format.size)
 
 
-def maker(config: TrainConfig) -> Callable[[], nn.Module] | None:
+def maker(config: TrainConfig) -> Make | None:
     """What makes a run's own network; None for one of this package's.
 
     Raises:
-        ValueError: the setting is not of the form package.module:factory.
+        ValueError: the setting is not of the form package.module:factory; of a run whose network was an
+            object, it says so.
     """
     if config.factory is None:
         return None
+    if is_given(config):
+        raise ValueError(
+            f"the network of this run is {config.factory}: give it there again, or set factory to a "
+            "package.module:factory that makes it"
+        )
     if not is_factory(config.factory):
         raise ValueError(f"factory {config.factory!r} is not of the form package.module:factory")
     return partial(call_factory, config.factory)
+
+
+def given_model(config: TrainConfig, model: nn.Module) -> tuple[TrainConfig, nn.Module]:
+    """A run's settings and network where that is given as an object: settings that say so, and a copy.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: the settings name another network; it cannot be copied, or is converted already.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    name = f"{type(model).__name__}{GIVEN}"
+    if config.factory not in (None, name):
+        raise ValueError(
+            f"the setting factory is {config.factory!r}, and a model is given: choose one of them"
+        )
+    if lhc_layers(model):
+        raise ValueError(
+            "the given model has LHC layers already; give the dense network, which a run converts"
+        )
+    odd = next((n for n, value in model.state_dict().items() if not isinstance(value, Tensor)), None)
+    if odd is not None:
+        raise ValueError(f"the given model keeps {odd} in its state, which is no tensor")
+    try:
+        return replace(config, factory=name), copy.deepcopy(model).to("cpu")
+    except Exception as error:  # a module may hold anything
+        raise ValueError(f"the given model cannot be copied: {first_line(error)}") from error
+
+
+def outline_of(model: nn.Module) -> str:
+    """Say what a network is but for its weights' values: its modules and tensors, as a name and a digest."""
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        digest.update(f"{name} {type(module).__qualname__}({module.extra_repr()})\n".encode())
+    state = model.state_dict()
+    for name, tensor in state.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    values = sum(tensor.numel() for tensor in state.values())
+    return f"{type(model).__name__} of {values:,} values in {len(state)} tensors, {digest.hexdigest()[:8]}"
 
 
 def _scaled(width: int | Literal["M"], factor: float) -> int | Literal["M"]:
@@ -87,7 +137,10 @@ def network_name(config: TrainConfig) -> str:
 
 
 def build_network(
-    config: TrainConfig, format: ImageFormat, say: Callable[[str], None] = lambda text: None
+    config: TrainConfig,
+    format: ImageFormat,
+    say: Callable[[str], None] = lambda text: None,
+    make: Make | None = None,
 ) -> nn.Module:
     """The dense network of a run at its start; random weights come from torch's global generator.
 
@@ -95,12 +148,13 @@ def build_network(
         config: the run; where it names pretrained weights they take the place of the random ones.
         format: of its images: channels, size and classes.
         say: told in a line which of the pretrained weights were left out.
+        make: makes the run's own network; default what the settings name.
 
     Raises:
         FileNotFoundError: there is no such file of pretrained weights.
         ValueError: the images are too small for the network, or the pretrained weights are not its.
     """
-    make = maker(config)
+    make = make or maker(config)
     model = architecture_of(config, format).build() if make is None else make()
     if make is not None:
         _check_own(config, format, model)
@@ -124,14 +178,14 @@ def _check_own(config: TrainConfig, format: ImageFormat, model: nn.Module) -> No
         )
 
 
-def check_topology(config: TrainConfig, format: ImageFormat) -> None:
+def check_topology(config: TrainConfig, format: ImageFormat, make: Make | None = None) -> None:
     """Refuse a network that its images or its topology do not suit, before anything is trained.
 
     Raises:
         ValueError: the images are too small for the network, or no convolution can have the topology.
     """
     if config.factory is not None:
-        apply_topology(build_network(config, format), config)
+        apply_topology(build_network(config, format, make=make), config)
         return
     with torch.device("meta"):
         apply_topology(architecture_of(config, format).build(), config)

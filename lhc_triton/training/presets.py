@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from lhc_triton.training.config import TrainConfig, as_text, read_config
+from lhc_triton.training.config import TrainConfig, as_text, is_given, read_config
 
 PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
     {
@@ -99,8 +99,10 @@ def without_places(config: TrainConfig) -> TrainConfig:
     return replace(config, **words)  # type: ignore[arg-type]
 
 
-def command_of(config: TrainConfig) -> str:
-    """The command line that makes this run, from the preset that needs the fewest changes."""
+def command_of(config: TrainConfig) -> str | None:
+    """The command line that makes this run, from the preset that needs the fewest changes; None for none."""
+    if is_given(config):
+        return None
     shown = without_places(config)
     commands = []
     for name, preset in PRESETS.items():

@@ -99,7 +99,7 @@ class TrainResult:
     processes: int
     seconds: float
     bad_files: tuple[BadFile, ...]
-    command: str
+    command: str | None
     files: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,14 +17,17 @@ from lhc_triton.training.distributed import World
 from lhc_triton.training.identity import LAST, best_file, dense_twin, stages_of
 from lhc_triton.training.logs import RunLog
 from lhc_triton.training.metrics import EpochMetrics, best_epoch
-from lhc_triton.training.networks import apply_topology, build_network
+from lhc_triton.training.networks import Make, apply_topology, build_network
 from lhc_triton.training.progress import Progress
 from lhc_triton.training.recipe import StageName
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the stages of one run share; ``identity`` is what a checkpoint has to be of."""
+    """What the stages of one run share.
+
+    ``identity`` is what a checkpoint has to be of; ``make`` makes a dense network that is none of ours.
+    """
 
     config: TrainConfig
     out: Path
@@ -38,6 +41,7 @@ class Run:
     log: RunLog | None
     on_epoch: Callable[[EpochMetrics], None] | None
     between_stages: Callable[[nn.Module], None] | None
+    make: Make | None
 
     def network(self, stage: StageName, take_over: Callable[[nn.Module], object] | None = None) -> nn.Module:
         """The network at its start: the same weights for the dense one and the one with a topology.
@@ -49,7 +53,8 @@ class Run:
         first = stage == stages_of(self.config)[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            model = build_network(self.config, self.data.format, *([self.progress.say] if first else []))
+            say = self.progress.say if first else lambda text: None
+            model = build_network(self.config, self.data.format, say, self.make)
             if take_over is not None:
                 take_over(model)
             if stage != "dense":

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lhc_triton.runtime.op.dense import DenseConv2d
-from lhc_triton.runtime.replay.replays import Replays
+from lhc_triton.runtime.replay.replays import MAX_KEPT, Replays
 from lhc_triton.runtime.saved.operations import GraphError, check_listed
+
+MAX_DISTURBED = 8
 
 _TENSOR = object()
 
@@ -64,7 +66,9 @@ class Tapes(Replays[_Recording]):
     `limit` recordings are kept; all are dropped when the network changes (see `staleness.Watch`). A replay
     calls the same operators on the same weights: the same bits, and outputs that belong to whom they would
     without it. Threads may call at once. As it is the network runs on other devices, under autocast or a
-    dispatch mode (a FLOP counter, for example), with hooks, and where gradients are asked for.
+    dispatch mode (a FLOP counter, for example), with hooks, and where gradients are asked for. A recording
+    that fails because the network changes meanwhile (another thread writes a weight) is made anew, unless
+    that happens MAX_DISTURBED times in a row.
 
     Args:
         limit: recordings to keep.
@@ -72,6 +76,10 @@ class Tapes(Replays[_Recording]):
     Attributes:
         problem: why nothing is recorded any more; "" while it may be.
     """
+
+    def __init__(self, limit: int = MAX_KEPT) -> None:
+        super().__init__(limit)
+        self._disturbed = 0
 
     def applies(self, inputs: tuple[Any, ...]) -> bool:
         """Return whether a call with these inputs may be recorded or replayed here and now."""
@@ -101,17 +109,21 @@ class Tapes(Replays[_Recording]):
             with self._lock:
                 self._note(signature)
             return output
-        output, made = self._record(network, inputs)
+        output, made, problem = self._record(network, inputs)
         with self._lock:
+            stood_still = watch is not None and watch.same()
+            self._disturbed = self._disturbed + 1 if problem and not stood_still else 0
             if made is not None and self._watch is watch:
                 self._keep(signature, made)
+        if problem and (stood_still or self._disturbed == MAX_DISTURBED):
+            self.refuse(problem)
         return output
 
-    def _record(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, _Recording | None]:
-        """Run the network; return its output, and the recording where there can be one."""
+    def _record(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, _Recording | None, str]:
+        """Run the network; return its output, the recording where there can be one, and what is wrong."""
         constants = _constants(network)
         if {id(x) for x in inputs} & {id(constant) for constant in constants}:
-            return network(*inputs), None
+            return network(*inputs), None, ""
         tape = torch.classes.lhc.Tape()
         tape.start(list(inputs))
         try:
@@ -123,10 +135,9 @@ class Tapes(Replays[_Recording]):
             tape.abandon()
             raise
         if problem:
-            self.refuse(problem)
-            return output, None
+            return output, None, problem
         rest = tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        return output, _Recording(tape, structure, rest)
+        return output, _Recording(tape, structure, rest), ""
 
 
 def _constants(network: nn.Module) -> list[Tensor]:

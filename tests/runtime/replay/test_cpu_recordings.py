@@ -22,7 +22,7 @@ import lhc_triton as lhc
 from lhc_triton.runtime.network.accelerate import accelerate
 from lhc_triton.runtime.network.grouped import GroupedConv2d
 from lhc_triton.runtime.op.dense import DenseConv2d
-from lhc_triton.runtime.replay.cpu_recordings import Tapes, can_record
+from lhc_triton.runtime.replay.cpu_recordings import MAX_DISTURBED, Tapes, can_record
 
 
 @pytest.fixture(autouse=True)
@@ -244,6 +244,56 @@ def test_what_cannot_be_replayed_is_told_and_runs_as_it_is(function, problem):
         x = torch.randn(5)
         assert torch.equal(tapes.run(net, (x,)), net(x))
     assert problem in tapes.problem
+    assert not tapes.applies((x,))
+
+
+def write_elsewhere(net):
+    """Write a dense weight, and bring it into oneDNN's order twice, as calls of other threads do."""
+
+    def work():
+        for _ in range(2):
+            net.conv.weight.neg_()
+            net.conv(torch.ones(1, 3, 8, 8))
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
+
+
+def disturbed_net(times):
+    """A network whose weight another thread writes in the middle of its recording, ``times`` times."""
+
+    def function(self, x):
+        self.calls += 1
+        if self.calls % 2 == 0 and self.calls <= 2 * times:  # a change lets the next call run as it is
+            write_elsewhere(self)
+            y = self.conv(x)
+            write_elsewhere(self)
+            return y
+        return self.conv(x)
+
+    net = Net(function)
+    net.calls = 0
+    net.conv = DenseConv2d(torch.randn(4, 3, 3, 3), None)
+    return net
+
+
+def test_a_weight_that_is_written_while_it_is_recorded_is_recorded_anew():
+    net, x, tapes = disturbed_net(times=3), torch.randn(1, 3, 8, 8), Tapes()
+    for _ in range(6):
+        tapes.run(net, (x,))
+        assert (tapes.problem, len(tapes)) == ("", 0)
+    for _ in range(3):
+        expected = torch.nn.functional.conv2d(x, net.conv.weight)
+        torch.testing.assert_close(tapes.run(net, (x,)), expected)
+    assert (tapes.problem, len(tapes), net.calls) == ("", 1, 8)
+
+
+def test_a_network_that_changes_during_every_recording_is_no_longer_recorded():
+    net, x, tapes = disturbed_net(times=100), torch.randn(1, 3, 8, 8), Tapes()
+    for call in range(2 * MAX_DISTURBED):
+        assert tapes.problem == "", call
+        tapes.run(net, (x,))
+    assert "uses a tensor that is none of the network's" in tapes.problem
     assert not tapes.applies((x,))
 
 

@@ -41,7 +41,18 @@ def plan(
         write_text(out, made.to_json() + "\n")
     if picture is not None:
         draw_plan(made, picture, f"Plan of {Path(network).name}")
-    typer.echo(made.to_json() if as_json else made.explain())
+    typer.echo(made.to_json() if as_json else made.explain(_known_times(made)))
+
+
+def _known_times(made: Any) -> dict[str, dict[str, float]]:
+    """Return what earlier runs on this machine have measured of a plan's layers."""
+    import torch
+
+    from lhc_triton.runtime.choosing.dispatch import known_times
+
+    if made.device == "cuda" and not torch.cuda.is_available():
+        return {}
+    return known_times(made.layers, getattr(torch, made.dtype), made.device)
 
 
 @app.command(

@@ -25,7 +25,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from .schema import ConvGeometry, LayerTopology, Tile
+from .schema import ConvGeometry, LayerTopology, OtherWork, Tile
 
 _T = TypeVar("_T")
 
@@ -156,10 +156,19 @@ class CostModel:
 
     def dense_us(self, geometry: ConvGeometry, itemsize: int = 4) -> float:
         """Predict the time in us of the dense convolution, for values of ``itemsize`` bytes."""
-        size, rate = _nearest(self.dense_gmacs, itemsize)
-        compute = geometry.macs / (rate * size / max(size, itemsize) * 1e3)
+        compute = geometry.macs / self._dense_rate(itemsize)
         values = geometry.in_values + geometry.out_values + geometry.weights
         return self.dense_launch_us + max(compute, values * itemsize / (self.memory_gbs * 1e3))
+
+    def other_us(self, work: OtherWork, itemsize: int = 4) -> float:
+        """Predict the time in us of other work: its arithmetic at the dense rate, or its way from memory."""
+        compute = work.macs / self._dense_rate(itemsize)
+        return max(compute, work.moved_bytes / (self.memory_gbs * 1e3))
+
+    def _dense_rate(self, itemsize: int) -> float:
+        """Return the MACs per us of a dense convolution."""
+        size, rate = _nearest(self.dense_gmacs, itemsize)
+        return rate * size / max(size, itemsize) * 1e3
 
     def layer_us(self, geometry: ConvGeometry, itemsize: int = 4) -> float:
         """Predict the us of a sparse call apart from its launch and tiles: moving inputs and outputs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ from lhc_triton.tf32 import tf32_allowed
 
 from .cost import CostModel, itemsize_of
 from .patterns import infer_blocks
-from .schema import ConvGeometry, LayerTopology
+from .remainder import Remainder
+from .schema import ConvGeometry, LayerTopology, OtherWork
 from .zeros import describe_zeros
 
 # Wider blocks of a mask are split: no tile has room for more filters, and no kernel wants longer entries.
@@ -36,6 +38,7 @@ class Reading:
         topologies: of the convolutions to plan, in calling order.
         skipped: (name, reason) of the others.
         dense: those of the skipped that merely have no zeros, as topologies in which every block lives.
+        others: what else the network computes, by kind, not priced; empty unless it was asked for.
         cost: the cost model of the input's device kind, or the one given.
         dtype: of the weights, as in "float32".
     """
@@ -45,10 +48,15 @@ class Reading:
     cost: CostModel
     dtype: str
     dense: tuple[LayerTopology, ...] = ()
+    others: tuple[OtherWork, ...] = ()
 
 
 def read_model(
-    model: nn.Module, example_input: Any, cost: CostModel | None = None, backend: str = "auto"
+    model: nn.Module,
+    example_input: Any,
+    cost: CostModel | None = None,
+    backend: str = "auto",
+    whole: bool = False,
 ) -> Reading:
     """Run a network once and read the topology of every convolution.
 
@@ -60,6 +68,7 @@ def read_model(
         example_input: a tensor, or a tuple of the positional arguments.
         cost: prices the choices; by default the model of ``backend`` on the example's device kind.
         backend: who will run the plan.
+        whole: look at everything else that the network computes, too.
 
     Raises:
         ValueError: if the model has no convolution, does not run on the example, or has NaN in the weight of
@@ -78,7 +87,8 @@ def read_model(
     if not any(isinstance(conv, nn.Conv2d) for conv in convs.values()):
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to plan")
     cost = cost or CostModel.for_device(tensors[0].device.type, backend, tf32_allowed())
-    seen = _input_shapes(model, convs, inputs)
+    remainder = Remainder(inputs) if whole else None
+    seen = _input_shapes(model, convs, inputs, remainder)
     topologies: list[LayerTopology] = []
     skipped: list[tuple[str, str]] = []
     dense: list[LayerTopology] = []
@@ -100,7 +110,10 @@ def read_model(
                 dense.append(found)
             else:
                 topologies.append(found)
-    return Reading(tuple(topologies), tuple(skipped), cost, dtype, tuple(dense))
+    others: tuple[OtherWork, ...] = ()
+    if remainder is not None:
+        others = remainder.works(without={topology.name for topology in topologies})
+    return Reading(tuple(topologies), tuple(skipped), cost, dtype, tuple(dense), others)
 
 
 def call_geometries(model: nn.Module, example_input: Any) -> dict[str, ConvGeometry]:
@@ -116,9 +129,9 @@ def call_geometries(model: nn.Module, example_input: Any) -> dict[str, ConvGeome
 
 
 def _input_shapes(
-    model: nn.Module, convs: dict[str, _ConvNd], inputs: Sequence[Any]
+    model: nn.Module, convs: dict[str, _ConvNd], inputs: Sequence[Any], remainder: Remainder | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each convolution's first input, in calling order."""
+    """Return the shape of each convolution's first input, in calling order; ``remainder`` looks on."""
     seen: dict[str, tuple[int, ...]] = {}
 
     def recording(name: str, conv: _ConvNd) -> Callable[..., Any]:
@@ -128,7 +141,12 @@ def _input_shapes(
             value = args[0] if args else kwargs.get("input")
             if isinstance(value, Tensor):
                 seen.setdefault(name, tuple(value.shape))
-            return original(*args, **kwargs)
+            if remainder is None:
+                return original(*args, **kwargs)
+            with remainder.convolution():
+                output = original(*args, **kwargs)
+            remainder.convolved(name, conv, value, output)
+            return output
 
         return forward
 
@@ -137,7 +155,7 @@ def _input_shapes(
     for name, conv in convs.items():
         vars(conv)["forward"] = recording(name, conv)
     try:
-        with evaluating(model):
+        with evaluating(model), remainder or nullcontext():
             model(*inputs)
     except Exception as error:  # the model's code is not ours: whatever it raises becomes one line
         shapes = ", ".join(str(tuple(value.shape)) for value in inputs if isinstance(value, Tensor))

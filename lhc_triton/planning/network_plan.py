@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from .explanation import explain_plan
-from .schema import LayerPlan
+from .explanation import Measured, explain_plan
+from .schema import LayerPlan, OtherWork
 from .serialization import parse_plan, plan_from_data, plan_to_data
 from .totals import Totals, totals_of
 
@@ -21,12 +21,14 @@ class Plan:
         skipped: (module name, reason) of the convolutions that stay as they are.
         device: the device kind the cost model priced ("cpu" or "cuda").
         dtype: the compute type, for example "float32".
+        others: what else the network computes, by kind; empty where that was not looked at.
     """
 
     layers: tuple[LayerPlan, ...]
     skipped: tuple[tuple[str, str], ...]
     device: str
     dtype: str
+    others: tuple[OtherWork, ...] = ()
 
     def __getitem__(self, name: str) -> LayerPlan:
         """Return the plan of the layer with this name; KeyError if there is none."""
@@ -38,15 +40,21 @@ class Plan:
     @property
     def totals(self) -> Totals:
         """Sums over the planned layers."""
-        return totals_of(self.layers)
+        return totals_of(self.layers, self.others)
 
-    def explain(self) -> str:
-        """Return a table for people: how every layer will run, and why."""
-        return explain_plan(self.layers, self.totals, self.skipped, self.device, self.dtype)
+    def explain(self, measured: Measured | None = None) -> str:
+        """Return a table for people: how every layer will run, and why; 80 columns wide.
+
+        Args:
+            measured: measured us by layer and backend, shown beside the predicted ones.
+        """
+        return explain_plan(
+            self.layers, self.totals, self.skipped, self.device, self.dtype, self.others, measured
+        )
 
     def to_data(self) -> dict[str, Any]:
         """Return the plan as what JSON can hold, to be part of a larger document."""
-        return plan_to_data(self.layers, self.skipped, self.device, self.dtype)
+        return plan_to_data(self.layers, self.skipped, self.device, self.dtype, self.others)
 
     @classmethod
     def from_data(cls, document: Any) -> Plan:

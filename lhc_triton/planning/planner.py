@@ -10,7 +10,7 @@ from .backends import check_backend
 from .cost import CostModel, itemsize_of
 from .grouping import candidate_widths, form_tiles
 from .network_plan import Plan
-from .schema import LayerPlan, LayerTopology, Tile
+from .schema import LayerPlan, LayerTopology, OtherWork, Tile
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,6 +83,7 @@ def plan_topologies(
     dtype: str = "float32",
     skipped: Iterable[tuple[str, str]] = (),
     dense: Iterable[LayerTopology] = (),
+    others: Iterable[OtherWork] = (),
 ) -> Plan:
     """Plan every layer of a network from its topologies; see :func:`plan_layer`.
 
@@ -94,6 +95,7 @@ def plan_topologies(
         skipped: (name, reason) of the network's other convolutions.
         dense: those of the skipped that have no zeros. With backend "auto" a sparse backend that also excels
             with every weight live takes the ones that it is predicted to run faster.
+        others: what else the network computes; they are priced here.
     """
     check_backend(backend)
     layers = [plan_layer(topology, cost, backend=backend, dtype=dtype) for topology in topologies]
@@ -102,7 +104,9 @@ def plan_topologies(
         layers += [layer for layer in full if layer.backend != "dense"]
     planned = {layer.name for layer in layers}
     left = tuple(pair for pair in skipped if pair[0] not in planned)
-    return Plan(tuple(layers), left, cost.device, dtype)
+    itemsize = itemsize_of(dtype)
+    priced = tuple(replace(work, predicted_us=cost.other_us(work, itemsize)) for work in others)
+    return Plan(tuple(layers), left, cost.device, dtype, priced)
 
 
 def plan(
@@ -111,6 +115,7 @@ def plan(
     backend: BackendName = "auto",
     cost: CostModel | None = None,
     dense: bool = False,
+    whole: bool = True,
 ) -> Plan:
     """Plan a network: which filters of each convolution run together, on which backend, and why.
 
@@ -123,6 +128,8 @@ def plan(
             kind.
         dense: plan layers without zeros, too, where backend "auto" would run them faster than torch does, as
             ``lhc.accelerate`` asks for.
+        whole: predict the rest of the network as well (convolutions that stay dense, pooling, additions,
+            changes of the memory format, matrix products), for the totals.
 
     Raises:
         ValueError: for an unknown backend, dtype or device kind, a model without a convolution or with NaN in
@@ -132,7 +139,7 @@ def plan(
     from .extract import read_model  # torch is needed here, and only here
 
     check_backend(backend)
-    reading = read_model(model, example_input, cost, backend)
+    reading = read_model(model, example_input, cost, backend, whole)
     return plan_topologies(
         reading.topologies,
         reading.cost,
@@ -140,4 +147,5 @@ def plan(
         dtype=reading.dtype,
         skipped=reading.skipped,
         dense=reading.dense if dense else (),
+        others=reading.others,
     )

@@ -271,3 +271,32 @@ class LayerPlan:
             filters = sum(len(topology.group_filters(g)) for g in tile.groups)
             total += filters * sum(len(topology.entry_channels(e)) for e in tile.entries)
         return total * topology.geometry.out_pixels
+
+    @property
+    def padding(self) -> float:
+        """Share of the tiles' room, entries weighed, that no filter fills: 0 where every tile is full."""
+        room = self.tile_width * sum(len(tile.entries) for tile in self.tiles)
+        filled = sum(
+            len(tile.entries) * sum(len(self.topology.group_filters(g)) for g in tile.groups)
+            for tile in self.tiles
+        )
+        return 1 - filled / room if room else 0.0
+
+
+@dataclass(frozen=True)
+class OtherWork:
+    """Work of one kind that a network does beside its planned convolutions, in one run.
+
+    Attributes:
+        kind: for people, for example "pooling".
+        calls: operators, those included that run in a convolution's epilogue and add to what that reads.
+        macs: multiply-accumulates, of matrix products and of convolutions that stay dense.
+        moved_bytes: read and written.
+        predicted_us: the cost model's time of all of it.
+    """
+
+    kind: str
+    calls: int
+    macs: int
+    moved_bytes: int
+    predicted_us: float = 0.0

@@ -6,13 +6,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
 from .backends import runs
 from .cost import ITEMSIZES
 from .grouping import TILE_WIDTHS, candidate_widths
-from .schema import ConvGeometry, LayerPlan, LayerTopology, Tile
+from .schema import ConvGeometry, LayerPlan, LayerTopology, OtherWork, Tile
 
 PLAN_VERSION = 1
 
@@ -23,12 +24,17 @@ MAX_PAIRS = 2**24  # live (filter group, entry) pairs of all layers, over which 
 MAX_STEP = 2**12  # stride, dilation and border, in pixels
 MAX_TEXT = 2**28  # characters
 MAX_US = 1e18
+MAX_WORK = 2**60  # calls, multiply-accumulates and bytes beside the layers
 MAX_NAME = 1000
 MAX_REASON = 2**16
 
 
 def plan_to_data(
-    layers: Sequence[LayerPlan], skipped: Sequence[tuple[str, str]], device: str, dtype: str
+    layers: Sequence[LayerPlan],
+    skipped: Sequence[tuple[str, str]],
+    device: str,
+    dtype: str,
+    others: Sequence[OtherWork] = (),
 ) -> dict[str, Any]:
     """Return the parts of a plan as what JSON can hold."""
     return {
@@ -37,6 +43,7 @@ def plan_to_data(
         "dtype": dtype,
         "skipped": [list(pair) for pair in skipped],
         "layers": [_layer_document(layer) for layer in layers],
+        "others": [asdict(work) for work in others],
     }
 
 
@@ -73,7 +80,9 @@ def parse_plan(text: str) -> Any:
         raise ValueError(f"the plan is not JSON: {error}") from None
 
 
-def plan_from_data(document: Any) -> tuple[tuple[LayerPlan, ...], tuple[tuple[str, str], ...], str, str]:
+def plan_from_data(
+    document: Any,
+) -> tuple[tuple[LayerPlan, ...], tuple[tuple[str, str], ...], str, str, tuple[OtherWork, ...]]:
     """Read what `plan_to_data` returned; ValueError naming the layer and what is wrong with it."""
     fields = _object(document, "the plan")
     if type(fields.get("version")) is not int or fields["version"] != PLAN_VERSION:
@@ -96,7 +105,20 @@ def plan_from_data(document: Any) -> tuple[tuple[LayerPlan, ...], tuple[tuple[st
         raise ValueError(f"the plan has {pairs} live blocks; up to {MAX_PAIRS} are read")
     device = _text(fields.get("device"), "the plan: device")
     dtype = _one_of(fields.get("dtype"), "the plan: dtype", tuple(ITEMSIZES))
-    return layers, tuple(skipped), device, dtype
+    others: tuple[OtherWork, ...] = ()
+    if "others" in fields:  # files of version 1 may lack it
+        others = tuple(_other(item) for item in _list(fields, "others", "the plan"))
+    return layers, tuple(skipped), device, dtype, others
+
+
+def _other(item: Any) -> OtherWork:
+    where = "the plan: other work"
+    fields = _object(item, where)
+    kind = _text(fields.get("kind"), f"{where}: kind")
+    calls, macs, moved = (
+        _whole(fields.get(key), f"{where}: {key}", 0, MAX_WORK) for key in ("calls", "macs", "moved_bytes")
+    )
+    return OtherWork(kind, calls, macs, moved, _time(fields.get("predicted_us"), f"{where}: predicted_us"))
 
 
 def _layer(item: Any, place: int) -> LayerPlan:

@@ -73,6 +73,23 @@ def test_plan_prints_a_table_for_people(run):
     assert "features" in done.stdout
 
 
+def test_plan_shows_what_was_measured_here_before(run, monkeypatch, tmp_path):
+    import torch
+
+    from lhc_triton.planning.network_plan import Plan
+    from lhc_triton.runtime.choosing.timing_store import TimingStore, layer_key
+
+    monkeypatch.setenv("LHC_TRITON_CACHE", str(tmp_path / "cache"))
+    layer = Plan.from_json(run("plan", "lhc", "--json").stdout).layers[0]
+    TimingStore().put(
+        layer_key(layer, torch.float32, torch.device("cpu")), {layer.backend: 4321.0, "dense": 98765.0}
+    )
+    shown = run("plan", "lhc").stdout
+    assert "4321" in shown
+    assert "98765" in shown
+    assert all(len(line) <= 80 for line in shown.splitlines())
+
+
 def test_train_shows_its_settings_as_the_file_it_takes_and_does_not_train(run, tmp_path):
     from lhc_triton.training import PRESETS, TrainConfig
 

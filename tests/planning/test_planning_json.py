@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 from planning_cases import CPU, CUDA, layer, random_layer
 
 from lhc_triton.planning import ConvGeometry, LayerTopology, Plan, plan_topologies
+from lhc_triton.planning.schema import OtherWork
 
 TEXT = plan_topologies(
     [layer([[0, 1], [2], [0, 1], [2], [0]], name="a", size=56), random_layer(0, name="b", groups=4)],
     CPU,
     skipped=[("stem", "no zeros")],
+    others=[OtherWork("pooling", 1, 0, 4096)],
 ).to_json()
 DOCUMENT = json.loads(TEXT)
 
@@ -64,6 +66,9 @@ def test_every_key_is_needed(path):
     text = damaged(path, lambda parent, key: parent.pop(key))
     if path[-2:-1] == ("predicted_us",):  # a backend that was not priced
         assert path[-1] not in Plan.from_json(text)["a"].predicted_us
+        return
+    if path == ("others",):  # plans of before do not have it
+        assert Plan.from_json(text).others == ()
         return
     with pytest.raises(ValueError, match=path[-1]) as caught:
         Plan.from_json(text)

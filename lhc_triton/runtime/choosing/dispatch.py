@@ -163,6 +163,33 @@ def decide(
     return Decision(requested, "forced")
 
 
+def known_times(
+    layers: Sequence[LayerPlan],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    store: TimingStore | None = None,
+) -> dict[str, dict[str, float]]:
+    """Return the stored times in us by layer and backend, "dense" among them. Nothing is built or measured.
+
+    Args:
+        layers: planned ones, with their names.
+        dtype: of the activations.
+        device: of the activations; a GPU has to be there.
+        store: measured times; default the user's.
+    """
+    device, store = torch.device(device), store or TimingStore()
+    records, found = store.read(), {}
+    for layer in layers:
+        times: dict[str, float] = {}
+        for backend in for_auto(device.type):
+            key = layer_key(layer, dtype, device)
+            if backend.has_configs:
+                key = f"{key} | {launch_key(launch_config(layer, dtype, device, store=store))}"
+            times |= {n: us for n, us in records.get(key, {}).items() if isinstance(us, int | float)}
+        found[layer.name] = times
+    return found
+
+
 def _times(
     layer: LayerPlan,
     dtype: torch.dtype,

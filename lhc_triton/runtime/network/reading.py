@@ -103,7 +103,12 @@ def _plan_copy(
     try:
         with preserved(work):
             plan = make_plan(
-                work, tuple(x.clone() for x in inputs), cast(BackendName, requested), cost, dense=True
+                work,
+                tuple(x.clone() for x in inputs),
+                cast(BackendName, requested),
+                cost,
+                dense=True,
+                whole=False,
             )
     except ValueError as error:
         problem = judge.verdict(work).problem

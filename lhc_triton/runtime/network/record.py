@@ -142,7 +142,10 @@ def table_of(rows: Sequence[LayerRow]) -> list[str]:
     def text(value: float | None, pattern: str) -> str:
         return "-" if value is None else format(value, pattern)
 
-    head = ("layer", "backend", "density", "patterns", "tiles", "MACs", "us", "rel err", "epilogue", "why")
+    head = (
+        "layer", "backend", "density", "patterns", "tiles", "MACs", "predicted us", "measured us", "rel err",
+        "epilogue", "why",
+    )  # fmt: skip
     cells = [
         (
             row.layer,
@@ -151,7 +154,8 @@ def table_of(rows: Sequence[LayerRow]) -> list[str]:
             text(row.patterns, "d"),
             "-" if row.tiles is None else f"{row.tiles}x{row.tile_width}",
             si(row.planned_macs),
-            text(row.measured_us if row.measured_us is not None else row.predicted_us, ".0f"),
+            text(row.predicted_us, ".0f"),
+            text(row.measured_us, ".0f"),
             text(row.rel_err, ".0e"),
             row.epilogue,
             row.reason,
@@ -159,7 +163,7 @@ def table_of(rows: Sequence[LayerRow]) -> list[str]:
         for row in rows
     ]
     widths = [max(len(line[column]) for line in (head, *cells)) for column in range(len(head))]
-    right = {2, 3, 4, 5, 6, 7}
+    right = {2, 3, 4, 5, 6, 7, 8}
     lines = []
     for line in (head, tuple("-" * width for width in widths), *cells):
         padded = [

@@ -13,6 +13,7 @@ from lhc_triton.runtime.choosing.dispatch import (
     auto_backend,
     backend_status,
     choose_backend,
+    known_times,
     measure,
     supports,
 )
@@ -173,3 +174,16 @@ def test_the_status_has_a_line_for_every_backend(device):
     rows = backend_status(device)
     assert [row["backend"] for row in rows] == ["dense", "reference", "torch", "native", "triton"]
     assert all(row["state"] for row in rows)
+
+
+def test_known_times_are_those_of_the_store_and_nothing_is_measured(store, measured):
+    assert known_times([LAYER], torch.float32, CPU, store) == {LAYER.name: {}}
+    assert not store.path.exists()
+    store.put(KEY, {"torch": 30.0, "dense": 10.0, "native": "it does not run"})
+    other = dataclasses.replace(LAYER, topology=dataclasses.replace(LAYER.topology, name="other"))
+    wider = dataclasses.replace(LAYER, tile_width=2 * LAYER.tile_width)
+    found = known_times([LAYER, other], torch.float32, "cpu", store)
+    assert found == {name: {"torch": 30.0, "dense": 10.0} for name in (LAYER.name, "other")}
+    assert known_times([wider], torch.float32, CPU, store) == {LAYER.name: {}}
+    assert known_times([LAYER], torch.float16, CPU, store) == {LAYER.name: {}}
+    assert not measured

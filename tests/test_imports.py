@@ -44,7 +44,11 @@ ALLOWED: dict[str, set[str]] = {
     "lhc_triton.schedule": BELOW | {"lhc_triton.layers", "lhc_triton.conversion"},
     "lhc_triton.selection": LEARN | ANYWHERE | {"lhc_triton.planning"},
     "lhc_triton.pruning": LEARN | ANYWHERE | {"lhc_triton.planning", "lhc_triton.selection"},
-    "lhc_triton.consolidation": LEARN | ANYWHERE | {"lhc_triton.planning", "lhc_triton.channels"},
+    "lhc_triton.clustering": set(),
+    "lhc_triton.reordering": {"lhc_triton.channels", "lhc_triton.clustering"},
+    "lhc_triton.consolidation": LEARN
+    | ANYWHERE
+    | {f"lhc_triton.{name}" for name in ("planning", "channels", "clustering", "reordering")},
     "lhc_triton.channels": LEARN | ANYWHERE,
     "lhc_triton.shrinking": LEARN | ANYWHERE | {"lhc_triton.channels"},
     "lhc_triton.models": LEARN | ANYWHERE,

@@ -19,8 +19,6 @@ from lhc_triton.runtime.op.dense import FusedConv2d
 from lhc_triton.runtime.replay.cpu_recordings import Tapes, why_not_recordable
 from lhc_triton.runtime.replay.cuda_graphs import Graphs
 
-_LONGEST_NAME = 20  # so that a line of explain() fits 80 columns
-
 
 class AcceleratedModel(nn.Module):
     """A network for inference whose convolutions run as planned; made by ``accelerate`` and ``load``.

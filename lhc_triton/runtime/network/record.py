@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.network.sites import Site
+from lhc_triton.tables import aligned
+
+WIDTH = 80  # columns of a table
 
 
 @dataclass(frozen=True)
@@ -137,38 +141,40 @@ def si(count: float) -> str:
 
 
 def table_of(rows: Sequence[LayerRow]) -> list[str]:
-    """Return the lines of a table for people."""
+    """Return the lines of a table 80 columns wide: a layer's numbers, then epilogue, error and reason."""
 
     def text(value: float | None, pattern: str) -> str:
         return "-" if value is None else format(value, pattern)
 
-    head = (
-        "layer", "backend", "density", "patterns", "tiles", "MACs", "predicted us", "measured us", "rel err",
-        "epilogue", "why",
-    )  # fmt: skip
+    head = ("backend", "density", "tiles", "MACs", "predicted", "measured")
     cells = [
         (
-            row.layer,
             row.backend,
             f"{row.density:.3f}",
-            text(row.patterns, "d"),
             "-" if row.tiles is None else f"{row.tiles}x{row.tile_width}",
             si(row.planned_macs),
             text(row.predicted_us, ".0f"),
             text(row.measured_us, ".0f"),
-            text(row.rel_err, ".0e"),
-            row.epilogue,
-            row.reason,
         )
         for row in rows
     ]
-    widths = [max(len(line[column]) for line in (head, *cells)) for column in range(len(head))]
-    right = {2, 3, 4, 5, 6, 7, 8}
-    lines = []
-    for line in (head, tuple("-" * width for width in widths), *cells):
-        padded = [
-            cell.rjust(width) if index in right else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+    first, *numbers = aligned([head, *cells])
+    room = WIDTH - 2 - len(first)
+    names = [row.layer if len(row.layer) <= room else f"..{row.layer[2 - room :]}" for row in rows]
+    longest = max(map(len, ("layer", *names)))
+    table = [
+        "Times in us, of the planned sizes; measured where a layer was tuned.",
+        f"{'layer':{longest}}  {first}",
+    ]
+    for row, name, line in zip(rows, names, numbers, strict=True):
+        facts = [
+            "" if name == row.layer else row.layer,
+            "" if row.epilogue == "-" else f"with {row.epilogue}",
+            "" if row.patterns is None else f"patterns {row.patterns}",
+            "" if row.rel_err is None else f"error {row.rel_err:.0e}",
         ]
-        lines.append("  ".join(padded).rstrip())
-    return lines
+        told = ", ".join(fact for fact in facts if fact)
+        why = f"{told}: {row.reason}" if told else row.reason
+        table.append(f"{name:{longest}}  {line}")
+        table += textwrap.wrap(why, WIDTH, initial_indent="    ", subsequent_indent="    ")
+    return table

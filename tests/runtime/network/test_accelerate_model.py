@@ -109,6 +109,20 @@ def test_report_and_explain_tell_the_same_story() -> None:
     table = [line for line in lines if line.startswith(("layer1.", "layer2."))]
     assert len(table) == 12
     assert len({line.index("torch") for line in table}) == 1
+    assert len({len(line) for line in table}) == 1
+    assert lines[4].split() == ["layer", "backend", "density", "tiles", "MACs", "predicted", "measured"]
+    assert all(len(line) <= 80 for line in lines)
+    first = report["layers"][0]
+    told = " ".join(" ".join(lines[6:9]).split())
+    assert f"error {first['rel_err']:.0e}: {first['reason']}" in told
+
+
+def test_measured_times_have_a_column_of_their_own() -> None:
+    fast = accelerate(resnet(), image(size=16), backend="torch", tune="off")
+    rows = [dataclasses.replace(row, predicted_us=12.0, measured_us=345.0) for row in fast.record.rows]
+    fast.record = dataclasses.replace(fast.record, rows=(rows[0], *fast.record.rows[1:]))
+    table = [line.split() for line in fast.explain().splitlines() if rows[0].layer in line]
+    assert table[0][-2:] == ["12", "345"]
 
 
 def test_macs_are_those_of_the_example() -> None:

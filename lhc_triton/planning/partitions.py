@@ -24,7 +24,7 @@ MAX_PAIRWISE = 512
 MAX_MOVED_ALL = 256
 MAX_MOVED = 1024
 MAX_ROUNDS = 50
-MAX_COMPARED = 2**21  # pairs of tiles, in all rounds together
+MAX_COMPARED = 2**22  # pairs of tiles, in all rounds together
 PROMISING = 1.1  # times the cheapest beginning's time, within which others are improved as well
 
 

@@ -175,7 +175,7 @@ def _to_time(
     for share in (8 * 2**k for k in range(max(1, math.ceil(math.log2(widest / 8)) + 1))):
         trial = copied(model)
         consolidate(trial, example_input, share=share, permute=permute, filter_fn=filter_fn)
-        times[share] = plan(trial, example_input).totals.planned_us or math.inf
+        times[share] = plan(trial, example_input, whole=False).totals.planned_us or math.inf
         if times[share] <= target_us:
             found = consolidate(model, example_input, share=share, permute=permute, filter_fn=filter_fn)
             return replace(found, planned_us=times[share])

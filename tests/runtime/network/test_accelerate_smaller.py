@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from runtime_networks import image, norm_error, randomise_norms
+from oracle import norm_error
+from runtime_networks import image, randomise_norms
 from torch import nn
 
 import lhc_triton as lhc

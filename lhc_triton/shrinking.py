@@ -213,12 +213,10 @@ def _indices(atoms: np.ndarray | None, kept: np.ndarray) -> Tensor | None:
 
 def _size(module: nn.Module) -> tuple[int, int, int]:
     """Filters, input channels and weights of a layer; zeros for a norm."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
     if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features, weight.numel()
+        return module.out_features, module.in_features, module.weight.numel()
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-        return module.out_channels, module.in_channels, weight.numel()
+        return module.out_channels, module.in_channels, module.weight.numel()
     return 0, 0, 0
 
 

@@ -72,7 +72,8 @@ def channels_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> ChannelGraph:
         ChannelError: it cannot be copied, torch.fx cannot trace it (its control flow depends on data, for
             example), it does not run, or it has a module with parameters that it does not call in eval mode.
     """
-    twin = copied(model).eval()
+    twin = copied(model)
+    twin.eval()  # its result is not used: a model's own eval may return nothing
     try:
         graph = _Tracer().trace(twin, concrete_args=_defaults(twin, len(inputs)) or None)
         traced = fx.GraphModule(twin, graph)

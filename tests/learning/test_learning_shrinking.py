@@ -105,6 +105,14 @@ def test_what_a_layer_does_not_read_goes_from_its_writer():
     assert report.headline == "removed 1 of 13 filters: zero, or read by nothing"
 
 
+def test_a_norm_without_parameters_loses_its_statistics():
+    model = chain(nn.BatchNorm2d(8, affine=False), nn.ReLU())
+    dead_filters(model[0])
+    model[1].running_mean.uniform_(0.1, 1)  # ReLU makes the constants 0
+    small, _ = shrunk(model, IMAGE)
+    assert small[1].running_mean.shape == (5,)
+
+
 def test_a_filter_stays_in_both_arms_of_an_addition_unless_both_are_dead():
     torch.manual_seed(0)
 

@@ -37,6 +37,9 @@ def accelerate(
     residual, ReLU or SiLU, and 2x2 max pool run in the convolutions' epilogues; activations are channels_last
     inside, and outputs have the memory format that the model gives them.
 
+    Filters and channels that do nothing are removed first, as ``lhc.shrink`` does, where that is predicted to
+    be faster: with backend="auto" and a plan that is made here.
+
     Every layer is compared with the model's on ``example_input``; what differs is put back to dense. The
     whole network then runs beside the untouched model on the example, on other values of its kind, and on
     another batch and image size where the model takes them, the last one twice; every output is compared.

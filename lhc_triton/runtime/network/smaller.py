@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lhc_triton.channels.reading import ChannelError, read_channels
 from lhc_triton.planning.cost import CostModel, itemsize_of
@@ -13,7 +15,9 @@ from lhc_triton.planning.extract import call_geometries, read_model
 from lhc_triton.planning.planner import plan_layer
 from lhc_triton.runtime.network.copying import duplicate, has_hooks, preserved
 from lhc_triton.runtime.network.fusion import conv_weight
+from lhc_triton.runtime.network.sites import is_fusible
 from lhc_triton.runtime.network.tracing import TraceError, trace
+from lhc_triton.runtime.saved.operations import GraphError, check_listed
 from lhc_triton.shrinking import ShrinkReport, keep_channels, needed_channels
 
 
@@ -34,18 +38,21 @@ class Smaller:
 def smaller(work: nn.Module, inputs: Sequence[Tensor], cost: CostModel) -> Smaller | None:
     """Return a smaller copy of a model, where one is predicted to be faster; see ``lhc.shrink``.
 
+    A network whose graph no file can hold keeps its sizes: what is saved of it has to fit into the model.
+
     Args:
         work: the working copy; it is left as it was.
         inputs: the example.
         cost: predicts times.
     """
-    if not _has_dead(work) or any(has_hooks(module) for name, module in work.named_modules() if name):
+    if not _has_dead(work) or any(map(has_hooks, work.modules())):
         return None
     try:
         traced = trace(work, len(inputs))
+        _check_storable(traced)
         with preserved(traced):
             graph = read_channels(traced, inputs)
-    except (TraceError, ChannelError):
+    except (TraceError, GraphError, ChannelError):
         return None
     kept = needed_channels(graph, work)
     if kept.all():
@@ -54,6 +61,19 @@ def smaller(work: nn.Module, inputs: Sequence[Tensor], cost: CostModel) -> Small
     found = Smaller(small, keep_channels(small, graph, kept))
     # Blocks of zeros that no longer lie in line may cost more than a few filters less gain.
     return found if _predicted_us(small, inputs, cost) < _predicted_us(work, inputs, cost) else None
+
+
+def _check_storable(traced: fx.GraphModule) -> None:
+    """Raise GraphError unless a file can hold the graph, once convolutions are replaced."""
+    parts: dict[str, Any] = {}
+    for node in traced.graph.nodes:
+        name = str(node.target)
+        if node.op == "call_module":
+            module = traced.get_submodule(name)
+            parts[name] = nn.Identity() if is_fusible(module) else module
+        elif node.op == "get_attr":
+            parts[name] = operator.attrgetter(name)(traced)
+    check_listed(fx.GraphModule(parts, traced.graph))
 
 
 def _has_dead(work: nn.Module) -> bool:

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from runtime_networks import image, norm_error, randomise_norms
+from oracle import norm_error
+from runtime_networks import image, randomise_norms
 from torch import nn
 
 import lhc_triton as lhc
@@ -54,6 +55,32 @@ def test_dead_filters_are_removed_and_noted_and_the_model_is_left_as_it_was(tmp_
     lhc.save(fast, tmp_path / "net.safetensors")
     again = lhc.load(tmp_path / "net.safetensors")
     assert torch.equal(again(other), fast(other))
+
+
+class Spectrum(nn.Module):
+    def forward(self, x):
+        return torch.fft.rfft2(x).abs()
+
+
+@pytest.mark.filterwarnings("ignore:the graph cannot be stored")
+def test_what_is_saved_without_its_graph_fits_the_model(tmp_path):
+    model, x = slimmed(Spectrum()), image(size=24)
+    fast = lhc.accelerate(model, x, tune="off")
+    assert notes(fast) == []
+    lhc.save(fast, tmp_path / "net.safetensors")
+    again = lhc.load(tmp_path / "net.safetensors", model=slimmed(Spectrum()))
+    assert error(again, model, x) < 1e-5
+
+
+def test_a_topology_goes_along():
+    model, x = lhc.prune(slimmed(), image(size=24), lhc.LHCConfig(in_block=16, out_block=8)), image(size=24)
+    with torch.no_grad():
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.weight[:32] = norm.bias[:32] = 0
+    fast = lhc.accelerate(model, x, tune="off")
+    assert len(notes(fast)) == 1
+    assert error(fast, model, x) < 1e-5
 
 
 @pytest.mark.parametrize("backend", ["dense", "torch"])

@@ -270,15 +270,14 @@ class _Reader(fx.Interpreter):
             if not keeps_constants(node, module):
                 kept = torch.where(kept == 0, kept, torch.nan)
             return _Value(value.atoms, kept)
-        if kind in POINTWISE_MODULES and module is not None:
+        if kind in POINTWISE_MODULES or (kind is nn.PReLU and module.num_parameters == 1):
             return _computed(value.atoms, value.known, module(value.pixel(rank)))
         if module is None or not self._is_ours(str(node.target), module) or len(node.args) != 1:
             return None
         if kind in NORMS:
             return self._norm(str(node.target), module, value)
         if kind is nn.PReLU:
-            if module.num_parameters > 1:
-                self.layers.append(Layer(str(node.target), value.atoms))
+            self.layers.append(Layer(str(node.target), value.atoms))
             return _computed(value.atoms, value.known, module(value.pixel(rank)))
         if isinstance(module, nn.Conv2d) and convolves_plainly(module) and rank == 4:
             return self._convolution(str(node.target), module, value, result)

@@ -113,6 +113,32 @@ def test_a_norm_without_parameters_loses_its_statistics():
     assert small[1].running_mean.shape == (5,)
 
 
+def test_an_activation_may_be_called_twice():
+    act = nn.PReLU()
+    model = nn.Sequential(chain(act), act, conv(5, 4)).eval()
+    dead_filters(model[0][0])
+    dead_filters(model[0][2], (3,))
+    small, _ = shrunk(model, IMAGE)
+    assert (small[0][0].out_channels, small[0][2].out_channels) == (5, 4)
+
+
+def test_a_parameter_that_a_block_reads_itself_keeps_its_channels():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.scale = conv(3, 8), nn.Parameter(torch.rand(8, 1, 1))
+
+        def forward(self, x):
+            return self.conv(x) * self.scale
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Scaled(), conv(8, 6), nn.ReLU(), conv(6, 4)).eval()
+    dead_filters(model[0].conv)
+    dead_filters(model[1], (2,))
+    small, _ = shrunk(model, IMAGE)
+    assert (small[0].conv.out_channels, small[1].out_channels) == (8, 5)
+
+
 def test_a_filter_stays_in_both_arms_of_an_addition_unless_both_are_dead():
     torch.manual_seed(0)
 

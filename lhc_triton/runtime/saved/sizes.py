@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lhc_triton.planning.schema import out_size
 from lhc_triton.runtime.op.dense import FusedConv2d
-from lhc_triton.runtime.saved.operations import OPERATIONS, GraphError
+from lhc_triton.runtime.saved.arguments import GraphError
+from lhc_triton.runtime.saved.operations import OPERATIONS
 
 Rule = Callable[[Mapping[str, Any]], Any]
 

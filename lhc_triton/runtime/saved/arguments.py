@@ -23,7 +23,7 @@ _SIZE_BITS = 40
 WORDS = frozenset(
     {
         "nearest", "nearest-exact", "bilinear", "bicubic", "area", "constant", "reflect", "replicate",
-        "circular", "zeros", "none", "tanh", "floor", "trunc",
+        "circular", "zeros", "none", "tanh", "floor", "trunc", "row", "batch",
     }
 )  # fmt: skip
 """Modes that operations and modules are told by name."""
@@ -41,7 +41,8 @@ class Parameter:
         name: as in a keyword argument.
         kind: "tensor", "tensors" (a list), "value" (tensor or number), "int" (or the value of a node),
             "ints" (one or a list), "number", "numbers" (one or a list), "bool", "false" (nothing else),
-            "word" (one of WORDS), "index" (of a getitem), or "shape" (the word itself).
+            "word" (one of WORDS), "index" (of a getitem), "text" (a line for people), or
+            "shape" (that word, or "ndim").
         optional: whether it may be left out.
         nullable: whether it may be None.
     """
@@ -162,7 +163,9 @@ def check_arguments(operation: Operation, args: Sequence[Any], kwargs: Mapping[s
 Result = str | int
 """What a node gives: "tensor", "tensors" (several), "sizes", or of a number the bits that it may have."""
 
-_ARITHMETIC = frozenset({"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv", "floordiv"})
+_ARITHMETIC = frozenset(
+    {"eq", "add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv", "floordiv"}
+)
 
 
 def result_of(
@@ -175,6 +178,8 @@ def result_of(
             60 squarings would compute for ever.
     """
     name = operation.name
+    if name == "shape" and args[-1] == "ndim":
+        return _SIZE_BITS
     if name == "shape" or (name == "size" and len(args) + len(kwargs) == 1):
         return "sizes"
     if name in ("size", "dim"):
@@ -234,7 +239,8 @@ _KINDS: Mapping[str, Callable[[Any], bool]] = {
     "word": lambda v: isinstance(v, str) and v in WORDS,
     "bool": lambda v: isinstance(v, bool),
     "false": lambda v: v is False,
-    "shape": lambda v: v == "shape",
+    "shape": lambda v: v in ("shape", "ndim"),
+    "text": lambda v: isinstance(v, str) and len(v) <= 200 and v.isprintable(),
     "index": lambda v: all(map(_is_index, v)) if isinstance(v, tuple) else _is_index(v),
     "ints": lambda v: (
         all(item is None or _is_kind(item, "int") for item in v)

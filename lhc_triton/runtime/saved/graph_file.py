@@ -33,7 +33,7 @@ from lhc_triton.runtime.saved.operations import IDENTITIES, MODULES, OPERATIONS,
 
 MAX_NODES = 30_000
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
-_MODULE_NAME = re.compile(r"[A-Za-z0-9_]{1,100}(\.[A-Za-z0-9_]{1,100}){0,50}")
+_MODULE_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}(\.[A-Za-z0-9_-]{1,100}){0,50}")
 
 _DENSE_FIELDS = {
     "in_channels": "size",

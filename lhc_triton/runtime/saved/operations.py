@@ -18,6 +18,12 @@ from lhc_triton.runtime.op.dense import FusedConv2d
 from lhc_triton.runtime.op.epilogue import like_format
 from lhc_triton.runtime.saved.arguments import GraphError, Operation, check_arguments, read_operation
 
+
+def stochastic_depth(input: Tensor, p: float, mode: str, training: bool) -> Tensor:
+    """torchvision.ops.stochastic_depth in eval mode, which returns its input; needs no torchvision."""
+    return input
+
+
 _POOL = "input:tensor kernel_size:ints stride:ints?~ padding:ints? "
 _FUNCTIONS = (
     read_operation("add", operator.add, "a:value b:value"),
@@ -33,6 +39,9 @@ _FUNCTIONS = (
     read_operation("neg", operator.neg, "a:tensor"),
     read_operation("getitem", operator.getitem, "a:tensor b:index"),
     read_operation("shape", getattr, "a:tensor b:shape"),
+    read_operation("eq", operator.eq, "a:value b:value"),
+    read_operation("torch._assert", torch._assert, "condition:value message:text"),
+    read_operation("stochastic_depth", stochastic_depth, "input:tensor p:number mode:word training:false"),
     read_operation("like_format", like_format, "value:tensor other:tensor"),
     read_operation("torch.add", torch.add, "input:tensor other:value alpha:number?"),
     read_operation("torch.sub", torch.sub, "input:tensor other:value alpha:number?"),
@@ -94,6 +103,12 @@ _FUNCTIONS = (
         "layer_norm",
         F.layer_norm,
         "input:tensor normalized_shape:ints weight:tensor?~ bias:tensor?~ eps:number?",
+    ),
+    read_operation(
+        "batch_norm",
+        F.batch_norm,
+        "input:tensor running_mean:tensor running_var:tensor weight:tensor?~ bias:tensor?~ training:false?"
+        " momentum:number? eps:number?",
     ),
     read_operation("linear", F.linear, "input:tensor weight:tensor bias:tensor?~"),
     read_operation("max_pool2d", F.max_pool2d, _POOL + "dilation:ints? ceil_mode:bool? return_indices:bool?"),
@@ -249,6 +264,8 @@ IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 
 def operation_of(node: fx.Node) -> Operation:
     """Return the operation of a function or method node; GraphError if it is not on the list."""
+    if getattr(node.target, "__module__", None) == "torchvision.ops.stochastic_depth":
+        return OPERATIONS["call_function"]["stochastic_depth"]
     for operation in OPERATIONS[node.op].values():
         if operation.target is node.target or (node.op == "call_method" and operation.name == node.target):
             return operation

@@ -151,6 +151,8 @@ def _item(of: Mapping[str, Any]) -> Any:
 
 _RULES: dict[str, Rule] = {
     "like_format": _same,
+    "stochastic_depth": _same,
+    "_assert": lambda of: None,
     "cat": _joined,
     "stack": _stacked,
     "mean": _reduced,
@@ -169,7 +171,7 @@ _RULES: dict[str, Rule] = {
 _RULES |= dict.fromkeys(
     (
         *("add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv", "floordiv", "div"),
-        *("add_", "sub_", "mul_", "div_"),
+        *("add_", "sub_", "mul_", "div_", "eq"),
     ),
     _broadcast,
 )
@@ -187,7 +189,18 @@ _RULES |= dict.fromkeys(
             "leaky_relu",
         ),
         *("prelu", "elu", "gelu", "mish", "softplus", "hardtanh", "tanh", "sigmoid", "dropout", "dropout2d"),
-        *("group_norm", "layer_norm", "channel_shuffle", "pow", "neg", "sqrt", "exp", "abs", "clamp"),
+        *(
+            "batch_norm",
+            "group_norm",
+            "layer_norm",
+            "channel_shuffle",
+            "pow",
+            "neg",
+            "sqrt",
+            "exp",
+            "abs",
+            "clamp",
+        ),
         "contiguous",
     ),
     _same,

@@ -12,9 +12,11 @@ BESIDE_3.6.0 := numpy==2.3.5
 # One thread a worker: the workers fill the cores, and results do not depend on the machine's size.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15
 
-# What `make soak` and `make fuzz` try: from which seed, how many cases and, for soak, how many seconds at most.
+# What `make soak` and `make fuzz` try: from which seed, how many cases and, for soak, how many disturbances of each kind
+# and how many seconds at most.
 SEED ?= 1000
 CASES ?= 5000
+DISTURBANCES ?= 100
 SECONDS ?= 900
 
 .PHONY: demo test lint types unit interpreter aot soak fuzz sanitize test-gpu matrix format clean
@@ -46,8 +48,8 @@ aot: $(READY)
 	$(PYTEST) -m aot
 
 soak: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/runtime/soak.py --first $(SEED) --cases $(CASES) --seconds $(SECONDS) \
-	  --workers $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/runtime/soak.py --first $(SEED) --cases $(CASES) \
+	  --disturbances $(DISTURBANCES) --seconds $(SECONDS) --workers $(WORKERS)
 
 # Damaged files of every kind that is read, and random networks through files; the tests try some of each.
 fuzz: $(READY)

@@ -24,6 +24,7 @@ from lhc_triton.runtime.choosing.dispatch import passed_over
 from lhc_triton.runtime.network.accelerated import AcceleratedModel
 from lhc_triton.runtime.network.record import Record
 from lhc_triton.runtime.op.dense import FusedConv2d
+from lhc_triton.runtime.saved.arguments import GraphError, decode, encode
 from lhc_triton.runtime.saved.graph_file import (
     FLOATS,
     build_graph,
@@ -41,7 +42,6 @@ from lhc_triton.runtime.saved.layers_file import (
     outline,
     tensors_of,
 )
-from lhc_triton.runtime.saved.operations import GraphError, decode, encode
 from lhc_triton.runtime.saved.record_file import DTYPES, read_record, store_record
 from lhc_triton.runtime.saved.retarget import check_device, retarget
 from lhc_triton.runtime.saved.sealed_file import FileError, read_text, sealed, unsealed

@@ -49,8 +49,18 @@ def test_the_pages_have_something_to_try():
     assert len(COMMANDS) > 10
 
 
+def anchors(page):
+    """The names under which GitHub and package indexes link to a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_to_files_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+def test_links_to_files_and_headings_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if "://" not in target:
-            assert (page.parent / target).exists(), target
+            file, _, heading = target.partition("#")
+            place = page.parent / file if file else page
+            assert place.exists(), target
+            assert not heading or heading in anchors(place), target

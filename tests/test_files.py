@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -89,6 +91,38 @@ def test_writers_at_once_do_not_take_each_other_for_dead(tmp_path: Path) -> None
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, range(4)))
     assert path.read_bytes() in {b"%d%d" % (number, number) for number in range(4)}
+    assert names(tmp_path) == ["f"]
+
+
+@pytest.mark.parametrize("other", ["has removed it", "holds it"])
+def test_a_new_file_that_another_writer_takes_for_a_leftover_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """Between its making and its lock nothing tells it from what a killed writer left."""
+    path = tmp_path / "f"
+    lock, begun = fcntl.flock, []
+
+    def late(file: IO[bytes], operation: int) -> None:
+        if not begun:  # of the new file, right after it was made
+            (new,) = (entry for entry in tmp_path.iterdir() if entry.name.endswith(".tmp"))
+            begun.append(new)
+            if other == "holds it":
+                held = new.open("rb")
+                begun.append(held)  # open, so that the lock lasts
+                lock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                write_beside(path, b"theirs")
+                assert not new.exists()
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    write_beside(path, b"ours")
+    assert path.read_bytes() == b"ours"
+    assert names(tmp_path) == sorted({"f", *([begun[0].name] if other == "holds it" else [])})
+    monkeypatch.undo()
+    if other == "holds it":  # who would have removed it by now
+        begun[1].close()
+    write_beside(path, b"last")
     assert names(tmp_path) == ["f"]
 
 

@@ -20,9 +20,10 @@ LEARN = {
 ANYWHERE = {f"lhc_triton.{name}" for name in ("files", "errors", "tables", "tf32", "interrupts")}
 BELOW = ANYWHERE | {"lhc_triton.topology", "lhc_triton.takeover"}
 ROOM = "lhc_triton.runtime"
-OPERATIONS = f"{ROOM}.saved.operations"  # the list of operations is below what is recorded by it, and saved
+# The list of operations is below what is recorded by it, and saved.
+ARGUMENTS, OPERATIONS = f"{ROOM}.saved.arguments", f"{ROOM}.saved.operations"
 OP = LEARN | ANYWHERE | {"lhc_triton.planning", "lhc_kernels"}
-REPLAY = OP | {f"{ROOM}.op", OPERATIONS}
+REPLAY = OP | {f"{ROOM}.op", ARGUMENTS, OPERATIONS}
 CHOOSING = REPLAY | {f"{ROOM}.replay"}
 NETWORK = CHOOSING | {f"{ROOM}.choosing", "lhc_triton.channels", "lhc_triton.shrinking"}
 SAVED = NETWORK | {f"{ROOM}.network"}
@@ -58,7 +59,8 @@ ALLOWED: dict[str, set[str]] = {
     "lhc_triton.planning": LEARN | ANYWHERE,
     ROOM: set(),
     f"{ROOM}.op": OP,
-    OPERATIONS: OP | {f"{ROOM}.op"},
+    ARGUMENTS: set(),
+    OPERATIONS: OP | {f"{ROOM}.op", ARGUMENTS},
     f"{ROOM}.replay": REPLAY,
     f"{ROOM}.choosing": CHOOSING,
     f"{ROOM}.network": NETWORK,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,9 @@ from .shapes import parse_input, random_inputs
 from .weights import TORCH_FILES, fit_weights, read_weights
 
 SHIPPED = ("lhc", "dense")
+ZOOS = {"torchvision": "torchvision.models", "timm": "timm"}
+"""Libraries whose models go by their names, and where those are."""
+
 HOW = (
     "give package.module:factory with --weights FILE, a .pt2 of torch.export, a run folder of `train`, an"
     " artefact of `accelerate`, a torchvision or timm name, or lhc or dense"
@@ -157,18 +162,45 @@ def _from_file(path: Path, device: torch.device | str) -> Opened:
 
 
 def _from_zoo(name: str) -> nn.Module | None:
-    """Return torchvision's or timm's model of that name with random weights, where they are installed."""
+    """Return torchvision's or timm's model of that name with random weights; None if it may be another.
+
+    Raises:
+        ValueError: the library that it names is not installed, does not import, or has no such model.
+        FileNotFoundError: it could only be a model of a library that does not import.
+    """
     library, _, own = name.rpartition("/")
-    if library not in ("", "torchvision", "timm") or not re.fullmatch(r"[A-Za-z0-9_.]+", own):
+    if library not in ("", *ZOOS) or not re.fullmatch(r"[A-Za-z0-9_.-]+", own) or not own.strip("."):
         return None
-    for module, maker in (("torchvision", "models"), ("timm", "")):
-        if library in ("", module) and find_spec(module) is not None:
-            try:
-                zoo = importlib.import_module(f"{module}.{maker}" if maker else module)
-                if own in zoo.list_models():
-                    if module == "timm":
-                        return zoo.create_model(own, pretrained=False)
-                    return zoo.get_model(own, weights=None)
-            except Exception as error:  # torchvision's wheel does not import beside a CPU build of torch
-                raise ValueError(f"{module} cannot make {own!r}: {one_line(error)}") from error
+    broken = []
+    for zoo in ZOOS if not library else (library,):
+        if find_spec(zoo) is None:
+            if library:
+                raise ValueError(f"{name}: {zoo} is not installed")
+            continue
+        try:
+            maker = importlib.import_module(ZOOS[zoo])
+        except Exception as error:
+            # torchvision's wheel does not import beside torch of another build, nor does timm without it.
+            broken.append(f"{zoo} does not import here ({one_line(error)}): install the one for this torch")
+            continue
+        try:
+            made = _made(zoo, maker, own)
+        except Exception as error:  # foreign code
+            raise ValueError(f"{zoo} cannot make {own!r}: {one_line(error)}") from error
+        if made is not None:
+            return made
+    if library:
+        raise ValueError(f"{name}: {broken[0] if broken else f'{library} has no model {printable(own)!r}'}")
+    if broken and not Path(name).suffix:
+        raise FileNotFoundError(f"no network {printable(name)!r} is known, and {broken[0]}; {HOW}")
     return None
+
+
+def _made(zoo: str, library: Any, name: str) -> nn.Module | None:
+    if zoo == "timm":
+        return library.create_model(name, pretrained=False) if library.is_model(name) else None
+    if name not in library.list_models():
+        return None
+    weights = {"weights": None, "weights_backbone": None}  # a backbone's would be downloaded
+    known = inspect.signature(library.get_model_builder(name)).parameters
+    return library.get_model(name, **{key: value for key, value in weights.items() if key in known})

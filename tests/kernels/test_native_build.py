@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -140,6 +141,51 @@ def test_a_cache_folder_that_cannot_be_written_is_named(compiler, tmp_path, monk
     monkeypatch.setenv("LHC_TRITON_CACHE", str(tmp_path / "file"))
     with pytest.raises(BuildError, match=r"file/native.* cannot be used .*; set LHC_TRITON_CACHE"):
         build()
+
+
+UNWRITABLE = """
+import os, sys, warnings
+import torch
+from lhc_kernels.cpu import problem
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    print(problem())
+print(*(warning.message for warning in said), sep="\\n")
+if os.fork() == 0:
+    sys.exit()  # an end of which the parent's folder knows nothing
+os.wait()
+print(os.listdir(os.environ["TMPDIR"]))
+"""
+
+
+@pytest.mark.parametrize("cache", ["a file", "no home"])
+def test_a_cache_that_cannot_be_written_has_a_temporary_folder_in_its_place(compiler, tmp_path, cache):
+    compiler()  # its library is none that could be loaded
+    (tmp_path / "file").write_text("")
+    (tmp_path / "temporary").mkdir()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(building.SOURCES.parent.parent),
+        "TMPDIR": str(tmp_path / "temporary"),
+        "LHC_TRITON_CACHE": str(tmp_path / "file") if cache == "a file" else "",
+    }
+    program = UNWRITABLE
+    if cache == "no home":
+        program = f"import os\nos.getuid = lambda: 2**31 - 7\n{UNWRITABLE}"
+        for variable in ("HOME", "XDG_CACHE_HOME"):
+            environment.pop(variable, None)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    problem, said, inside = done.stdout.splitlines()
+    assert f"{tmp_path}/temporary/lhc_triton-" in problem
+    assert "lhc_native.so" in problem
+    assert re.search(
+        r"(file/native.* cannot be used|has no home).*set LHC_TRITON_CACHE.*; until this process ends, builds"
+        r" of the native kernel are kept in .*/temporary/lhc_triton-",
+        said,
+    )
+    assert inside.startswith("['lhc_triton-")
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_the_library_never_flushes_denormals():

@@ -4,6 +4,7 @@ Each entry of ZOO is (factory, shapes of its inputs). Factories draw their weigh
 """
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
@@ -40,6 +41,41 @@ def shuffled(m, x):
 def swapped(m, x):
     first, second = x.chunk(2, 1)
     return torch.cat([second, first], 1)
+
+
+def stochastic_depth(input, p, mode, training=True):
+    """As torchvision's, which a trace does not look into either."""
+    if training:
+        raise NotImplementedError("in eval mode only")
+    return input
+
+
+stochastic_depth.__module__ = "torchvision.ops.stochastic_depth"
+torch.fx.wrap("stochastic_depth")
+
+
+def checked(m, x):
+    torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
+    return x + stochastic_depth(x * 2, 0.1, "row", m.training)
+
+
+def normed(m, x):
+    """As timm's norms with an activation call it."""
+    n = m.norm
+    return F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, m.training, 0.0, n.eps).relu()
+
+
+class Dashed(nn.Module):
+    """Names of modules that Python could not write, as in torchvision's RegNets."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential()
+        self.block.add_module("block1-0", simple(nn.Tanh()))
+        self.block.add_module("block1-1", nn.Conv2d(16, 8, 1))
+
+    def forward(self, x):
+        return self.block(x)
 
 
 class Unet(nn.Module):
@@ -192,6 +228,9 @@ ZOO = {
     "branches": (Branches, IMAGE),
     "two inputs": (TwoInputs, (*IMAGE, (2, 5))),
     "attention": (Attention, IMAGE),
+    "functional norm": (lambda: Net(normed, norm=nn.BatchNorm2d(16)), IMAGE),
+    "checked": (lambda: Net(checked), IMAGE),
+    "dashed": (Dashed, IMAGE),
 }
 
 

@@ -40,6 +40,10 @@ class BuildError(RuntimeError):
     """The native kernel cannot be built here; the message is one line that says why and what to do."""
 
 
+class CacheError(BuildError):
+    """The native kernel cannot be kept where it should be."""
+
+
 def find_compiler() -> list[str]:
     """Return the command of the C++ compiler: $CXX, else the first of c++, g++ and clang++ on the PATH.
 
@@ -68,11 +72,11 @@ def target_flags() -> list[str]:
 
 
 def native_folder() -> Path:
-    """Return where built libraries are kept; BuildError where the user has no place for them."""
+    """Return where built libraries are kept; CacheError where the user has no place for them."""
     try:
         return cache_folder() / "native"
     except RuntimeError as error:
-        raise BuildError("this user has no home for the native kernel; set LHC_TRITON_CACHE") from error
+        raise CacheError("this user has no home for the native kernel; set LHC_TRITON_CACHE") from error
 
 
 def digest(compiler: list[str], target: list[str]) -> str:
@@ -89,17 +93,21 @@ def digest(compiler: list[str], target: list[str]) -> str:
     return name.hexdigest()[:24]
 
 
-def build() -> Path:
+def build(folder: Path | None = None) -> Path:
     """Return the path of the native library, after building it if this machine has not yet.
+
+    Args:
+        folder: where built libraries are kept; default ``native_folder()``.
 
     Warns:
         RuntimeWarning: the library in the cache was damaged, and is built again.
 
     Raises:
-        BuildError: there is no compiler, it fails, or the cache folder cannot be written.
+        BuildError: there is no compiler, or it fails.
+        CacheError: the folder cannot be written.
     """
     compiler, target = find_compiler(), target_flags()
-    folder = native_folder() / digest(compiler, target)
+    folder = (native_folder() if folder is None else folder) / digest(compiler, target)
     library = folder / LIBRARY
     try:
         if _is_intact(library):
@@ -112,7 +120,7 @@ def build() -> Path:
                     warnings.warn(message, RuntimeWarning, stacklevel=2)
                 _compile(compiler, target, library)
     except OSError as error:
-        raise BuildError(
+        raise CacheError(
             f"the folder {folder} for the native kernel cannot be used ({error.strerror}); "
             "set LHC_TRITON_CACHE to one that can be written"
         ) from error

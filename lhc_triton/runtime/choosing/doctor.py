@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lhc_kernels.cpu.building import FLAGS, BuildError, cache_folder, find_compiler, target_flags
+from lhc_kernels.cpu.building import FLAGS, cache_folder, find_compiler, target_flags
 from lhc_triton.runtime.choosing.dispatch import backend_status
 from lhc_triton.runtime.choosing.timing_store import cpu_name, package_version
 
@@ -74,7 +74,7 @@ def native_build() -> dict[str, str]:
             "flags": " ".join((*FLAGS, *target_flags())),
             "folder": str(cache_folder()),
         }
-    except BuildError as error:
+    except RuntimeError as error:  # a BuildError, or there is no home
         return {"problem": str(error)}
 
 

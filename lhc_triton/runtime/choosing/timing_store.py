@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ MAX_BYTES = 64 * 2**20
 SHORTEST_US, LONGEST_US = 1e-3, 1e12
 """What a measured time can be: no call takes less than a nanosecond, or more than eleven days."""
 
+_NAME = "timings.json"
+_KEPT = "measured times"
+
 LOCK_S = 10.0
 PAUSE_S = 600.0
 # Until when a store is not waited for, by path: a process that hangs with the lock (stopped, or on a dead
@@ -36,14 +40,19 @@ _stuck: dict[Path, float] = {}
 def default_path() -> Path:
     """Return where measured times are kept: $LHC_TRITON_CACHE, else under the user's cache folder.
 
-    A user without a home has a folder of his own among the temporary files.
+    A user without a home has a folder of his own among the temporary files; where that cannot be written,
+    this process has one.
     """
-    from lhc_kernels.cpu.folders import cache_folder  # here, so that importing lhc_triton loads no kernels
+    # Here, so that importing lhc_triton loads no kernels.
+    from lhc_kernels.cpu.folders import cache_folder, temporary_of
 
+    own = temporary_of(_KEPT)
+    if own is not None:
+        return own / _NAME
     try:
-        return cache_folder() / "timings.json"
+        return cache_folder() / _NAME
     except RuntimeError:
-        return Path(tempfile.gettempdir()) / f"lhc_triton-{os.getuid()}" / "timings.json"
+        return Path(tempfile.gettempdir()) / f"lhc_triton-{os.getuid()}" / _NAME
 
 
 def device_name(device: torch.device) -> str:
@@ -104,12 +113,14 @@ class TimingStore:
     Args:
         path: the file; default `default_path()`. It is made at the first `put`.
 
+    Where the default path cannot be written, a temporary copy takes its place, and a RuntimeWarning says so.
     A file that cannot be read is skipped with a warning and replaced at the next `put`; so is a single time
     that no call can take.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = default_path() if path is None else Path(path)
+        self._is_default = path is None
 
     def get(self, key: str) -> dict[str, Measured]:
         """Return the records stored under a key, by name; empty if there are none."""
@@ -120,20 +131,46 @@ class TimingStore:
 
         Raises:
             ValueError: if a record is neither a reason nor a time that a call can take.
-            OSError: if the file cannot be written, or another process does not give its lock back; then the
-                store is not waited for again for ten minutes.
+            OSError: if the file cannot be written (one at the default path has another in its place), or
+                another process does not give its lock back; then the store is not waited for again for ten
+                minutes.
         """
         for name, record in records.items():
             if not (_is_record(record) and _is_sane(record)):
                 raise ValueError(
                     f"the time of {name!r} is {record}; it must be from {SHORTEST_US} to {LONGEST_US} us"
                 )
+        try:
+            self._put(key, records)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            if not self._is_default:
+                raise
+            self._put(key, records, self._elsewhere(error))
+
+    def _elsewhere(self, error: OSError) -> dict[str, dict[str, Measured]]:
+        """Go on in a temporary file; return what has been read from the one that cannot be written."""
+        from lhc_kernels.cpu.folders import temporary_folder
+
+        known = self.read()
+        reason = f"{self.path} cannot be written ({error.strerror or error})"
+        what = f"{reason}; set LHC_TRITON_CACHE to a folder that can be"
+        self.path = temporary_folder(_KEPT, what) / _NAME
+        return known
+
+    def _put(
+        self,
+        key: str,
+        records: Mapping[str, Measured],
+        known: Mapping[str, dict[str, Measured]] = MappingProxyType({}),
+    ) -> None:
         if time.monotonic() < _stuck.get(self.path, 0.0):
             raise TimeoutError(f"{self.path}: another process does not give its lock back")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(f"{self.path}.lock", timeout=LOCK_S):
-                found = self.read()
+                found = {**known, **self.read()}
                 found[key] = {**found.get(key, {}), **records}
                 write_beside(
                     self.path, json.dumps({"version": STORE_VERSION, "records": found}, indent=1).encode()

@@ -20,6 +20,14 @@ from lhc_triton.runtime.replay.cpu_recordings import Tapes, why_not_recordable
 from lhc_triton.runtime.replay.cuda_graphs import Graphs
 
 
+def _goes_to_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+# torch.compile's tracer, which the exporter tries as well, would take the answer to be no.
+_goes_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class AcceleratedModel(nn.Module):
     """A network for inference whose convolutions run as planned; made by ``accelerate`` and ``load``.
 
@@ -70,7 +78,7 @@ class AcceleratedModel(nn.Module):
         Raises:
             TypeError: a traced network is given more arguments than its example had, or others.
         """
-        if torch.onnx.is_in_onnx_export():
+        if _goes_to_onnx():
             raise RuntimeError(
                 "an accelerated network has no ONNX form, since its sparse layers are operators of ours:"
                 " export the model that it was made from, a converted or pruned one after lhc.to_dense(model)"

@@ -21,7 +21,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lhc_triton.runtime.op.dense import DenseConv2d
 from lhc_triton.runtime.replay.replays import MAX_KEPT, Replays
-from lhc_triton.runtime.saved.operations import GraphError, check_listed
+from lhc_triton.runtime.saved.arguments import GraphError
+from lhc_triton.runtime.saved.operations import check_listed
 
 MAX_DISTURBED = 8
 

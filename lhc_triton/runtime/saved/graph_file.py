@@ -18,26 +18,22 @@ from lhc_triton.planning.network_plan import Plan
 from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.network.grouped import GroupedConv2d
 from lhc_triton.runtime.op.dense import DenseConv2d, FusedConv2d
-from lhc_triton.runtime.saved.operations import (
-    IDENTITIES,
+from lhc_triton.runtime.saved.arguments import (
     MAX_ITEMS,
     MAX_NUMBER,
-    MODULES,
-    OPERATIONS,
     WORDS,
     GraphError,
     Result,
     check_arguments,
-    check_listed,
     decode,
     encode,
-    operation_of,
     result_of,
 )
+from lhc_triton.runtime.saved.operations import IDENTITIES, MODULES, OPERATIONS, check_listed, operation_of
 
 MAX_NODES = 30_000
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
-_MODULE_NAME = re.compile(r"[A-Za-z0-9_]{1,100}(\.[A-Za-z0-9_]{1,100}){0,50}")
+_MODULE_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}(\.[A-Za-z0-9_-]{1,100}){0,50}")
 
 _DENSE_FIELDS = {
     "in_channels": "size",

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from lhc_triton.errors import first_line
 from lhc_triton.files import printable
 from lhc_triton.runtime.op.dense import FusedConv2d
-from lhc_triton.runtime.saved.operations import GraphError
+from lhc_triton.runtime.saved.arguments import GraphError
 from lhc_triton.runtime.saved.sizes import of_module, of_operation, stand_in
 
 MAX_INPUT = 2**28

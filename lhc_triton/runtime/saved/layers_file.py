@@ -18,7 +18,7 @@ from lhc_triton.runtime.network.record import Record
 from lhc_triton.runtime.network.sites import find_sites, rewrite
 from lhc_triton.runtime.network.tracing import Shapes, TraceError, record_shapes, trace
 from lhc_triton.runtime.op.dense import FusedConv2d
-from lhc_triton.runtime.saved.operations import GraphError
+from lhc_triton.runtime.saved.arguments import GraphError
 from lhc_triton.runtime.saved.record_file import DTYPES
 
 MAX_OUTLINE = 100_000  # lines

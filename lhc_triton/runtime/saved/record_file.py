@@ -14,7 +14,7 @@ from lhc_triton.planning.backends import requests, runs
 from lhc_triton.runtime.network.record import LayerRow, Record
 from lhc_triton.runtime.network.sites import Site
 from lhc_triton.runtime.op.epilogue import ACTIVATIONS, POOLS
-from lhc_triton.runtime.saved.operations import GraphError
+from lhc_triton.runtime.saved.arguments import GraphError
 
 MAX_FIGURE = 1e18  # of MACs, microseconds and the like
 MAX_NAME = 1000

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lhc_triton.planning.schema import out_size
 from lhc_triton.runtime.op.dense import FusedConv2d
-from lhc_triton.runtime.saved.operations import OPERATIONS, GraphError
+from lhc_triton.runtime.saved.arguments import GraphError
+from lhc_triton.runtime.saved.operations import OPERATIONS
 
 Rule = Callable[[Mapping[str, Any]], Any]
 
@@ -150,6 +151,8 @@ def _item(of: Mapping[str, Any]) -> Any:
 
 _RULES: dict[str, Rule] = {
     "like_format": _same,
+    "stochastic_depth": _same,
+    "_assert": lambda of: None,
     "cat": _joined,
     "stack": _stacked,
     "mean": _reduced,
@@ -168,7 +171,7 @@ _RULES: dict[str, Rule] = {
 _RULES |= dict.fromkeys(
     (
         *("add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv", "floordiv", "div"),
-        *("add_", "sub_", "mul_", "div_"),
+        *("add_", "sub_", "mul_", "div_", "eq"),
     ),
     _broadcast,
 )
@@ -186,7 +189,18 @@ _RULES |= dict.fromkeys(
             "leaky_relu",
         ),
         *("prelu", "elu", "gelu", "mish", "softplus", "hardtanh", "tanh", "sigmoid", "dropout", "dropout2d"),
-        *("group_norm", "layer_norm", "channel_shuffle", "pow", "neg", "sqrt", "exp", "abs", "clamp"),
+        *(
+            "batch_norm",
+            "group_norm",
+            "layer_norm",
+            "channel_shuffle",
+            "pow",
+            "neg",
+            "sqrt",
+            "exp",
+            "abs",
+            "clamp",
+        ),
         "contiguous",
     ),
     _same,

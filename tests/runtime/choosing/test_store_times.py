@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -158,6 +160,56 @@ def test_a_user_without_a_home_has_a_folder_among_the_temporary_files(monkeypatc
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
     assert default_path() == Path(tempfile.gettempdir()) / f"lhc_triton-{os.getuid()}" / "timings.json"
+
+
+UNWRITABLE = """
+import json, warnings
+from lhc_triton.runtime.choosing.timing_store import TimingStore, default_path
+first, second = TimingStore(), TimingStore()
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    first.put("k", {"torch": 1.0})
+    second.put("k", {"dense": 2.0})
+    TimingStore().put("l", {"torch": 3.0})
+print(*(warning.message for warning in said), sep="\\n")
+print(default_path())
+print(json.dumps(TimingStore().read()))
+"""
+
+
+def test_a_default_store_that_cannot_be_written_has_a_temporary_one_in_its_place(tmp_path):
+    kept = tmp_path / "cache" / "timings.json"
+    TimingStore(kept).put("old", {"torch": 5.0})
+    before = kept.read_bytes()
+    Path(f"{kept}.lock").unlink(missing_ok=True)
+    Path(f"{kept}.lock").mkdir()  # no lock, no writing
+    (tmp_path / "temporary").mkdir()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "TMPDIR": str(tmp_path / "temporary"),
+        "LHC_TRITON_CACHE": str(kept.parent),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", UNWRITABLE], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    said, path, found = done.stdout.splitlines()
+    assert re.search(
+        r"timings\.json cannot be written \(Is a directory\); set LHC_TRITON_CACHE to a folder that can be;"
+        r" until this process ends, measured times are kept in .*/temporary/lhc_triton-",
+        said,
+    )
+    assert path.startswith(f"{tmp_path}/temporary/lhc_triton-")
+    assert json.loads(found) == {
+        "old": {"torch": 5.0},
+        "k": {"torch": 1.0, "dense": 2.0},
+        "l": {"torch": 3.0},
+    }
+    assert kept.read_bytes() == before
+    assert list((tmp_path / "temporary").iterdir()) == []
+    with pytest.raises(OSError, match="Is a directory"):  # one that somebody names is not another
+        TimingStore(kept).put("k", {"torch": 1.0})
 
 
 def test_the_default_path_follows_the_environment(tmp_path, monkeypatch):

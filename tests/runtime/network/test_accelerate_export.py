@@ -48,10 +48,21 @@ def test_onnx_of_an_accelerated_network_is_refused_in_one_line(pair):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
-    reason="needs onnx, onnxscript and onnxruntime",
-)
+HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs onnx, onnxscript and onnxruntime")
+
+
+@needs_onnx
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_the_exporter_that_torch_export_is_under_quotes_the_same_line(pair, tmp_path):
+    """It frames whatever it meets with advice of its own, and tries the tracer of torch.compile as well."""
+    with pytest.raises(Exception, match=r"no ONNX form.*after lhc\.to_dense\(model\)") as caught:
+        torch.onnx.export(pair[1], (images(),), tmp_path / "never.onnx", dynamo=True)
+    assert str(caught.value.__cause__).startswith("an accelerated network has no ONNX form")
+    assert "\n" not in str(caught.value.__cause__)
+
+
+@needs_onnx
 def test_a_pruned_network_goes_through_onnx_after_to_dense(pair, tmp_path):
     import onnxruntime
 

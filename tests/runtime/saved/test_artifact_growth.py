@@ -21,7 +21,13 @@ from zoo.networks import ZOO, build
 import lhc_triton as lhc
 from lhc_triton.artifact import ArtifactError, load, save
 from lhc_triton.runtime.op.epilogue import like_format
-from lhc_triton.runtime.saved.operations import IDENTITIES, MODULES, OPERATIONS, operation_of
+from lhc_triton.runtime.saved.operations import (
+    IDENTITIES,
+    MODULES,
+    OPERATIONS,
+    operation_of,
+    stochastic_depth,
+)
 from lhc_triton.runtime.saved.sizes import of_module, of_operation, stand_in
 
 
@@ -43,8 +49,9 @@ class Compared(fx.Interpreter):
                 self.seen.add(type(module).__name__)
                 told = of_module(module, *args)
             else:
-                self.seen.add(f"{n.op} {operation_of(n).name}")
-                told = of_operation(n.op, n.target, args, kwargs)
+                operation = operation_of(n)
+                self.seen.add(f"{n.op} {operation.name}")
+                told = of_operation(n.op, operation.target, args, kwargs)
             assert sizes_of(told) == sizes_of(real), n.format_node()
         return real
 
@@ -68,6 +75,10 @@ def test_every_step_of_real_networks_has_the_sizes_that_are_told(name: str, back
 def untraced(x: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a function that a trace would look into."""
     return x.tracer.create_proxy("call_function", function, (x, *args), kwargs)
+
+
+def normed(x: Any) -> Any:
+    return F.batch_norm(x, x[0, :, 0, 0], x[0, :, 0, 0], None, x[1, :, 0, 0], False, 0.0, 1e-5)
 
 
 # Calls of x [2, 16, 6, 9], which between them use every operation of the list.
@@ -94,12 +105,13 @@ CALLS: list[Any] = [
     lambda x: (F.relu(x), F.relu6(x), F.silu(x), F.hardswish(x), F.hardsigmoid(x), F.leaky_relu(x, 0.2)),
     lambda x: (F.softmax(x, 1), F.log_softmax(x, dim=1), F.elu(x), F.gelu(x), F.mish(x), F.softplus(x)),
     lambda x: (F.hardtanh(x), untraced(x, F.tanh), untraced(x, F.sigmoid), F.dropout(x, 0.5, False)),
-    lambda x: F.dropout2d(x, 0.5, False),
+    lambda x: (F.dropout2d(x, 0.5, False), untraced(x, stochastic_depth, 0.1, "row", False)),
+    lambda x: (x.ndim, x.ndim == 4, x == x[:1], torch._assert(x.ndim == 4, "four axes")),
     lambda x: (F.prelu(x, x[0, :, 0, 0]), F.interpolate(x, scale_factor=1.7), F.interpolate(x, (5, 4))),
     lambda x: (F.interpolate(x, 7, mode="bilinear"), F.interpolate(x, scale_factor=(2.0, 0.5))),
     lambda x: F.interpolate(x[0], 4),
     lambda x: (F.pixel_shuffle(x, 2), F.pixel_unshuffle(x[..., :8], 2), F.channel_shuffle(x, 4)),
-    lambda x: (F.group_norm(x, 4), F.layer_norm(x, [6, 9]), F.linear(x, x[0, :5, 0])),
+    lambda x: (F.group_norm(x, 4), F.layer_norm(x, [6, 9]), normed(x), F.linear(x, x[0, :5, 0])),
     lambda x: (F.max_pool2d(x, 2), F.max_pool2d(x, (3, 2), (2, 1), 1, ceil_mode=True), F.max_pool2d(x[0], 2)),
     lambda x: (F.max_pool2d(x, 2, 3, 0, 2), F.avg_pool2d(x, 3, 2, 1, True), F.avg_pool2d(x, 5, 4, 2, True)),
     lambda x: untraced(x, F.max_pool2d, 2, return_indices=True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,9 @@ def accelerate(
     out: Annotated[Path | None, typer.Option(help="Write the artefact, a safetensors file.")] = None,
     tune: Annotated[str, typer.Option(help="off, cached, or full: measure each layer here.")] = "cached",
     backend: Annotated[str, typer.Option(help="auto, or one backend for every layer.")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="int8: quantise; give real images. Default: the network's own.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -35,7 +38,8 @@ def accelerate(
         if found.accelerated is not None:
             raise ValueError(f"{network} is accelerated already; give the network that it was made from")
         progress("planning, building and comparing with the network as it is")
-        fast = lhc.accelerate(found.model, found.inputs, tune=tune, backend=backend)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"tune": tune, "backend": backend, "dtype": dtype}
+        fast = lhc.accelerate(found.model, found.inputs, **options)
         if out is not None:
             progress(f"writing {out}")
             lhc.save(fast, out)

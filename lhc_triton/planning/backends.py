@@ -17,7 +17,7 @@ def _as_it_is(weight: Any, in_channels: int) -> Any:
     return weight
 
 
-def _no_problem(device: str) -> str | None:
+def _no_problem(device: str, dtype: str) -> str | None:
     return None
 
 
@@ -35,12 +35,14 @@ class Backend:
         dtypes: the types of activations it serves, as torch spells them.
         run: computes one call, see `lhc_triton.runtime.op.call.Call`, and returns its result channels_last.
         activations: those that it applies by itself; the op applies any other one behind it. None: all.
-        problem: says in one line why it cannot run here on a device of a kind that it serves; None if it can.
+        problem: says in one line why it cannot run here on a device of a kind, and in a type, that it serves;
+            None if it can.
         auto: by device kind, its rank where "auto" looks for a sparse backend to set against dense: the
             highest that can serve is taken. On other kinds it runs only on request.
         price: predicts its time; None where the device's first model has to stand for it.
         reads_host_tables: whether it loops over the tiles on the host. Then its tables stay in host memory:
             reading them from a GPU would stall that on every call.
+        writes_int8: whether it rounds its result to int8 by itself where it is given a step for that.
         has_configs: whether a launch config is looked up for each of its calls.
         prepare: turns a packed weight [E, in_block, tile_width] of a layer with so many input channels into
             what ``run`` reads fastest.
@@ -53,10 +55,11 @@ class Backend:
     dtypes: tuple[str, ...]
     run: Callable[[Any], Any]
     activations: tuple[str, ...] | None = None
-    problem: Callable[[str], str | None] = _no_problem
+    problem: Callable[[str, str], str | None] = _no_problem
     auto: Mapping[str, int] = field(default_factory=dict)
     price: CostModel | None = None
     reads_host_tables: bool = True
+    writes_int8: bool = False
     has_configs: bool = False
     prepare: Callable[[Any, int], Any] = _as_it_is
     prepared: Callable[[Any, Any], tuple[int, int] | None] = _not_prepared

@@ -58,10 +58,11 @@ def cost_model(
 def calibrated(cost: CostModel, dtype: torch.dtype, store: TimingStore) -> CostModel:
     """Scale a model of the CPU by the ratio of measured to predicted times of the probe layers."""
     name = str(dtype).removeprefix("torch.")
+    priced = "float32" if dtype == torch.int8 else name  # int8 is told by its factor, dense stays in float32
     cpu = torch.device("cpu")
     here, code = device_name(cpu), code_version(cpu)
     ratios: dict[str, list[float]] = {"dense": [], cost.sparse_backend: []}
-    for plan in (_probe(probe, cost, name) for probe in PROBES):
+    for plan in (_probe(probe, cost, priced) for probe in PROBES):
         key = f"calibration | {here} | {code} | {name} | {cost.sparse_backend} | {plan.name}"
         times = {k: us for k, us in store.get(key).items() if k in ratios and not isinstance(us, str)}
         if len(times) < len(ratios):

@@ -13,6 +13,7 @@ import lhc_triton.runtime.op.grouped_conv2d  # noqa: F401  (registers torch.ops.
 from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.op.dense import DenseConv2d
 from lhc_triton.runtime.op.packing import blocks_from_weight, pack, weight_from_blocks
+from lhc_triton.runtime.op.quantise import LARGEST
 
 Call = Callable[[], Tensor]
 
@@ -22,7 +23,8 @@ class Workload:
 
     Args:
         layer: the plan.
-        dtype: of activations and weights.
+        dtype: of activations and weights. In int8 all of them are whole numbers, so that both sides compute
+            the same: the dense side in float32, and the sparse one rounds its input, as in a network.
         device: where they lie.
     """
 
@@ -31,9 +33,12 @@ class Workload:
         generator = torch.Generator(device).manual_seed(0)
 
         def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device).to(dtype)
+            values = torch.randn(shape, generator=generator, device=device)
+            if dtype == torch.int8:
+                return (values * 32).round_().clamp_(-LARGEST, LARGEST)
+            return values.to(dtype)
 
-        self.layer = layer
+        self.layer, self.dtype = layer, dtype
         self.weight = random(geometry.out_channels, geometry.in_channels, *geometry.kernel)
         x = random(geometry.batch, geometry.in_channels, geometry.height, geometry.width)
         self.x = x.contiguous(memory_format=torch.channels_last)
@@ -55,12 +60,19 @@ class Workload:
     def sparse(self, backend: str, config: Sequence[int] = ()) -> Call:
         """Return the planned convolution by a backend, with a launch config or its own."""
         geometry = self.layer.topology.geometry
-        packed = pack(self.layer, self.weight, self.x.dtype, self.x.device, backend)
+        packed = pack(self.layer, self.weight, self.dtype, self.x.device, backend)
         x, numbers = self.x, list(config)
-        return lambda: torch.ops.lhc.grouped_conv2d(
-            x, packed.weight, packed.tables, self.bias, None, None, geometry.out_channels, geometry.kernel,
-            geometry.stride, geometry.padding, geometry.dilation, "relu", "none", backend, numbers,
-        )  # fmt: skip
+        rounds, step = self.dtype == torch.int8, torch.ones_like(self.bias[:1])
+        scale = torch.ones_like(self.bias) if rounds else None
+
+        def call() -> Tensor:
+            return torch.ops.lhc.grouped_conv2d(
+                torch.ops.lhc.quantise(x, step) if rounds else x, packed.weight, packed.tables, self.bias,
+                None, scale, geometry.out_channels, geometry.kernel, geometry.stride, geometry.padding,
+                geometry.dilation, "relu", "none", backend, numbers,
+            )  # fmt: skip
+
+        return call
 
     def expected(self) -> Tensor:
         """Return what the planned convolution of the first image should give, in float64: [1, O, OH, OW]."""

@@ -78,7 +78,7 @@ class GroupedConv2d(FusedConv2d):
         self.blocks = frozen(blocks.detach().clone())
         for name in _PACKED:
             self.register_buffer(name, None, persistent=False)
-        self.check_move(blocks.device, blocks.dtype)
+        self.check_move(blocks.device, self.dtype)
         self._pack()
 
     @classmethod
@@ -113,14 +113,20 @@ class GroupedConv2d(FusedConv2d):
                 "on the model there instead"
             )
 
+    def check_moved(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise ValueError, before anything has moved, if the layer cannot follow ``fn``."""
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.blocks.device))
+        self.check_move(probe.device, probe.dtype)
+
     def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, pool: str) -> Tensor:
         if autocasts(x):
             # Dense layers run in autocast's type; this one's weights are packed in its own.
             result = torch.get_autocast_dtype(x.device.type)
             with torch.autocast(x.device.type, enabled=False):
-                x = x.to(self.dtype)
+                x = x if self.takes(x.dtype) else x.to(self.dtype)
                 residual = None if residual is None else residual.to(self.dtype)
-                return self._convolve(x, residual, activation, pool).to(result)
+                own = self._convolve(x, residual, activation, pool)
+                return own.to(result) if own.is_floating_point() else own
         # AOTInductor's packages hand an empty list on as None; backends without configs read none of it.
         has_configs = BACKENDS[self.backend].has_configs
         config: list[int] = [0] if torch.compiler.is_exporting() and not has_configs else []
@@ -129,13 +135,14 @@ class GroupedConv2d(FusedConv2d):
             # Under torch.compile the size of an image is no symbol: a config is chosen for this very one.
             height, width = operator.index(height), operator.index(width)
             config = self._config(pixel_bucket(images * height * width), height, width)
+        scale, out_step = self._steps()
         y: Tensor = torch.ops.lhc.grouped_conv2d(
-            x,
+            self._operand(x),
             self.packed,
             [self.tile_ptr, self.entries, self.filters],
             self.bias,
             residual,
-            None,
+            scale,
             self.out_channels,
             self.kernel_size,
             self.stride,
@@ -145,8 +152,17 @@ class GroupedConv2d(FusedConv2d):
             pool,
             self.backend,
             config,
+            out_step,
         )
         return y
+
+    def _operand(self, x: Tensor) -> Tensor:
+        """Return an input as the operator takes it."""
+        return x
+
+    def _steps(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the operator's scale and out_step."""
+        return None, None
 
     def _config(self, bucket: int, height: int, width: int) -> list[int]:
         """Return the launch config for so many output pixels, of images of OH x OW."""
@@ -170,8 +186,7 @@ class GroupedConv2d(FusedConv2d):
             setattr(self, name, tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupedConv2d:
-        probe = fn(self.blocks.new_empty(0))
-        self.check_move(probe.device, probe.dtype)
+        self.check_moved(fn)
         super()._apply(fn, recurse)
         self._pack()
         return self
@@ -189,5 +204,4 @@ def check_move(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
     """Raise ValueError, before anything has moved, if a layer of ``model`` cannot follow ``fn``."""
     for module in model.modules():
         if isinstance(module, GroupedConv2d):
-            probe = fn(module.blocks.new_empty(0))
-            module.check_move(probe.device, probe.dtype)
+            module.check_moved(fn)

@@ -29,6 +29,7 @@ class LayerRow:
         reason: why this backend, in one phrase.
         rel_err: norm error of its output against the model's on the example; None if it was not compared.
         epilogue: what else it does, for example "bn+add+relu".
+        dtype: of its weights; None in files of releases that did not tell.
     """
 
     layer: str
@@ -45,6 +46,7 @@ class LayerRow:
     reason: str
     rel_err: float | None
     epilogue: str = "-"
+    dtype: str | None = None
 
     @property
     def runs_sparse(self) -> bool:
@@ -85,6 +87,7 @@ def make_row(
     dense_macs: int,
     rel_err: float | None = None,
     measured_us: float | None = None,
+    dtype: str | None = None,
 ) -> LayerRow:
     """Describe one fused module; ``dense_macs`` counts all its calls on the example."""
     if layer is None:
@@ -103,6 +106,7 @@ def make_row(
             reason,
             rel_err,
             site.epilogue,
+            dtype,
         )
     topology = layer.topology
     calls = dense_macs / topology.geometry.macs  # the plan may have been made for another size or batch
@@ -123,6 +127,7 @@ def make_row(
         reason,
         rel_err,
         site.epilogue,
+        dtype,
     )
 
 
@@ -149,7 +154,7 @@ def table_of(rows: Sequence[LayerRow]) -> list[str]:
     head = ("backend", "density", "tiles", "MACs", "predicted", "measured")
     cells = [
         (
-            row.backend,
+            f"{row.backend} int8" if row.dtype == "int8" else row.backend,
             f"{row.density:.3f}",
             "-" if row.tiles is None else f"{row.tiles}x{row.tile_width}",
             si(row.planned_macs),

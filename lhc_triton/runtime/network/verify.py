@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -49,6 +50,17 @@ class Judge:
         self._observed = observed
         self.tolerance = tolerance
         self._flips: dict[int, Mapping[str, int]] = {}
+
+    def tolerating(self, tolerance: float) -> Judge:
+        """Return one that holds networks against the same, with another tolerance."""
+        return Judge(self._model, self._observed, tolerance)
+
+    def of(self, network: nn.Module) -> Judge:
+        """Return one that holds others against what ``network`` does on the trials, all of which it takes."""
+        with preserved(network):
+            found = observe(network, self._observed.trials)
+        outcomes = tuple(one for one in found if isinstance(one, Outcome))
+        return Judge(network, dataclasses.replace(self._observed, outcomes=outcomes), self.tolerance)
 
     def verdict(
         self, network: Callable[..., Any], order: Sequence[int] | None = None, values: bool = True

@@ -26,4 +26,4 @@ def unavailable(backend: str, dtype: torch.dtype, device: torch.device | str) ->
         return f'backend "{backend}" does not serve device type "{device.type}"; use one of {names}'
     if name not in record.dtypes:
         return f'backend "{backend}" does not serve {name}; use one of {", ".join(record.dtypes)}'
-    return record.problem(device.type)
+    return record.problem(device.type, name)

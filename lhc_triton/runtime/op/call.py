@@ -14,6 +14,9 @@ from lhc_triton.planning.backends import BACKENDS
 from lhc_triton.planning.schema import ConvGeometry
 from lhc_triton.runtime.op.epilogue import ACTIVATIONS, POOLS, Epilogue, result_dtype
 
+MOST_PRODUCTS = 2**17 - 1
+"""Of int8 in one sum: each is at most 2**14, and int32 ends at 2**31 - 1."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -59,6 +62,7 @@ class Call:
         pool: str,
         backend: str,
         config: list[int],
+        out_step: Tensor | None = None,
     ) -> Call:
         """Bind the op's arguments, in the schema's order, and check all that host ints can tell.
 
@@ -90,7 +94,7 @@ class Call:
             batch, channels, out_channels, height, width,
             (kh, kw), (sh, sw), (top, bottom, left, right), (dh, dw),
         )  # fmt: skip
-        epilogue = Epilogue(bias, residual, scale, activation, pool)
+        epilogue = Epilogue(bias, residual, scale, activation, pool, out_step)
         _check_epilogue(x, geometry, epilogue)
         return cls(x, weight, tables, geometry, epilogue, in_block, tile_width, backend, tuple(config))
 
@@ -100,7 +104,7 @@ class Call:
         return (
             self.x, self.weight, self.tables, epilogue.bias, epilogue.residual, epilogue.scale,
             geometry.out_channels, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation,
-            epilogue.activation, epilogue.pool, self.backend, self.config,
+            epilogue.activation, epilogue.pool, self.backend, self.config, epilogue.out_step,
         )  # fmt: skip
 
     @property
@@ -122,8 +126,8 @@ class Call:
 
     @property
     def out_dtype(self) -> torch.dtype:
-        """The result's type: x's, float32 for int8."""
-        return result_dtype(self.x.dtype)
+        """The result's type: x's; for int8 float32, or with a step int8."""
+        return torch.int8 if self.epilogue.out_step is not None else result_dtype(self.x.dtype)
 
     @property
     def flops(self) -> int:
@@ -131,18 +135,18 @@ class Call:
 
         Counted are the packed weights, hence also what a tile computes for blocks its groups lack.
         """
-        return 2 * self.weight.numel() * self.geometry.out_pixels
+        weights = self.weight.shape[0] * self.in_block * self.tile_width
+        return 2 * weights * self.geometry.out_pixels
 
-    def up_to_the_activation(self) -> Call:
-        """Return the same call without activation and pool."""
-        return dataclasses.replace(
-            self, epilogue=dataclasses.replace(self.epilogue, activation="none", pool="none")
-        )
+    def without(self, **defaults: Any) -> Call:
+        """Return the same call with these fields of its epilogue at other values: for what the op does."""
+        return dataclasses.replace(self, epilogue=dataclasses.replace(self.epilogue, **defaults))
 
     def check_memory(self) -> None:
         """Raise ValueError for a tensor that is not dense, or whose storage was freed or cut."""
-        names = ("x", "weight", "tile_ptr", "entries", "filters", "bias", "residual", "scale")
-        vectors = (self.epilogue.bias, self.epilogue.residual, self.epilogue.scale)
+        names = ("x", "weight", "tile_ptr", "entries", "filters", "bias", "residual", "scale", "out_step")
+        epilogue = self.epilogue
+        vectors = (epilogue.bias, epilogue.residual, epilogue.scale, epilogue.out_step)
         for name, tensor in zip(names, (self.x, self.weight, *self.tables, *vectors), strict=True):
             if tensor is not None:
                 _check_memory(name, tensor)
@@ -187,8 +191,10 @@ def _check_tables(tables: Sequence[Tensor], weight: Tensor, tile_width: int) -> 
 
 def _check_epilogue(x: Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> None:
     filters = geometry.out_channels
-    if x.dtype == torch.int8 and epilogue.scale is None:
-        raise ValueError("grouped_conv2d: x is int8 and scale is None, expected a factor for each filter")
+    if x.dtype == torch.int8:
+        _check_int8(geometry, epilogue)
+    elif epilogue.out_step is not None:
+        raise ValueError(f"grouped_conv2d: out_step is given and x is {x.dtype}; only int8 can stay int8")
     for name, vector in (("bias", epilogue.bias), ("scale", epilogue.scale)):
         if vector is not None and vector.shape != (filters,):
             raise ValueError(f"grouped_conv2d: {name} has shape {tuple(vector.shape)}, expected ({filters},)")
@@ -204,6 +210,22 @@ def _check_epilogue(x: Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> No
         raise ValueError(
             f"grouped_conv2d: residual has shape {tuple(epilogue.residual.shape)}, expected the output's "
             f"{expected}"
+        )
+
+
+def _check_int8(geometry: ConvGeometry, epilogue: Epilogue) -> None:
+    if epilogue.scale is None:
+        raise ValueError("grouped_conv2d: x is int8 and scale is None, expected a factor for each filter")
+    products = geometry.taps * geometry.in_channels
+    if products > MOST_PRODUCTS:
+        raise ValueError(
+            f"grouped_conv2d: a sum of {products} int8 products may exceed int32; up to {MOST_PRODUCTS} are "
+            "supported"
+        )
+    step = epilogue.out_step
+    if step is not None and (step.numel() != 1 or step.dtype != torch.float32):
+        raise ValueError(
+            f"grouped_conv2d: out_step is {step.dtype} of shape {tuple(step.shape)}, expected one float32"
         )
 
 

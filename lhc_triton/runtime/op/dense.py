@@ -90,7 +90,7 @@ class FusedConv2d(nn.Module):
         )  # sizes are tensors then: what compares them becomes no part of a trace
         if x.dim() != 4 or (not tracing and x.shape[1] != self.in_channels):
             raise ValueError(f"the input has shape {tuple(x.shape)}, expected [N, {self.in_channels}, H, W]")
-        if x.dtype != self.dtype and not autocasts(x):
+        if not self.takes(x.dtype) and not autocasts(x):
             raise ValueError(f"the input is {x.dtype}, the layer computes in {self.dtype}; convert the input")
         if residual is not None and not tracing and residual.shape != self._sum_shape(x):
             # equal on the example, but not here: the addition broadcasts, which no epilogue does
@@ -105,6 +105,10 @@ class FusedConv2d(nn.Module):
     def dtype(self) -> torch.dtype:
         """The type that the layer's weights have."""
         raise NotImplementedError
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Return whether inputs may have this type, autocast aside."""
+        return dtype == self.dtype
 
     def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, pool: str) -> Tensor:
         raise NotImplementedError

@@ -53,7 +53,7 @@ POOLS = ("none", "max2x2")
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What follows the sums: ``pool(act(scale * sums + bias + residual))``.
+    """What follows the sums: ``pool(act(scale * sums + bias + residual))``, in int8 where there is a step.
 
     Attributes:
         bias: [O] or None.
@@ -61,6 +61,7 @@ class Epilogue:
         scale: [O] or None, a factor for each filter's sum; int8 needs it.
         activation: a name of `epilogue.ACTIVATIONS`.
         pool: "none" or "max2x2" (2x2 windows, stride 2, an odd last row or column dropped).
+        out_step: one float32, or None; with it an int8 convolution gives int8, see `quantise`.
     """
 
     bias: Tensor | None = None
@@ -68,6 +69,7 @@ class Epilogue:
     scale: Tensor | None = None
     activation: str = "none"
     pool: str = "none"
+    out_step: Tensor | None = None
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:

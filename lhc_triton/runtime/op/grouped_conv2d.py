@@ -24,12 +24,16 @@ from lhc_triton.runtime.op import native_backend
 from lhc_triton.runtime.op.backends import unavailable
 from lhc_triton.runtime.op.call import Call
 from lhc_triton.runtime.op.epilogue import ACTIVATIONS, in_format, pooled
+from lhc_triton.runtime.op.quantise import quantise
 
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor[] tables, Tensor? bias, Tensor? residual, Tensor? scale, "
     "int out_channels, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
-    "str activation, str pool, str backend, int[] config) -> Tensor"
+    "str activation, str pool, str backend, int[] config, Tensor? out_step=None) -> Tensor"
 )
+BACKEND = 13
+"""The place of the backend's name among the arguments."""
+
 BACKWARD_MESSAGE = (
     "lhc::grouped_conv2d is for inference only and has no backward; train the LHCConv2d model, "
     "or call the accelerated one under torch.inference_mode()"
@@ -41,7 +45,7 @@ torch.library.define("lhc::grouped_conv2d_python", SCHEMA)
 
 def _bound(*arguments: Any) -> Call:
     """Bind the op's arguments for the backend that they name; ValueError if it cannot serve them here."""
-    x, backend = arguments[0], arguments[-2]
+    x, backend = arguments[0], arguments[BACKEND]
     reason = unavailable(backend, x.dtype, x.device)
     if reason is not None:
         raise ValueError(f"grouped_conv2d: {reason}")
@@ -55,15 +59,17 @@ def _run(*arguments: Any) -> Tensor:
     """Run a call, its arguments in the schema's order, on the backend that it names."""
     register_flops()
     call = _bound(*arguments)
-    backend = BACKENDS[call.backend]
+    backend, step = BACKENDS[call.backend], call.epilogue.out_step
+    if step is not None and not (backend.writes_int8 and _activates(call)):
+        return quantise(_run(*call.without(out_step=None).arguments()), step)
     if _activates(call):
         return backend.run(call)
-    return _activated(call, backend.run(call.up_to_the_activation()))
+    return _activated(call, backend.run(call.without(activation="none", pool="none")))
 
 
 def _run_for_native(*arguments: Any) -> Tensor:
     """Run what the native kernel hands over: calls for other backends, and its own that do not fit."""
-    if arguments[-2] != "native":
+    if arguments[BACKEND] != "native":
         return _run(*arguments)
     call = _bound(*arguments)
     if _activates(call):

@@ -40,7 +40,7 @@ def refuse(call: Call) -> NoReturn:
     )
 
 
-def _problem(device: str) -> str | None:
+def _problem(device: str, dtype: str) -> str | None:
     # Only a build tells whether a compiler works; it is kept, so that later processes merely load it.
     from lhc_kernels.cpu import problem
 

@@ -41,7 +41,7 @@ def run(call: Call) -> Tensor:
     return in_format(y, torch.channels_last)
 
 
-def _problem(device: str) -> str | None:
+def _problem(device: str, dtype: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return 'backend "triton" needs the package triton, which is not installed; use "torch"'
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

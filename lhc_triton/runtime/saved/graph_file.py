@@ -17,6 +17,7 @@ from lhc_triton.planning.backends import BACKENDS
 from lhc_triton.planning.network_plan import Plan
 from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.network.grouped import GroupedConv2d
+from lhc_triton.runtime.network.int8 import Int8Conv2d
 from lhc_triton.runtime.op.dense import DenseConv2d, FusedConv2d
 from lhc_triton.runtime.saved.arguments import (
     MAX_ITEMS,
@@ -58,6 +59,15 @@ _GROUPED_FIELDS = {
     "pool": "text",
     "keeps_format": "bool",
 }
+_INT8_FIELDS = {
+    "layer": "text",
+    "backend": "text",
+    "bias": "bool",
+    "activation": "text",
+    "pool": "text",
+    "keeps_format": "bool",
+    "writes_int8": "bool",
+}
 FLOATS: Mapping[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -74,6 +84,9 @@ MAX_SCALE = 64  # of a side, at an upsampling
 
 def store_module(name: str, module: nn.Module) -> dict[str, Any]:
     """Describe a module that is on the list as plain data."""
+    if isinstance(module, Int8Conv2d):
+        values = {"layer": module.layer.name, "writes_int8": module.out_step is not None}
+        return _described("Int8Conv2d", _INT8_FIELDS, module, {**_of_conv(module), **values})
     if isinstance(module, GroupedConv2d):
         return _described(
             "GroupedConv2d", _GROUPED_FIELDS, module, {"layer": module.layer.name, **_of_conv(module)}
@@ -148,8 +161,8 @@ def build_module(name: str, spec: Any, layers: Mapping[str, LayerPlan]) -> nn.Mo
     values = {key: value for key, value in spec.items() if key != "type"}
     where = f"module {name[:80]!r} ({printable(kind, 40)})"
     try:
-        if kind == "GroupedConv2d":
-            _check_fields(where, values, _GROUPED_FIELDS)
+        if kind in ("GroupedConv2d", "Int8Conv2d"):
+            _check_fields(where, values, _GROUPED_FIELDS if kind == "GroupedConv2d" else _INT8_FIELDS)
             return _build_grouped(where, values, layers)
         if kind == "DenseConv2d":
             _check_fields(where, values, _DENSE_FIELDS)
@@ -188,16 +201,26 @@ def _build_grouped(where: str, values: dict[str, Any], layers: Mapping[str, Laye
             f"{where}: backend {values['backend'][:40]!r} runs no sparse layer; one of "
             f"{', '.join(BACKENDS)} is needed"
         )
-    dtype = FLOATS[values["dtype"]]
+    int8 = "writes_int8" in values
+    dtype = torch.float32 if int8 else FLOATS[values["dtype"]]
     layer = layers.get(values["layer"])
     if layer is None:
         raise GraphError(f"{where}: its layer {values['layer'][:80]!r} is not in the plan")
     topology = layer.topology
     pairs = sum(len(topology.pattern_of(group)) for group in range(topology.groups))
     blocks = torch.empty((pairs, topology.out_block, topology.in_block), dtype=dtype, device="meta")
-    bias = torch.empty(topology.geometry.out_channels, dtype=dtype, device="meta") if values["bias"] else None
+    vector = torch.empty(topology.geometry.out_channels, dtype=dtype, device="meta")
+    bias = vector if values["bias"] else None
     options = {key: values[key] for key in ("backend", "activation", "pool")}
-    module = GroupedConv2d(layer, blocks, bias, **options)
+    if int8:
+        one = torch.empty((), device="meta")
+        out_step = one if values["writes_int8"] else None
+        integers = blocks.to(torch.int8)
+        module: GroupedConv2d = Int8Conv2d(
+            layer, integers, bias, scale=vector, in_step=one, out_step=out_step, **options
+        )
+    else:
+        module = GroupedConv2d(layer, blocks, bias, **options)
     module.keeps_format = values["keeps_format"]
     return module
 

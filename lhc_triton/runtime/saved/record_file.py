@@ -104,6 +104,7 @@ _ROW: Mapping[str, Callable[[Any], bool]] = {
     "reason": _is_note,
     "rel_err": _or_none(_is_figure),
     "epilogue": _is_name,
+    "dtype": _or_none(lambda value: isinstance(value, str) and value in DTYPES),
 }
 
 
@@ -136,6 +137,8 @@ def read_record(data: Any) -> Record:
         sites.append(Site(**{**fields, "nodes": tuple(fields["nodes"])}))
     rows = []
     for item in values["rows"]:
+        if isinstance(item, dict):
+            item = {"dtype": None, **item}  # older files do not tell
         fields = _checked(item, "row of its record", _ROW, LayerRow)
         rows.append(LayerRow(**{**fields, "reason": printable(fields["reason"], MAX_NOTE)}))
     read = {

@@ -15,7 +15,9 @@ from lhc_triton.runtime.choosing.calibration import cost_model
 from lhc_triton.runtime.choosing.dispatch import choose_backend, supports
 from lhc_triton.runtime.network.fusion import build_fused
 from lhc_triton.runtime.network.grouped import GroupedConv2d
+from lhc_triton.runtime.network.int8 import Int8Conv2d
 from lhc_triton.runtime.network.record import LayerRow, Record
+from lhc_triton.runtime.op.backends import unavailable
 from lhc_triton.runtime.op.dense import DenseConv2d, FusedConv2d
 
 # Tiles are formed by comparing patterns pair by pair, entry by entry. The layers of a file together may take
@@ -52,6 +54,9 @@ def retarget(
         saved_device: kind of the device it was saved from.
         device: where it shall run.
 
+    Raises:
+        ValueError: a layer is in int8, which its backend does not serve there.
+
     Returns:
         The network on ``device``, and plan and record as they are now.
     """
@@ -65,6 +70,9 @@ def retarget(
         module = fused.get(site.module)
         layer = layers.get(site.layer)
         if module is None or id(module) in replacements:
+            continue
+        if isinstance(module, Int8Conv2d):
+            _check_int8(module, device)
             continue
         if layer is None or not (moved or _unavailable(module, layer, device)):
             continue
@@ -83,6 +91,15 @@ def retarget(
     plan = dataclasses.replace(plan, layers=tuple(layers[layer.name] for layer in plan.layers))
     record = dataclasses.replace(record, rows=tuple(rows[row.layer] for row in record.rows))
     return network.to(device), plan, record
+
+
+def _check_int8(module: Int8Conv2d, device: torch.device) -> None:
+    reason = unavailable(module.backend, torch.int8, device)
+    if reason is not None:
+        raise ValueError(
+            f"layer {module.layer.name!r} was quantised to int8 for backend {module.backend!r}: {reason}; "
+            "call accelerate() on the model here"
+        )
 
 
 def _unavailable(module: FusedConv2d, layer: LayerPlan, device: torch.device) -> str | None:

@@ -104,7 +104,7 @@ def test_full_tunes_on_a_gpu_and_cached_only_looks_up(store, pretended_gpu):
 
 
 def test_a_forced_backend_is_tuned_as_well(store, pretended_gpu, monkeypatch):
-    here = dataclasses.replace(BACKENDS["triton"], problem=lambda device: None)
+    here = dataclasses.replace(BACKENDS["triton"], problem=lambda device, dtype: None)
     monkeypatch.setitem(BACKENDS, "triton", here)
     dispatch.decide(LAYER, HALF, CUDA, "cached", "triton")
     assert pretended_gpu.prepared == []

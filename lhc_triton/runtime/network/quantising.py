@@ -1,0 +1,268 @@
+"""Last step of accelerate with dtype="int8": planned layers of a network that agrees with its model, in int8.
+
+Post-training quantisation, symmetric: weights have a step per filter, activations one per tensor, from the
+largest value that a layer's input has on the example. No step is searched for, and no weight is changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lhc_triton.planning import plan as make_plan
+from lhc_triton.planning.backends import BACKENDS
+from lhc_triton.planning.network_plan import Plan
+from lhc_triton.planning.schema import LayerPlan
+from lhc_triton.runtime.choosing.calibration import cost_model
+from lhc_triton.runtime.choosing.dispatch import auto_backend, decide, passed_over
+from lhc_triton.runtime.network.building import Built
+from lhc_triton.runtime.network.copying import preserved
+from lhc_triton.runtime.network.int8 import Int8Conv2d
+from lhc_triton.runtime.network.reading import Case
+from lhc_triton.runtime.network.verify import Findings
+from lhc_triton.runtime.op.accuracy import INT8_LIMIT, NETWORK_FACTOR, norm_error
+from lhc_triton.runtime.op.backends import unavailable
+from lhc_triton.runtime.op.dense import FusedConv2d
+
+TOLERANCE = NETWORK_FACTOR * INT8_LIMIT
+DTYPES = (None, "int8")
+
+
+def check_dtype(dtype: Any, model: nn.Module, backend: str) -> None:
+    """Raise ValueError unless convolutions of a model can run in ``dtype`` on a backend (or "auto")."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not supported; use 'int8', or None for the model's own type")
+    if dtype is None:
+        return
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    odd = next((weight for weight in weights if weight.dtype != torch.float32), None)
+    if odd is not None:
+        raise ValueError(f"dtype='int8' quantises float32 models, not {odd.dtype}: call model.float() first")
+    if backend == "dense":
+        able = ", ".join(name for name, record in BACKENDS.items() if "int8" in record.dtypes)
+        raise ValueError(f"backend 'dense' does not serve int8; use 'auto' or one of {able}")
+    problem = unavailable(backend, torch.int8, weights[0].device) if backend != "auto" and weights else None
+    if problem is not None:
+        raise ValueError(f"dtype='int8': {problem}")
+
+
+def quantised(case: Case, built: Built, own_plan: bool) -> tuple[Case, Built]:
+    """Return case and network with layers in int8: those for which it is faster, and near enough to float32.
+
+    Every layer is run on its float32 input, and stays as it is where its output differs by more than
+    `INT8_LIMIT`. Then the network's output on the example is compared with the model's; while it differs by
+    more than `TOLERANCE`, the worse half of the layers goes back to float32. Between two int8 layers
+    activations stay int8 where nobody else reads them.
+
+    Args:
+        case: the model.
+        built: a network that agrees with it; its layers are replaced in place.
+        own_plan: whether the plan was made here, so that another may be made for int8.
+    """
+    device = next(iter(case.convs.values())).weight.device
+    if case.requested == "auto" and auto_backend(torch.int8, device) is None:
+        why = passed_over(torch.int8, device) or f"no sparse backend serves it on {device.type}"
+        warnings.warn(f"nothing runs in int8: {why}", stacklevel=3)
+        return case, built.noted(f"nothing runs in int8: {why}")
+    plan = _plan(case, device) if own_plan else case.plan
+    decisions = {
+        layer.name: decide(layer, torch.int8, device, case.tune, case.requested) for layer in plan.layers
+    }
+    layers = {layer.name: layer for layer in plan.layers if decisions[layer.name].backend != "dense"}
+    swap = _Swap(built, layers)
+    largest = swap.largest_inputs(case.inputs)
+    reasons = {
+        swap.layer_of[name]: "in float32: on the example its input is zero, or not finite"
+        for name, value in largest.items()
+        if not 0 < float(value) < math.inf
+    }
+    for name, value in largest.items():
+        layer = swap.layer_of[name]
+        if layer not in reasons:
+            backend = decisions[layer].backend
+            swap.int8[name] = Int8Conv2d.of(layers[layer], swap.floats[name], backend, value)
+    errors = swap.errors(case.inputs)
+    reasons |= {
+        swap.layer_of[name]: f"in float32: int8 would be off by {error:.1e}, more than {INT8_LIMIT:g}"
+        for name, error in errors.items()
+        if not error <= INT8_LIMIT
+    }
+    chosen = {swap.layer_of[name] for name in swap.int8} - reasons.keys()
+    verdict = swap.settle(case, chosen, errors, reasons)
+    choices = dict(built.choices)
+    for layer in chosen:
+        choices[layer] = decisions[layer]
+    for layer, reason in reasons.items():
+        choices[layer] = dataclasses.replace(choices[layer], reason=f"{choices[layer].reason}; {reason}")
+    findings = Findings()
+    findings.pixels = built.findings.pixels
+    kept = {name: error for name, error in errors.items() if swap.layer_of[name] in chosen}
+    findings.errors = {**built.findings.errors, **kept}
+    note = (
+        f"{len(chosen)} of {len(case.convs)} convolutions run in int8, an error of the output up to "
+        f"{TOLERANCE:g} is accepted"
+    )
+    built = dataclasses.replace(
+        built.noted(note), choices=choices, findings=findings, error=verdict if chosen else built.error
+    )
+    merged = _merged(case.plan, [layer for layer in plan.layers if layer.name in chosen])
+    return dataclasses.replace(case, plan=merged, judge=case.judge.of(built.network)), built
+
+
+def _plan(case: Case, device: torch.device) -> Plan:
+    """Plan the model again, priced for int8: it may pay where float32 does not, in dense layers as well."""
+    if case.requested != "auto":
+        return case.plan
+    cost = cost_model("auto", torch.int8, device, case.tune)
+    with preserved(case.work):
+        inputs = tuple(x.clone() for x in case.inputs)
+        return make_plan(case.work, inputs, "auto", cost, dense=True)
+
+
+def _merged(plan: Plan, layers: Sequence[LayerPlan]) -> Plan:
+    """Return a plan with some layers planned otherwise, or for the first time."""
+    others = {layer.name: layer for layer in layers}
+    known = {layer.name for layer in plan.layers}
+    merged = [others.get(layer.name, layer) for layer in plan.layers]
+    merged += [layer for layer in layers if layer.name not in known]
+    skipped = tuple(pair for pair in plan.skipped if pair[0] not in others)
+    return dataclasses.replace(plan, layers=tuple(merged), skipped=skipped)
+
+
+class _Swap:
+    """The fused modules of a network that can be replaced, where they are, and what replaces them.
+
+    Attributes:
+        floats, int8: modules by name.
+        layer_of: the layer of each name; calls of one layer with other epilogues have other modules.
+    """
+
+    def __init__(self, built: Built, layers: Mapping[str, LayerPlan]) -> None:
+        self.network = built.network
+        self.int8: dict[str, Int8Conv2d] = {}
+        fused = {name: m for name, m in self.network.named_modules() if isinstance(m, FusedConv2d)}
+        sites = [site for site in built.sites if site.layer in layers and site.module in fused]
+        self.layer_of = {site.module: site.layer for site in sites if built.replaced}
+        self.floats = {name: fused[name] for name in self.layer_of}
+        named = {module: name for name, module in self.floats.items()}
+        self.places = [
+            (parent, key, named[child])
+            for parent in self.network.modules()
+            for key, child in parent._modules.items()
+            if child in named
+        ]
+
+    def largest_inputs(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the largest absolute input of each module on the example."""
+        found: dict[str, Tensor] = {}
+
+        def look(name: str, arguments: Sequence[Tensor], output: Tensor) -> None:
+            value = arguments[0].abs().amax()
+            found[name] = torch.maximum(found[name], value) if name in found else value
+
+        self._run(inputs, self.floats, look)
+        return found
+
+    def errors(self, inputs: Sequence[Tensor]) -> dict[str, float]:
+        """Return the norm error of each int8 module's output on the example, its input in float32."""
+        found: dict[str, float] = {}
+
+        def look(name: str, arguments: Sequence[Tensor], output: Tensor) -> None:
+            error = norm_error(self.int8[name].forward(*arguments), output)
+            found[name] = max(found.get(name, 0.0), error)
+
+        self._run(inputs, self.int8, look)
+        return found
+
+    def _run(
+        self,
+        inputs: Sequence[Tensor],
+        names: Iterable[str],
+        look: Callable[[str, Sequence[Tensor], Tensor], None],
+    ) -> None:
+        """Run the float32 network, and look at what some modules take and give."""
+        with torch.no_grad(), preserved(self.network):
+            handles = [
+                self.floats[name].register_forward_hook(
+                    lambda module, arguments, output, name=name: look(name, arguments, output)
+                )
+                for name in names
+            ]
+            try:
+                self.network(*(x.clone() for x in inputs))
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def settle(
+        self, case: Case, chosen: set[str], errors: Mapping[str, float], reasons: dict[str, str]
+    ) -> float:
+        """Put the chosen layers in, and take some out again while the output is too far from the model's.
+
+        Returns:
+            The error of the output on the example; what was taken out is gone from ``chosen``, and has its
+            reason.
+        """
+        judge = case.judge.tolerating(TOLERANCE)
+        while True:
+            self._install(chosen)
+            verdict = judge.verdict(self.network, order=(0,))
+            # other inputs have other ranges than those that the steps were made for: values aside
+            problem = verdict.problem or judge.verdict(self.network, values=False).problem
+            if problem is None or not chosen:
+                return verdict.error
+            worst = sorted(chosen, key=lambda layer: -self._error(layer, errors))[: -(-len(chosen) // 2)]
+            for layer in worst:
+                reasons[layer] = f"in float32: with it in int8, {problem}"
+                chosen.remove(layer)
+
+    def _error(self, layer: str, errors: Mapping[str, float]) -> float:
+        return max(error for name, error in errors.items() if self.layer_of[name] == layer)
+
+    def _install(self, chosen: set[str]) -> None:
+        for parent, key, name in self.places:
+            taken = self.layer_of[name] in chosen
+            parent._modules[key] = self.int8[name] if taken else self.floats[name]
+        keep_int8(self.network)
+
+
+def keep_int8(network: nn.Module) -> None:
+    """Let the int8 layers of a graph write int8 where nothing but such layers, of one step, read it."""
+    for module in network.modules():
+        if isinstance(module, Int8Conv2d):
+            module.out_step = None
+    if not isinstance(network, fx.GraphModule):
+        return
+    steps: dict[Int8Conv2d, list[Tensor | None]] = {}
+    for node in network.graph.nodes:
+        writer = _int8_of(network, node)
+        if writer is not None:
+            steps.setdefault(writer, []).append(_step_of_readers(network, node))
+    for writer, found in steps.items():
+        first = found[0]
+        if first is not None and all(other is not None and torch.equal(first, other) for other in found):
+            writer.out_step = first
+
+
+def _int8_of(network: fx.GraphModule, node: fx.Node) -> Int8Conv2d | None:
+    module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module if isinstance(module, Int8Conv2d) else None
+
+
+def _step_of_readers(network: fx.GraphModule, node: fx.Node) -> Tensor | None:
+    """Return the step that all readers of an int8 layer's output share; None where one needs floats."""
+    if len(node.args) > 1 or not node.users:  # a residual may turn out to be broadcast, after the operator
+        return None
+    steps = []
+    for user in node.users:
+        reader = _int8_of(network, user)
+        if reader is None or user.args[0] is not node or node in user.args[1:]:
+            return None
+        steps.append(reader.in_step)
+    return steps[0] if all(torch.equal(steps[0], step) for step in steps) else None

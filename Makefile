@@ -76,8 +76,8 @@ matrix-%: $(READY)
 # shift (AddressSanitizer, UBSan).
 sanitize:
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -e && \
-	for source in tests/kernels/native_driver.cpp $(addprefix $(NATIVE)/,cells_float.cpp cells_pairs.cpp conv.cpp \
-	  finish.cpp layer.cpp regions.cpp); do echo "$$source"; \
+	for source in tests/kernels/native_driver.cpp $(addprefix $(NATIVE)/,cells_float.cpp cells_pairs.cpp \
+	  cells_fours.cpp conv.cpp finish.cpp layer.cpp quantise.cpp regions.cpp); do echo "$$source"; \
 	  $${CXX:-c++} -std=c++20 -O1 -g1 -march=native -Wall -Wextra -Werror -fsanitize=address,undefined \
 	    -fno-sanitize-recover -I $(NATIVE) -c $$source -o "$$folder/$$(basename $$source).o"; done && \
 	$${CXX:-c++} -fsanitize=address,undefined -pthread "$$folder"/*.o -o "$$folder/driver" && \

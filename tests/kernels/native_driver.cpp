@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -22,9 +23,10 @@ std::mt19937 random_bits;
 int64_t draw(int64_t least, int64_t most) { return std::uniform_int_distribution<int64_t>(least, most)(random_bits); }
 double chance() { return std::uniform_real_distribution<>(0.0, 1.0)(random_bits); }
 
-// Floats, or the bfloat16 nearest to zero beside them.
+// Floats, or beside them the bfloat16 nearest to zero (of two bytes) or the int8 that 32 times as much is.
 struct Values {
-  Values(size_t count, bool halves) : floats(count), bits(halves ? count : 0) {
+  explicit Values(size_t count, int64_t size = 4)
+      : floats(count), bits(size == 2 ? count : 0), bytes(size == 1 ? count : 0) {
     for (size_t i = 0; i < count; ++i) set(i, std::normal_distribution<float>()(random_bits));
   }
   void set(size_t i, float value) {
@@ -32,13 +34,38 @@ struct Values {
       bits[i] = static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16);
       value = std::bit_cast<float>(static_cast<uint32_t>(bits[i]) << 16);
     }
+    if (!bytes.empty()) bytes[i] = static_cast<int8_t>(value = std::clamp(std::round(value * 32), -128.0f, 127.0f));
     floats[i] = value;
   }
-  void* data() { return bits.empty() ? static_cast<void*>(floats.data()) : bits.data(); }
+  void* data() {
+    if (!bytes.empty()) return bytes.data();
+    return bits.empty() ? static_cast<void*>(floats.data()) : bits.data();
+  }
 
   std::vector<float> floats;  // vectors allocate what they hold: a sanitizer sees the first byte past it
   std::vector<uint16_t> bits;
+  std::vector<int8_t> bytes;
 };
+
+// Where the weight of one entry, channel and column is.
+size_t place(const lhc::Conv& conv, int64_t entry, int64_t channel, int64_t column) {
+  const int64_t row = entry * (conv.rows() + (conv.unit == 4)) + channel / conv.unit;
+  return static_cast<size_t>((row * conv.tile_width + column) * conv.unit + channel % conv.unit);
+}
+
+// The sums that fours begin with, and zeros where an entry's last four has no channel.
+void complete_fours(const lhc::Conv& conv, int64_t entries, Values& weight) {
+  for (int64_t e = 0; e < entries; ++e)
+    for (int64_t column = 0; column < conv.tile_width; ++column) {
+      int32_t sum = 0;
+      for (int64_t c = 0; c < conv.rows() * 4; ++c) {
+        if (c >= conv.in_block) weight.bytes[place(conv, e, c, column)] = 0;
+        sum += weight.bytes[place(conv, e, c, column)];
+      }
+      sum *= -128;
+      std::memcpy(weight.bytes.data() + place(conv, e, conv.rows() * 4, column), &sum, 4);
+    }
+}
 
 const lhc::Threads threads{3, [](int workers, const std::function<void(int)>& work) {
                              std::vector<std::jthread> pool;
@@ -56,10 +83,8 @@ double sum_of(const lhc::Conv& conv, const Values& x, const Values& weight, int6
     const int64_t iw = ow * conv.stride[1] + tap % conv.kernel[1] * conv.dilation[1] - conv.left;
     if (ih < 0 || ih >= conv.height || iw < 0 || iw >= conv.width) continue;
     for (int64_t c = 0; c < std::min(conv.in_block, conv.channels - first); ++c) {
-      const int64_t w = conv.pairs ? ((e * conv.in_block / 2 + c / 2) * conv.tile_width + column) * 2 + c % 2
-                                   : (e * conv.in_block + c) * conv.tile_width + column;
       const int64_t at = ((n * conv.height + ih) * conv.width + iw) * conv.channels + first + c;
-      sum += static_cast<double>(weight.floats[static_cast<size_t>(w)]) * x.floats[static_cast<size_t>(at)];
+      sum += static_cast<double>(weight.floats[place(conv, e, c, column)]) * x.floats[static_cast<size_t>(at)];
     }
   }
   return sum;
@@ -72,8 +97,8 @@ double activated(lhc::Activation activation, double v) {
 
 bool one_call() {
   lhc::Conv conv{};
-  conv.pairs = lhc::kHasPairs && chance() < 0.4;
-  const int64_t unit = conv.pairs ? 2 : 1;
+  conv.unit = lhc::kHasPairs && chance() < 0.3 ? 2 : lhc::kHasFours && chance() < 0.5 ? 4 : 1;
+  const int64_t unit = conv.unit == 2 ? 2 : 1, size = conv.value_bytes();
   conv.batch = draw(1, 3), conv.channels = draw(1, 70 / unit) * unit, conv.out_channels = draw(1, 70);
   conv.in_block = draw(1, 40 / unit) * unit, conv.tile_width = chance() < 0.5 ? draw(1, 20) : draw(1, 130);
   conv.pooled = chance() < 0.3;
@@ -103,25 +128,33 @@ bool one_call() {
 
   const int64_t step = conv.pooled ? 2 : 1, height = conv.out_height / step, width = conv.out_width / step;
   const auto count = [](auto... n) { return static_cast<size_t>((n * ...)); };
-  Values x(count(conv.batch, conv.height, conv.width, conv.channels), conv.pairs);
-  Values weight(count(static_cast<int64_t>(entries.size()), conv.in_block, conv.tile_width), conv.pairs);
-  Values residual(count(conv.batch, conv.out_height, conv.out_width, conv.out_channels), conv.pairs);
-  Values y(count(conv.batch, height, width, conv.out_channels), conv.pairs);
-  for (size_t i = 0; i < y.floats.size(); ++i) y.set(i, NAN);
-  const Values bias(count(conv.out_channels), false), scale(count(conv.out_channels), false);
+  const bool rounds = conv.unit == 4 && chance() < 0.5;
+  if (rounds) conv.out_factor = 20;
+  const bool uneven = conv.unit == 4 && (conv.channels % 4 != 0 || conv.in_block % 4 != 0);
+  Values x(count(conv.batch, conv.height, conv.width, conv.channels) + (uneven ? 3 : 0), size);
+  Values weight(count(static_cast<int64_t>(entries.size()), conv.entry_bytes() / size), size);
+  if (conv.unit == 4) complete_fours(conv, static_cast<int64_t>(entries.size()), weight);
+  Values residual(count(conv.batch, conv.out_height, conv.out_width, conv.out_channels), conv.unit == 2 ? 2 : 4);
+  Values y(count(conv.batch, height, width, conv.out_channels), conv.y_bytes());
+  for (size_t i = 0; i < y.floats.size(); ++i) rounds ? void(y.bytes[i] = -128) : y.set(i, NAN);
+  Values bias(count(conv.out_channels)), scale(count(conv.out_channels));
+  if (conv.unit == 4)
+    for (float& s : scale.floats) s /= 1024;
   conv.x = x.data(), conv.weight = weight.data(), conv.y = y.data();
-  conv.column_step = conv.channels * (conv.pairs ? 2 : 4), conv.row_step = conv.width * conv.column_step;
+  conv.column_step = conv.channels * size, conv.row_step = conv.width * conv.column_step;
   conv.image_step = conv.height * conv.row_step;
   conv.tile_ptr = tile_ptr.data(), conv.entries = entries.data(), conv.filters = filters.data();
   if (chance() < 0.5) conv.bias = bias.floats.data();
-  if (chance() < 0.3) conv.scale = scale.floats.data();
+  if (conv.unit == 4 || chance() < 0.3) conv.scale = scale.floats.data();
   if (chance() < 0.4) conv.residual = residual.data();
   conv.activation = static_cast<lhc::Activation>(draw(0, 2));
   lhc::grouped_conv2d(conv, lhc::Prepared(conv), threads);
 
   double error = 0, norm = 1e-30;
-  for (size_t i = 0; i < y.floats.size(); ++i)
-    if (conv.pairs) y.floats[i] = std::bit_cast<float>(static_cast<uint32_t>(y.bits[i]) << 16);
+  for (size_t i = 0; i < y.floats.size(); ++i) {
+    if (conv.unit == 2) y.floats[i] = std::bit_cast<float>(static_cast<uint32_t>(y.bits[i]) << 16);
+    if (rounds) y.floats[i] = y.bytes[i] == -128 ? NAN : y.bytes[i];
+  }
   for (int64_t place = 0; place < conv.tiles * conv.tile_width; ++place) {
     const int64_t f = filters[static_cast<size_t>(place)];
     if (f < 0) continue;
@@ -138,10 +171,15 @@ bool one_call() {
         expected = std::max(expected, activated(conv.activation, v));
       }
       const double got = y.floats[static_cast<size_t>(i * conv.out_channels + f)];
+      if (rounds) {  // to one of the two integers at a tie, which float32 may see elsewhere
+        const double exact = std::clamp(expected * conv.out_factor, -127.0, 127.0);
+        if (!(std::abs(got - exact) <= 0.501)) return false;
+        continue;
+      }
       error += (got - expected) * (got - expected), norm += expected * expected;
     }
   }
-  return std::sqrt(error / norm) <= (conv.pairs ? 1e-2 : 1e-5);  // false for NaN, which an unwritten output is
+  return std::sqrt(error / norm) <= (conv.unit == 2 ? 1e-2 : 1e-5);  // false for NaN, which an unwritten output is
 }
 
 }  // namespace

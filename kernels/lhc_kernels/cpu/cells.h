@@ -21,13 +21,17 @@ struct Cell {
   const uintptr_t* x;                // addresses of the pixels, before a step's shift
   uintptr_t shift;                   // common to all steps
   int64_t column_shift, row_step;    // of the weight, in bytes
-  const float* bias;                 // what the sums begin with
+  const float* bias;                 // what the sums begin with; of fours it is added to scaled sums
+  const float* scale;                // of fours
+  int64_t sums_shift;                // of fours: from a step's weight to what its sums begin with
   float* sums;                       // [pixels, vectors * lanes], or null:
   const int64_t *out, *residual_at;  // of each pixel, in values
   int64_t filters[4];                // first filter of each vector
   const float* residual;             // or null
   float* y;
-  float floor;  // of y: 0 for ReLU, -infinity for none
+  float floor;       // of y: 0 for ReLU, -infinity for none
+  int8_t* bytes;     // y in int8, or null
+  float out_factor;  // of y in int8
 };
 
 // A kernel, and the pixels that it takes.
@@ -36,11 +40,13 @@ struct Kernel {
   int pixels;
 };
 
-// The kernel for so many pixels, or the next that there is; for pairs only where kHasPairs.
+// The kernel for so many pixels, or the next that there is; for pairs only where kHasPairs, for fours where kHasFours.
 Kernel find_float_kernel(int lanes, int vectors, int pixels);
 Kernel find_pairs_kernel(int lanes, int vectors, int pixels);
-inline Kernel find_kernel(bool pairs, int lanes, int vectors, int pixels) {
-  return pairs ? find_pairs_kernel(lanes, vectors, pixels) : find_float_kernel(lanes, vectors, pixels);
+Kernel find_fours_kernel(int lanes, int vectors, int pixels);
+inline Kernel find_kernel(int unit, int lanes, int vectors, int pixels) {
+  if (unit == 4) return find_fours_kernel(lanes, vectors, pixels);
+  return unit == 2 ? find_pairs_kernel(lanes, vectors, pixels) : find_float_kernel(lanes, vectors, pixels);
 }
 
 }  // namespace lhc

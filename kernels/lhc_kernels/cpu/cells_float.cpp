@@ -5,7 +5,7 @@ namespace {
 
 // A unit is one channel in float32.
 struct FloatMath {
-  static constexpr bool kFinishes = true;
+  static constexpr bool kFinishes = true, kFours = false;
 
   template <int L>
   [[gnu::always_inline]] static Vec<L> factor(const char* x) {
@@ -18,6 +18,20 @@ struct FloatMath {
   template <int L>
   [[gnu::always_inline]] static Vec<L> add(Vec<L> sum, Vec<L> weight, const char* x) {
     return add<L>(sum, weight, factor<L>(x));
+  }
+
+  template <int L>
+  [[gnu::always_inline]] static Vec<L> total(Vec<L> sum) {
+    return sum;
+  }
+  // The sums began with the bias.
+  template <int L>
+  [[gnu::always_inline]] static Vec<L> finished(Vec<L> sum, const float*, const float*) {
+    return sum;
+  }
+  template <int L>
+  [[gnu::always_inline]] static void write(const Cell& cell, int64_t at, Vec<L> value) {
+    store<L>(cell.y + at, value);
   }
 };
 

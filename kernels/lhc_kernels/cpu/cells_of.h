@@ -52,7 +52,7 @@ constexpr int group_of(int pixels) {
 template <class Math, int L, int V, int P>
 [[gnu::always_inline]] inline void add_step(const Cell& cell, const Step& step, Vec<L> (&sums)[P * V]) {
   // Units at once: one pixel's address serves them all. Their weights take the registers that the sums leave.
-  constexpr int kUnits = kRegisters == 32 && V == 1 ? (L == kLanes ? 4 : 2) : 1;
+  constexpr int kUnits = kRegisters == 32 && V == 1 ? (L == kLanes && !Math::kFours ? 4 : 2) : 1;
   constexpr int kGroup = group_of(P);
   const char* weight = step.weight + cell.column_shift;
   uintptr_t shift = step.shift + cell.shift;
@@ -77,15 +77,15 @@ template <class Math, int L, int V, int P>
     }
 }
 
-template <int L, int V, int P>
+template <class Math, int L, int V, int P>
 [[gnu::always_inline]] inline void finish(const Cell& cell, const Vec<L> (&sums)[P * V]) {
   const Vec<L> floor = broadcast<L>(cell.floor);
   const auto write = [&](auto with_residual) LHC_INLINE {
     unrolled<P * V>([&](auto i) LHC_INLINE {
       constexpr int p = i / V, v = i % V;
-      Vec<L> value = sums[i];
+      Vec<L> value = Math::template finished<L>(sums[i], cell.scale + v * L, cell.bias + v * L);
       if constexpr (with_residual) value += load<L>(cell.residual + cell.residual_at[p] + cell.filters[v]);
-      store<L>(cell.y + cell.out[p] + cell.filters[v], at_least<L>(value, floor));
+      Math::template write<L>(cell, cell.out[p] + cell.filters[v], at_least<L>(value, floor));
     });
   };
   if (cell.residual)
@@ -94,21 +94,45 @@ template <int L, int V, int P>
     write(std::false_type{});
 }
 
+[[gnu::always_inline]] inline bool is_inside(const Cell& cell, const Step& step) {
+  return step.row >= cell.rows[0] && step.row < cell.rows[1] && step.column >= cell.columns[0] &&
+         step.column < cell.columns[1];
+}
+
+// What sums of fours begin with, in int32: see conv.h.
+template <int L, int V>
+[[gnu::always_inline]] inline void begin(const Cell& cell, Vec<L> (&start)[V]) {
+  using Bits = typename Vectors<L>::Bits;  // what lanes without a filter read may add up to anything
+  Bits sums[V] = {};
+  for (const Step* step = cell.steps; step != cell.end; ++step) {
+    if (!is_inside(cell, *step)) continue;
+    const char* row = step->weight + cell.column_shift + cell.sums_shift;
+    unrolled<V>([&](auto v) LHC_INLINE {
+      sums[v] += reinterpret_cast<Bits>(load<L>(reinterpret_cast<const int32_t*>(row) + v * L));
+    });
+  }
+  unrolled<V>([&](auto v) LHC_INLINE { start[v] = reinterpret_cast<Vec<L>>(sums[v]); });
+}
+
 template <class Math, int L, int V, int P>
 void run(const Cell& cell) {
   Vec<L> sums[P * V];
-  unrolled<P * V>([&](auto i) LHC_INLINE { sums[i] = load<L>(cell.bias + i % V * L); });
+  if constexpr (Math::kFours) {
+    Vec<L> start[V];
+    begin<L, V>(cell, start);
+    unrolled<P * V>([&](auto i) LHC_INLINE { sums[i] = start[i % V]; });
+  } else {
+    unrolled<P * V>([&](auto i) LHC_INLINE { sums[i] = load<L>(cell.bias + i % V * L); });
+  }
   for (const Step* step = cell.steps; step != cell.end; ++step) {
-    const bool inside = step->row >= cell.rows[0] && step->row < cell.rows[1] && step->column >= cell.columns[0] &&
-                        step->column < cell.columns[1];
-    if (inside) add_step<Math, L, V, P>(cell, *step, sums);
+    if (is_inside(cell, *step)) add_step<Math, L, V, P>(cell, *step, sums);
   }
   // A copy, since what refers to the sums themselves from here on could keep them out of registers above.
   Vec<L> totals[P * V];
   unrolled<P * V>([&](auto i) LHC_INLINE { totals[i] = sums[i]; });
   if constexpr (Math::kFinishes)
-    if (!cell.sums) return finish<L, V, P>(cell, totals);
-  unrolled<P * V>([&](auto i) LHC_INLINE { store<L>(cell.sums + i * L, totals[i]); });
+    if (!cell.sums) return finish<Math, L, V, P>(cell, totals);
+  unrolled<P * V>([&](auto i) LHC_INLINE { store<L>(cell.sums + i * L, Math::template total<L>(totals[i])); });
 }
 
 // How many pixels there are kernels for: multiples of these. Fewer than four sums at a time would take as long, for

@@ -6,7 +6,7 @@ namespace {
 
 // A unit is a pair of channels in bfloat16: four bytes as well, of a pixel and of each filter's weight.
 struct PairMath {
-  static constexpr bool kFinishes = false;  // rounding to bfloat16 takes registers from the sums
+  static constexpr bool kFinishes = false, kFours = false;  // rounding to bfloat16 takes registers from the sums
 
   template <int L>
   [[gnu::always_inline]] static Vec<L> factor(const char* x) {
@@ -34,6 +34,11 @@ struct PairMath {
       asm("vdpbf16ps %2%{1to8%}, %1, %0" : "+v"(sum) : "v"(weight), "m"(pair));
     else
       asm("vdpbf16ps %2%{1to4%}, %1, %0" : "+v"(sum) : "v"(weight), "m"(pair));
+    return sum;
+  }
+
+  template <int L>
+  [[gnu::always_inline]] static Vec<L> total(Vec<L> sum) {
     return sum;
   }
 };

@@ -66,23 +66,27 @@ void run_panel(const Job& job, const Block& block, int64_t tile, size_t index) {
   const Layer::Filled& filled = layer.filled[static_cast<size_t>(tile) * layer.panels.size() + index];
   if (filled.columns == 0) return;
   const auto place = static_cast<size_t>(tile * layer.padded_width + panel.place);
-  const bool direct =
-      filled.adjacent && !conv.pairs && !conv.scale && !conv.pooled && conv.activation != Activation::kSilu;
+  const bool direct = filled.adjacent && !conv.pooled && conv.activation != Activation::kSilu &&
+                      (conv.unit == 1 ? !conv.scale : conv.unit == 4);
   alignas(64) float sums[4 * kMostPixels * kLanes];
 
   Cell cell{};
   cell.steps = layer.steps.data() + layer.first_step[static_cast<size_t>(tile)];
   cell.end = layer.steps.data() + layer.first_step[static_cast<size_t>(tile) + 1];
   cell.column_shift = panel.column * 4, cell.row_step = layer.row_step;
-  cell.bias = conv.scale ? kZeros : job.columns.bias + place;
+  const bool scales_in_place = direct && conv.unit == 4;
+  cell.bias = conv.scale && !scales_in_place ? kZeros : job.columns.bias + place;
+  if (conv.unit == 4) cell.scale = job.columns.scale + place;
+  cell.sums_shift = conv.rows() * layer.row_step;
   for (int v = 0; v < filled.vectors; ++v)
     cell.filters[v] = layer.filters[place + static_cast<size_t>(v * panel.lanes)];
   cell.residual = static_cast<const float*>(conv.residual), cell.y = static_cast<float*>(conv.y);
+  if (conv.out_factor != 0) cell.bytes = static_cast<int8_t*>(conv.y), cell.out_factor = conv.out_factor;
   cell.floor = conv.activation == Activation::kRelu ? 0.0f : -std::numeric_limits<float>::infinity();
   const int most = max_pixels(filled.vectors);
   for (int first = 0; first < block.count; first += most) {
     const int count = std::min(most, block.count - first);
-    const Kernel kernel = find_kernel(conv.pairs, panel.lanes, filled.vectors, count);
+    const Kernel kernel = find_kernel(conv.unit, panel.lanes, filled.vectors, count);
     cell.x = block.x + first, cell.out = block.out + first, cell.residual_at = block.residual + first;
     for (int a = 0; a < (conv.pooled ? 4 : 1); ++a) {
       const int down = a / 2, right = a % 2;
@@ -108,15 +112,15 @@ void fetch(uintptr_t address, int64_t bytes, int64_t share, int64_t shares) {
 // The next block is the first to read the pixels of its lowest row, and the first to write; the hardware's prefetchers
 // do not follow pixels of several lines of which each cell touches one or two.
 void fetch_ahead(const Conv& conv, const Block& block, int64_t share, int64_t shares) {
-  const int64_t step = conv.pooled ? 2 : 1, last = block.count - 1, value_bytes = conv.pairs ? 2 : 4;
+  const int64_t step = conv.pooled ? 2 : 1, last = block.count - 1;
   if (conv.height * conv.row_step > kReadAheadBytes) {
     const int64_t below = (conv.kernel[0] - 1) * conv.dilation[0] - conv.top + (step - 1) * conv.stride[0];
     const int64_t bytes = block.count * step * conv.stride[1] * conv.column_step;
     fetch<0>(block.x[last] + times(below, conv.row_step), bytes, share, shares);
   }
-  const int64_t pixel_bytes = conv.out_channels * value_bytes;
+  const int64_t pixel_bytes = conv.out_channels * conv.y_bytes();
   if (conv.out_height * conv.out_width * pixel_bytes > kWriteAheadBytes * step * step)
-    fetch<1>(reinterpret_cast<uintptr_t>(conv.y) + times(block.out[last] + conv.out_channels, value_bytes),
+    fetch<1>(reinterpret_cast<uintptr_t>(conv.y) + times(block.out[last] + conv.out_channels, conv.y_bytes()),
              block.count * pixel_bytes, share, shares);
 }
 
@@ -140,9 +144,8 @@ void run_cells(const Job& job, int64_t begin_cost, int64_t end_cost) {
 
 std::vector<int64_t> cut_into_chunks(const Conv& conv) {
   std::vector<int64_t> chunks;
-  const int64_t entry_bytes = conv.in_block * conv.tile_width * (conv.pairs ? 2 : 4);
   for (int64_t t = 0, first = 0; t < conv.tiles; ++t) {
-    if (!chunks.empty() && (conv.tile_ptr[t + 1] - first) * entry_bytes <= kWeightBytes) continue;
+    if (!chunks.empty() && (conv.tile_ptr[t + 1] - first) * conv.entry_bytes() <= kWeightBytes) continue;
     chunks.push_back(t);
     first = conv.tile_ptr[t];
   }

@@ -62,7 +62,7 @@ void scatter(Value* p, const int32_t* filters, bool in_fours, Vec<L> v) {
     if (filters[i] >= 0) p[filters[i]] = values[i];
 }
 
-template <int L, typename Value>
+template <int L, typename Value, typename Result = Value>
 void run(const Conv& conv, const Layer& layer, const Columns& columns, int64_t tile, int64_t index, const Block& block,
          const Sums& sums) {
   const Panel& panel = layer.panels[static_cast<size_t>(index)];
@@ -71,7 +71,7 @@ void run(const Conv& conv, const Layer& layer, const Columns& columns, int64_t t
   const auto place = static_cast<size_t>(tile * layer.padded_width + panel.place);
   const int64_t width = panel.lanes * filled.vectors;
   const auto* residual = static_cast<const Value*>(conv.residual);
-  auto* y = static_cast<Value*>(conv.y);
+  auto* y = static_cast<Result*>(conv.y);
   const int pixels = conv.pooled ? 4 : 1;
   for (int i = sums.first; i < sums.first + sums.count; ++i)
     for (int64_t column = 0; column < filled.columns; column += L) {
@@ -88,6 +88,7 @@ void run(const Conv& conv, const Layer& layer, const Columns& columns, int64_t t
         if (conv.activation == Activation::kSilu) v = silu<L>(v);
         result = a == 0 ? v : larger<L>(v, result);
       }
+      if constexpr (sizeof(Result) == 1) result = result * conv.out_factor;
       if (filled.adjacent)
         store<L>(y + block.out[i] + *filters, result);
       else
@@ -98,8 +99,10 @@ void run(const Conv& conv, const Layer& layer, const Columns& columns, int64_t t
 template <int L>
 void run(const Conv& conv, const Layer& layer, const Columns& columns, int64_t tile, int64_t index, const Block& block,
          const Sums& sums) {
-  if (conv.pairs)
+  if (conv.unit == 2)
     run<L, uint16_t>(conv, layer, columns, tile, index, block, sums);
+  else if (conv.out_factor != 0)
+    run<L, float, int8_t>(conv, layer, columns, tile, index, block, sums);
   else
     run<L, float>(conv, layer, columns, tile, index, block, sums);
 }

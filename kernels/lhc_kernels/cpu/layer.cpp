@@ -39,8 +39,7 @@ Layer::Layer(const Conv& conv) : panels(cut(conv.tile_width)) {
 
 void Layer::read_entries(const Conv& conv) {
   const int64_t entries = conv.tile_ptr[conv.tiles], in_blocks = (conv.channels - 1) / conv.in_block + 1;
-  const int64_t unit = conv.pairs ? 2 : 1, value_bytes = conv.pairs ? 2 : 4;
-  const int64_t entry_bytes = conv.in_block / unit * row_step;
+  const int64_t unit = conv.unit, entry_bytes = conv.entry_bytes();
   const auto* weight = static_cast<const char*>(conv.weight);
   // A row's last vector may reach past it, into the rows behind; the last entries, behind whose rows there are too few
   // weights for that, are read from a copy.
@@ -64,8 +63,8 @@ void Layer::read_entries(const Conv& conv) {
         tap_begin = tap * in_blocks, row = tap / conv.kernel[1], column = tap % conv.kernel[1];
       }
       const int64_t first = (entry - tap_begin) * conv.in_block;
-      const int64_t count = std::min(conv.in_block, conv.channels - first) / unit;
-      const bool adjacent = entry == previous + 1 && entry > tap_begin;
+      const int64_t count = (std::min(conv.in_block, conv.channels - first) - 1) / unit + 1;
+      const bool adjacent = unit != 4 && entry == previous + 1 && entry > tap_begin;  // fours have sums in between
       previous = entry;
       units += count;
       if (adjacent && e != copied) {
@@ -74,7 +73,7 @@ void Layer::read_entries(const Conv& conv) {
       }
       const uintptr_t shift = times(row * conv.dilation[0] - conv.top, conv.row_step) +
                               times(column * conv.dilation[1] - conv.left, conv.column_step) +
-                              times(first, value_bytes);
+                              times(first, conv.value_bytes());
       const char* from = e < copied ? weight + e * entry_bytes : last_entries_.data() + (e - copied) * entry_bytes;
       steps.push_back({from, shift, static_cast<int32_t>(row), static_cast<int32_t>(column), count});
     }

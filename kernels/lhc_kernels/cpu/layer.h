@@ -13,7 +13,7 @@ struct Step {
   const char* weight;   // of the first of these channels, for the tile's column 0
   uintptr_t shift;      // from a block's pixel address to the first channel; modulo the address space
   int32_t row, column;  // of the kernel
-  int64_t units;        // channels, or pairs of them
+  int64_t units;        // channels, pairs of them, or fours
 };
 
 // Columns of a tile that one call of a kernel computes: `vectors` vectors of `lanes` filters.

@@ -76,7 +76,7 @@ Key key_of(const Call& call) {
           version(2),
           t[1].numel(),
           address(c.weight),
-          c.pairs + 2 * c.pooled,
+          c.unit + 8 * c.pooled,
           c.row_step,
           c.column_step,
           c.batch,

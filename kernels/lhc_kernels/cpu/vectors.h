@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <utility>
 
-#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -33,14 +33,24 @@ constexpr bool kHasPairs = true;
 constexpr bool kHasPairs = false;
 #endif
 
+// Whether sums of four products of an unsigned and a signed byte, in int32, have an instruction.
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
+constexpr bool kHasFours = true;
+#else
+constexpr bool kHasFours = false;
+#endif
+
 template <int L>
 struct Vectors {
   typedef float Floats __attribute__((vector_size(L * 4)));
   typedef int32_t Ints __attribute__((vector_size(L * 4)));
   typedef uint32_t Bits __attribute__((vector_size(L * 4)));
   typedef uint16_t Halves __attribute__((vector_size(L * 2)));
+  typedef int8_t Bytes __attribute__((vector_size(L)));
   typedef float UnalignedFloats __attribute__((vector_size(L * 4), aligned(4), may_alias));
   typedef uint16_t UnalignedHalves __attribute__((vector_size(L * 2), aligned(2), may_alias));
+  typedef int32_t UnalignedInts __attribute__((vector_size(L * 4), aligned(4), may_alias));
+  typedef int8_t UnalignedBytes __attribute__((vector_size(L), aligned(1), may_alias));
 };
 template <int L>
 using Vec = typename Vectors<L>::Floats;
@@ -70,6 +80,21 @@ template <int L>
   const Bits rounded = (bits + 0x7fff + odd) >> 16, quiet = (bits >> 16) | 0x40;
   const auto halves = __builtin_convertvector(v != v ? quiet : rounded, typename Vectors<L>::Halves);
   *reinterpret_cast<typename Vectors<L>::UnalignedHalves*>(p) = halves;
+}
+
+template <int L>
+[[gnu::always_inline]] inline typename Vectors<L>::Ints load(const int32_t* p) {
+  return *reinterpret_cast<const typename Vectors<L>::UnalignedInts*>(p);
+}
+
+// The nearest integers, ties to even, from -127 to 127; NaN counts as 0. Adding 1.5 * 2^23 rounds: its last bit is 1.
+template <int L>
+[[gnu::always_inline]] inline void store(int8_t* p, Vec<L> v) {
+  using Ints = typename Vectors<L>::Ints;
+  const Vec<L> most = Vec<L>{} + 127.0f, bounded = v > most ? most : v < -most ? -most : v == v ? v : Vec<L>{};
+  const Ints integers = reinterpret_cast<Ints>(bounded + 12582912.0f) - 0x4b400000;
+  *reinterpret_cast<typename Vectors<L>::UnalignedBytes*>(p) =
+      __builtin_convertvector(integers, typename Vectors<L>::Bytes);
 }
 
 // A difference, because adding +0 would turn -0 into +0, and so could not be left out by the compiler.

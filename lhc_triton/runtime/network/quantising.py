@@ -122,7 +122,7 @@ def _plan(case: Case, device: torch.device) -> Plan:
     cost = cost_model("auto", torch.int8, device, case.tune)
     with preserved(case.work):
         inputs = tuple(x.clone() for x in case.inputs)
-        return make_plan(case.work, inputs, "auto", cost, dense=True)
+        return make_plan(case.work, inputs, "auto", cost, dense=True, whole=False)
 
 
 def _merged(plan: Plan, layers: Sequence[LayerPlan]) -> Plan:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lhc_triton.planning.backends import Backend
 from lhc_triton.planning.cost import NATIVE
 from lhc_triton.runtime.op.call import Call
+from lhc_triton.runtime.op.epilogue import result_dtype
 from lhc_triton.runtime.op.packing import check_tables
 
 
@@ -26,12 +27,13 @@ def run(call: Call) -> Tensor:
 
 def refuse(call: Call) -> NoReturn:
     """Raise TypeError or ValueError that says why the kernel does not take a call."""
-    x, epilogue = call.x, call.epilogue
+    x, epilogue, expected = call.x, call.epilogue, result_dtype(call.x.dtype)
     vectors = {"bias": epilogue.bias, "residual": epilogue.residual, "scale": epilogue.scale}
     for name, tensor in vectors.items():
-        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+        if tensor is not None and (tensor.dtype != expected or tensor.device != x.device):
             raise TypeError(
-                f"grouped_conv2d: {name} is {tensor.dtype} on {tensor.device}, x {x.dtype} on {x.device}"
+                f"grouped_conv2d: {name} is {tensor.dtype} on {tensor.device}, expected {expected} on x's "
+                f"{x.device}"
             )
     tile_ptr, entries, filters = (table.tolist() for table in call.tables)
     check_tables(tile_ptr, entries, filters, call.entries, call.geometry.out_channels)
@@ -45,7 +47,11 @@ def _problem(device: str, dtype: str) -> str | None:
     from lhc_kernels.cpu import problem
 
     reason = problem()
-    return None if reason is None else f'backend "native" is not available: {reason}; or use "torch"'
+    if reason is not None:
+        return f'backend "native" is not available: {reason}; or use "torch"'
+    if dtype == "int8" and not torch.ops.lhc.native_int8():
+        return 'backend "native" does not serve int8 here: the processor (or its flags) has no VNNI'
+    return None
 
 
 def _prepare(weight: Tensor, in_channels: int) -> Tensor:
@@ -60,6 +66,8 @@ def _prepare(weight: Tensor, in_channels: int) -> Tensor:
 def _prepared(weight: Tensor, dtype: torch.dtype) -> tuple[int, int] | None:
     if weight.dim() == 4 and weight.dtype == torch.bfloat16 and weight.shape[3] == 2:
         return weight.shape[1] * 2, weight.shape[2]  # in pairs of channels, see lhc::native_weight
+    if weight.dim() == 4 and weight.dtype == torch.int8 and weight.shape[3] == 4 and dtype == torch.int8:
+        return (weight.shape[1] - 1) * 4, weight.shape[2]  # in fours, and their sums
     if weight.dim() == 3 and weight.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16):
         return weight.shape[1], weight.shape[2]
     return None
@@ -68,9 +76,10 @@ def _prepared(weight: Tensor, dtype: torch.dtype) -> tuple[int, int] | None:
 BACKEND = Backend(
     "native",
     devices=("cpu",),
-    dtypes=("float32", "float16", "bfloat16"),
+    dtypes=("float32", "float16", "bfloat16", "int8"),
     run=run,
     activations=("none", "relu", "silu"),
+    writes_int8=True,
     problem=_problem,
     auto={"cpu": 2},
     price=NATIVE,

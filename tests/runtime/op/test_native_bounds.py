@@ -42,7 +42,7 @@ WRONG = {
     "more filters than columns": (
         lambda a: {"out_channels": 2**34, "bias": None}, ValueError, "each of the 17179869184 filters once",
     ),
-    "bias type": (lambda a: {"bias": a["bias"].double()}, TypeError, "bias is torch.float64 on cpu, x torch"),
+    "bias type": (lambda a: {"bias": a["bias"].double()}, TypeError, "bias is torch.float64 on cpu, exp"),
     "residual type": (
         lambda a: {"residual": torch.zeros(2, 10, 5, 7, dtype=torch.half)}, TypeError,
         "residual is torch.float16",

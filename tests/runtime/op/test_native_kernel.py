@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_problems import Problem
+from op_problems import Problem, layers
 from oracle import norm_error
 
 from lhc_kernels.cpu import problem
@@ -115,39 +115,6 @@ def test_filters_may_lie_in_any_columns_of_their_tiles(width):
         finally:
             torch.use_deterministic_algorithms(False)
         assert norm_error(y, oracle) < 1e-6
-
-
-@st.composite
-def layers(draw):
-    """Layers of any size and kind, with any epilogue."""
-    small = st.integers
-    kernel = (draw(small(1, 5)), draw(small(1, 5)))
-    stride, dilation = ((draw(small(1, 3)), draw(small(1, 3))) for _ in range(2))
-    padding = tuple(draw(small(0, 6)) for _ in range(4))
-    pool = draw(st.sampled_from(["none", "none", "max2x2"]))
-    sizes = []
-    for axis in (0, 1):
-        reach = dilation[axis] * (kernel[axis] - 1) + 1 - padding[2 * axis] - padding[2 * axis + 1]
-        least = max(1, reach + (stride[axis] if pool != "none" else 0))
-        sizes.append(least + draw(small(0, 12)))
-    geometry = ConvGeometry(
-        draw(small(0, 4)), draw(small(1, 70)), draw(small(1, 70)), *sizes, kernel, stride, padding, dilation
-    )
-    return Problem(
-        geometry,
-        in_block=draw(st.sampled_from([1, 2, 5, 8, 16, 32, 64])),
-        out_block=draw(st.sampled_from([1, 2, 5, 8, 16, 24, 32, 64])),
-        density=draw(st.sampled_from([0.0, 0.05, 0.3, 1.0])),
-        groups_per_tile=draw(small(1, 4)),
-        shuffle=draw(st.booleans()),
-        channels_last=draw(st.booleans()),
-        seed=draw(small(0, 2**16)),
-        has_bias=draw(st.booleans()),
-        has_residual=draw(st.booleans()),
-        has_scale=draw(st.booleans()),
-        activation=draw(st.sampled_from(["none", "relu", "silu"])),
-        pool=pool,
-    )
 
 
 @settings(max_examples=300, deadline=None)

@@ -37,7 +37,8 @@ def test_the_schema_is_the_agreed_one():
     assert str(op.default._schema) == (
         "lhc::grouped_conv2d(Tensor x, Tensor weight, Tensor[] tables, Tensor? bias, Tensor? residual, "
         "Tensor? scale, SymInt out_channels, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, "
-        "SymInt[] dilation, str activation, str pool, str backend, SymInt[] config) -> Tensor"
+        "SymInt[] dilation, str activation, str pool, str backend, SymInt[] config, "
+        "Tensor? out_step=None) -> Tensor"
     ).replace("SymInt", "int")
 
 

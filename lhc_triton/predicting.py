@@ -218,19 +218,32 @@ class Classifier:
             return error.reason
 
     def _classes(self, pixels: np.ndarray, top: int) -> list[tuple[Class, ...]]:
-        images = torch.from_numpy(pixels).to(self._device, torch.float32).permute(0, 3, 1, 2) / 255
-        if self._channels == 1:  # the weights of ITU-R BT.601, as Pillow's own grey
-            images = (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(
-                dim=1, keepdim=True
-            )
-        images = (images - self._mean.to(self._device)) / self._std.to(self._device)
         with torch.inference_mode():
-            shares = self._model(images).float().softmax(dim=1)
+            shares = self._model(self._prepared(pixels)).float().softmax(dim=1)
             best = shares.topk(min(top, shares.shape[1]), dim=1)
         return [
             tuple(Class(i, self._names[i], s) for i, s in zip(indices, values, strict=True))
             for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
+
+    def examples(self, files: Sequence[Path], most: int = 16) -> Tensor:
+        """Return the first images that can be read as a batch [N, C, H, W]; ValueError if there is none."""
+        good: list[np.ndarray] = []
+        for _, images in self._batches(files, most):
+            good += [image for image in images if isinstance(image, np.ndarray)]
+            if len(good) >= most:
+                break
+        if not good:
+            raise ValueError(f"none of the {len(files)} images can be read")
+        return self._prepared(np.stack(good[:most]))
+
+    def _prepared(self, pixels: np.ndarray) -> Tensor:
+        images = torch.from_numpy(pixels).to(self._device, torch.float32).permute(0, 3, 1, 2) / 255
+        if self._channels == 1:  # the weights of ITU-R BT.601, as Pillow's own grey
+            images = (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(
+                dim=1, keepdim=True
+            )
+        return (images - self._mean.to(self._device)) / self._std.to(self._device)
 
 
 def _numbers(name: str, text: str, channels: int) -> Tensor:

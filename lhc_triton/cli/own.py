@@ -24,22 +24,36 @@ def accelerate(
     tune: Annotated[str, typer.Option(help="off, cached, or full: measure each layer here.")] = "cached",
     backend: Annotated[str, typer.Option(help="auto, or one backend for every layer.")] = "auto",
     dtype: Annotated[
-        str | None, typer.Option(help="int8: quantise; give real images. Default: the network's own.")
+        str | None, typer.Option(help="int8: quantise, by --images. Default: the network's own.")
     ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(help="Image files, or folders, 16 of which are the example; else random numbers are."),
+    ] = None,
+    mean: Annotated[str, typer.Option(help="Of the images, see `predict`.")] = "0",
+    std: Annotated[str, typer.Option(help="Of the images, see `predict`.")] = "1",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Make a network fast where its weights have structured zeros or a topology, check it, and keep it."""
     import lhc_triton as lhc
+    from lhc_triton.predicting import Classifier, picture_files
 
     with stages() as progress:
         progress(f"reading {network}")
         found = network_of(network, weights, input_shape, device=device)
         if found.accelerated is not None:
             raise ValueError(f"{network} is accelerated already; give the network that it was made from")
+        example: Any = found.inputs
+        if images:
+            example = Classifier(found.model, found.inputs, mean, std, None, device).examples(
+                picture_files(images)
+            )
+        elif dtype == "int8":
+            typer.echo("lhc-triton: int8 is fitted to random numbers; give --images of real ones", err=True)
         progress("planning, building and comparing with the network as it is")
         options: dict[str, Any] = {"tune": tune, "backend": backend, "dtype": dtype}
-        fast = lhc.accelerate(found.model, found.inputs, **options)
+        fast = lhc.accelerate(found.model, example, **options)
         if out is not None:
             progress(f"writing {out}")
             lhc.save(fast, out)

@@ -57,6 +57,33 @@ def test_accelerate_speaks_json(run, tmp_path):
     assert found["artifact"] is None
 
 
+def test_accelerate_quantises_on_images(run, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for seed in range(3):
+        noise = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "photos" / f"{seed}.png")
+    (tmp_path / "photos" / "bad.png").write_bytes(b"no picture")
+    model = sparse_weights(tmp_path / "w.safetensors")
+    options = ("--weights", "w.safetensors", "--input", SHAPE, "--backend", "reference", "--dtype", "int8")
+    done = run(
+        "accelerate", "zoo.mine:make", *options, "--images", "photos", "--out", "f.safetensors", "--json"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["layers"]
+    assert "int8" in {row["dtype"] for row in rows}
+    x = torch.rand(2, 3, 24, 24)
+    y, expected = lhc.load(tmp_path / "f.safetensors")(x), model(x).detach()
+    assert 1e-5 < float((y - expected).norm() / expected.norm()) < 0.1
+    done = run("accelerate", "zoo.mine:make", *options)
+    assert "int8 is fitted to random numbers; give --images" in done.stderr
+
+
+def test_accelerate_names_the_dtypes_there_are(run):
+    done = run("accelerate", "zoo.mine:make", "--input", SHAPE, "--dtype", "int4")
+    assert done.returncode == 2
+    assert "dtype='int4' is not supported; use 'int8'" in done.stderr
+
+
 @pytest.mark.parametrize("how", ["safetensors", "pt", "checkpoint", "data parallel", "pruned"])
 def test_weights_come_as_files_of_tensors(run, tmp_path, how):
     model = sparse_weights(tmp_path / "w.safetensors")

@@ -53,18 +53,21 @@ size_t place(const lhc::Conv& conv, int64_t entry, int64_t channel, int64_t colu
   return static_cast<size_t>((row * conv.tile_width + column) * conv.unit + channel % conv.unit);
 }
 
-// The sums that fours begin with, and zeros where an entry's last four has no channel.
+// The sums that fours begin with, and zeros for the channels that an entry lacks.
 void complete_fours(const lhc::Conv& conv, int64_t entries, Values& weight) {
-  for (int64_t e = 0; e < entries; ++e)
+  const int64_t in_blocks = (conv.channels + conv.in_block - 1) / conv.in_block;
+  for (int64_t e = 0; e < entries; ++e) {
+    const int64_t live = std::min(conv.in_block, conv.channels - conv.entries[e] % in_blocks * conv.in_block);
     for (int64_t column = 0; column < conv.tile_width; ++column) {
       int32_t sum = 0;
       for (int64_t c = 0; c < conv.rows() * 4; ++c) {
-        if (c >= conv.in_block) weight.bytes[place(conv, e, c, column)] = 0;
+        if (c >= live) weight.bytes[place(conv, e, c, column)] = 0;
         sum += weight.bytes[place(conv, e, c, column)];
       }
       sum *= -128;
       std::memcpy(weight.bytes.data() + place(conv, e, conv.rows() * 4, column), &sum, 4);
     }
+  }
 }
 
 const lhc::Threads threads{3, [](int workers, const std::function<void(int)>& work) {
@@ -133,17 +136,18 @@ bool one_call() {
   const bool uneven = conv.unit == 4 && (conv.channels % 4 != 0 || conv.in_block % 4 != 0);
   Values x(count(conv.batch, conv.height, conv.width, conv.channels) + (uneven ? 3 : 0), size);
   Values weight(count(static_cast<int64_t>(entries.size()), conv.entry_bytes() / size), size);
-  if (conv.unit == 4) complete_fours(conv, static_cast<int64_t>(entries.size()), weight);
   Values residual(count(conv.batch, conv.out_height, conv.out_width, conv.out_channels), conv.unit == 2 ? 2 : 4);
   Values y(count(conv.batch, height, width, conv.out_channels), conv.y_bytes());
   for (size_t i = 0; i < y.floats.size(); ++i) rounds ? void(y.bytes[i] = -128) : y.set(i, NAN);
   Values bias(count(conv.out_channels)), scale(count(conv.out_channels));
-  if (conv.unit == 4)
-    for (float& s : scale.floats) s /= 1024;
   conv.x = x.data(), conv.weight = weight.data(), conv.y = y.data();
   conv.column_step = conv.channels * size, conv.row_step = conv.width * conv.column_step;
   conv.image_step = conv.height * conv.row_step;
   conv.tile_ptr = tile_ptr.data(), conv.entries = entries.data(), conv.filters = filters.data();
+  if (conv.unit == 4) {
+    complete_fours(conv, static_cast<int64_t>(entries.size()), weight);
+    for (float& s : scale.floats) s /= 1024;
+  }
   if (chance() < 0.5) conv.bias = bias.floats.data();
   if (conv.unit == 4 || chance() < 0.3) conv.scale = scale.floats.data();
   if (chance() < 0.4) conv.residual = residual.data();

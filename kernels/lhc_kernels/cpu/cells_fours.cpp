@@ -14,7 +14,7 @@ struct FoursMath {
   // By name: compilers would flip the bits in an integer register and bring it over, which takes twice as long.
   template <int L>
   [[gnu::always_inline]] static Vec<L> factor(const char* x) {
-    const auto& four = *reinterpret_cast<const UnalignedInt*>(x);
+    const UnalignedInt& four = *reinterpret_cast<const UnalignedInt*>(x);
     Vec<L> flipped;
     if constexpr (L == 16)
       asm("vpxord %2%{1to16%}, %1, %0" : "=v"(flipped) : "v"(signs<L>()), "m"(four));
@@ -32,7 +32,7 @@ struct FoursMath {
 #else
   template <int L>
   [[gnu::always_inline]] static Vec<L> factor(const char* x) {
-    const auto& four = *reinterpret_cast<const UnalignedInt*>(x);
+    const UnalignedInt& four = *reinterpret_cast<const UnalignedInt*>(x);
     typename Vectors<L>::Ints spread;
     asm("vpbroadcastd %1, %0" : "=x"(spread) : "m"(four));
     return reinterpret_cast<Vec<L> >(spread ^ signs<L>());

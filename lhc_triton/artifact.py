@@ -219,7 +219,7 @@ def load(
     Raises:
         ArtifactError: the file is damaged, of another format version, or does not fit ``model``.
         FileNotFoundError, OSError: it cannot be read.
-        ValueError: the device is not available.
+        ValueError: the device is not available, or the backend of a layer in int8 does not serve it there.
     """
     target = check_device(device)
     try:

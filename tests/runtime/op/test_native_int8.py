@@ -1,5 +1,10 @@
 """int8 in the native CPU kernel: exact sums against float64, for any layer, and int8 results."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +19,8 @@ from lhc_triton.runtime.op.backends import unavailable
 
 missing = problem() or unavailable("native", torch.int8, "cpu")
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
+
+ROOT = Path(__file__).resolve().parents[3]
 
 # How integers are drawn: all over, as behind a ReLU, or at the ends of their range.
 DRAWN = {
@@ -178,3 +185,22 @@ def test_quantise_reads_any_layout():
     expected = torch.ops.lhc.quantise(x.contiguous(), torch.tensor(0.1))
     assert torch.equal(torch.ops.lhc.quantise(x, torch.tensor(0.1)), expected)
     torch.library.opcheck(torch.ops.lhc.quantise, (x, torch.tensor(0.1)))
+
+
+def test_without_vnni_it_is_refused_in_one_line():
+    code = (
+        "import torch\n"
+        "from lhc_triton.runtime.op.backends import unavailable\n"
+        "print(unavailable('native', torch.float32, 'cpu'), unavailable('native', torch.int8, 'cpu'))\n"
+    )
+    # the flags of a build that another test makes
+    environment = {**os.environ, "LHC_TRITON_NATIVE_FLAGS": "-O1 -mavx2 -mfma", "OMP_NUM_THREADS": "1"}
+    environment.pop("LHC_TRITON_CACHE", None)
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        'None backend "native" does not serve int8 here: the processor (or its flags) has no VNNI\n'
+    )

@@ -190,7 +190,10 @@ class _Swap:
         with torch.no_grad(), preserved(self.network):
             handles = [
                 self.floats[name].register_forward_hook(
-                    lambda module, arguments, output, name=name: look(name, arguments, output)
+                    lambda module, arguments, named, output, name=name: look(
+                        name, (*arguments, *named.values()), output
+                    ),
+                    with_kwargs=True,
                 )
                 for name in names
             ]

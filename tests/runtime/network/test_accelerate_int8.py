@@ -167,6 +167,25 @@ def test_layers_go_back_to_float32_until_the_output_is_near_enough():
     assert norm_error(fast(x), model(x).double()) < 1e-2
 
 
+class ByName(nn.Module):
+    """It calls its convolution by name, and in a way that torch.fx cannot trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(32, 32, 1)
+        halved(self.conv)
+
+    def forward(self, x):
+        return self.conv(input=x) if float(x.sum()) < 1e9 else x
+
+
+def test_a_layer_may_be_called_by_name():
+    model, x = ByName(), image(channels=32)
+    fast = in_int8(model, x=x)
+    assert int8_layers(fast)
+    assert 1e-4 < norm_error(fast(x), model(x).double()) < INT8_LIMIT
+
+
 def test_a_layer_without_input_stays_in_float32():
     model = nn.Sequential(nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 1))
     halved(model[0], model[2])

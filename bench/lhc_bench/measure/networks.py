@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from lhc_triton.conversion import Summary, SummaryRow, lhc_layers
 from lhc_triton.models.resnet import WIDTHS, BasicBlock, Bottleneck, ResNet
 from lhc_triton.models.vgg import CLASSES, VGG, VGG16_WIDTHS, Images
 from lhc_triton.runtime.network.accelerate import accelerate
+from lhc_triton.runtime.network.quantising import TOLERANCE as INT8_TOLERANCE
 from lhc_triton.runtime.op.accuracy import norm_error
 from lhc_triton.runtime.op.backends import unavailable
 
@@ -164,8 +165,8 @@ class NetworkSubject:
     def under(self, block: tuple[int, int], density: float, setting: Setting) -> Sparse:
         """Put random masks on all but the first convolution, and accelerate for each backend.
 
-        The rival "narrow" is the dense network with its channels scaled to about the same MACs, folded. Other
-        engines get the masked network itself.
+        The rival "narrow" is the dense network with its channels scaled to about the same MACs, folded;
+        "int8" is the masked network with its layers in int8. Other engines get the masked network itself.
         """
         sparse = self._masked(block, density, setting)
         expected = self._expected(sparse, setting)
@@ -173,23 +174,23 @@ class NetworkSubject:
         images = self.x.shape[0]
         contenders: dict[str, Contender] = {}
         left_out: dict[str, str] = {}
+        ways: dict[str, dict[str, Any]] = {}
         for backend in setting.backends:
             reason = None if backend == "auto" else unavailable(backend, setting.dtype, setting.device)
             if reason is not None:
                 left_out[backend] = reason
                 continue
+            ways[backend] = {"backend": backend}
+        if "int8" in setting.rivals:
+            ways["int8"] = {"dtype": "int8"}
+        for name, way in ways.items():
             try:
-                fast = accelerate(
-                    sparse,
-                    self.x,
-                    tune=setting.tune,
-                    backend=backend,  # type: ignore[arg-type]
-                    graphs=setting.device != "cuda",
-                )
+                fast = accelerate(sparse, self.x, tune=setting.tune, graphs=setting.device != "cuda", **way)
             except Exception as error:  # a forced backend may not serve every layer, or not compile
-                left_out[backend] = reason_of(error)
+                left_out[name] = reason_of(error)
                 continue
-            contenders[backend] = self._contender(fast, expected, counts.total.live_macs * images)
+            contender = self._contender(fast, expected, counts.total.live_macs * images)
+            contenders[name] = replace(contender, limit=INT8_TOLERANCE) if name == "int8" else contender
         if "narrow" in setting.rivals and density < 1:
             contenders["narrow"] = self._narrow(counts.total, setting)
         names = [name for name in setting.rivals if name in ENGINES]

@@ -40,7 +40,8 @@ class Setting:
         compiled: whether the dense peers include torch.compile.
         timer: called as `time_paired`; another one in tests.
         store: the times by which "auto" chooses, and the launch configs of GPU kernels.
-        rivals: other ways to save the same work, each with a row: "narrow", "bsr", "2:4", and engines.
+        rivals: other ways to save the same work, each with a row: "narrow", "bsr", "2:4", "int8",
+            and engines.
         budget_s: seconds after which a timing begins no further round; None: no limit.
         engines: where the rivals that are other engines run; None without them.
         choosing: how "auto" chooses, "off", "cached" or "full"; None: see `tune`.
@@ -132,12 +133,14 @@ class Contender:
         rel_err: norm error against the float64 reference of what it computes.
         macs: multiply-accumulates of one call that matter for the result.
         memory_mb: 1e6 bytes of its tensors at their most during a call; None: not measured.
+        limit: norm error above which its result is wrong; None: the subject's.
     """
 
     forms: Mapping[str, Call]
     rel_err: float
     macs: int
     memory_mb: float | None = None
+    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,7 @@ def measure(
         machine: its rates.
 
     Returns:
-        A row for each contender. One that cannot run, or whose norm error is above ``subject.limit``, is not
+        A row for each contender. One that cannot run, or whose norm error is above its limit, is not
         timed and gives a note.
     """
     case = f"{subject.model}/{subject.layer}"
@@ -240,8 +243,9 @@ def measure(
     notes = [(place, f"{name}: {reason}") for name, reason in sparse.unavailable.items()]
     calls, owners = dict(subject.peers), dict.fromkeys(subject.peers, "")
     for name, contender in sparse.contenders.items():
-        if not contender.rel_err <= subject.limit:
-            found = f"norm error {contender.rel_err:.1e} > {subject.limit:.0e}"
+        limit = subject.limit if contender.limit is None else contender.limit
+        if not contender.rel_err <= limit:
+            found = f"norm error {contender.rel_err:.1e} > {limit:.0e}"
             notes.append((place, f"{name}: wrong result, {found}"))
             continue
         for form, call in contender.forms.items():

@@ -192,7 +192,7 @@ def first_networks() -> tuple[NetworkCase, ...]:
 SUITES: dict[str, SuiteLike] = {
     "quick": Suite(*CPU, (), quick_cases, PAPER, CPU_DENSITIES, 15, budget_s=3.0),
     "cpu-layers": Suite(*CPU, ("narrow",), cpu_cases, PAPER, CPU_DENSITIES, 20, budget_s=5.0),
-    "cpu-models": Suite(*CPU, ("narrow",), cpu_networks, PAPER, (0.1, 0.25), 20, budget_s=15.0),
+    "cpu-models": Suite(*CPU, ("narrow", "int8"), cpu_networks, PAPER, (0.1, 0.25), 20, budget_s=15.0),
     "cpu-scaling": Suite(*CPU[:2], ("native", "auto"), (), scaled_networks, PAPER, (0.1,), 20, budget_s=15.0),
     other.SUITE: Suite(
         *CPU[:2],

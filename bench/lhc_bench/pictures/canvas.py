@@ -25,6 +25,7 @@ LOOKS = {
     "torch": ("#e69f00", "s"),
     "auto": ("#009e73", "D"),
     "narrow": ("#cc79a7", "^"),
+    "int8": ("#000000", "P"),
     "bsr": ("#56b4e9", "v"),
     "2:4": ("#000000", "X"),
     "triton grid": (SPARSE, "o"),
@@ -36,6 +37,7 @@ OTHER_LOOK = ("#7f3c8d", "P")
 NAMES = {
     "auto": "auto: what dispatch takes",
     "narrow": "dense, narrower, same MACs",
+    "int8": "int8, against dense float32",
     "bsr": "im2col + block-sparse matmul",
     "2:4": "im2col + 2:4 matmul",
 }

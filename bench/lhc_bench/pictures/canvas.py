@@ -25,7 +25,7 @@ LOOKS = {
     "torch": ("#e69f00", "s"),
     "auto": ("#009e73", "D"),
     "narrow": ("#cc79a7", "^"),
-    "int8": ("#000000", "P"),
+    "int8": ("#7f3c8d", "P"),
     "bsr": ("#56b4e9", "v"),
     "2:4": ("#000000", "X"),
     "triton grid": (SPARSE, "o"),
@@ -33,7 +33,7 @@ LOOKS = {
     "triton box": ("#009e73", "D"),
     "triton split": ("#cc79a7", "^"),
 }
-OTHER_LOOK = ("#7f3c8d", "P")
+OTHER_LOOK = ("#8c564b", "p")
 NAMES = {
     "auto": "auto: what dispatch takes",
     "narrow": "dense, narrower, same MACs",

@@ -50,23 +50,22 @@ class Int8Conv2d(GroupedConv2d):
         self.register_buffer("out_step", out_step)
 
     @classmethod
-    def of(cls, layer: LayerPlan, fused: FusedConv2d, backend: str, largest: Tensor) -> Int8Conv2d:
+    def of(cls, layer: LayerPlan, fused: FusedConv2d, backend: str, in_step: Tensor) -> Int8Conv2d:
         """Quantise a fused float32 convolution of groups=1.
 
         Args:
             layer: its plan.
             fused: dense or sparse.
             backend: who shall run it.
-            largest: [], the largest absolute value of its inputs.
+            in_step: [], what 1 shall stand for in its input.
 
         Raises:
             ValueError: the backend does not serve int8 on the weight's device.
         """
         weight = fused.weight
         assert isinstance(weight, Tensor)
-        steps = step_of(weight.detach().abs().amax((1, 2, 3)))
+        steps = step_of(weight.detach().flatten(1))
         integers = (weight.detach() / steps.view(-1, 1, 1, 1)).round_().clamp_(-LARGEST, LARGEST)
-        in_step = step_of(largest)
         made = cls(
             layer,
             blocks_from_weight(layer.topology, integers.to(torch.int8)),

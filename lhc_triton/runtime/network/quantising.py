@@ -1,7 +1,7 @@
 """Last step of accelerate with dtype="int8": planned layers of a network that agrees with its model, in int8.
 
-Post-training quantisation, symmetric: weights have a step per filter, activations one per tensor, from the
-largest value that a layer's input has on the example. No step is searched for, and no weight is changed.
+Post-training quantisation, symmetric: weights have a step per filter, activations one per tensor, those that
+lose least of the weights, and of a layer's input on the example. No weight is changed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from lhc_triton.runtime.network.verify import Findings
 from lhc_triton.runtime.op.accuracy import INT8_LIMIT, NETWORK_FACTOR, norm_error
 from lhc_triton.runtime.op.backends import unavailable
 from lhc_triton.runtime.op.dense import FusedConv2d
+from lhc_triton.runtime.op.quantise import step_of
 
 TOLERANCE = NETWORK_FACTOR * INT8_LIMIT
 DTYPES = (None, "int8")
+SAMPLED = 1 << 18  # values of an activation that choose its step
 
 
 def check_dtype(dtype: Any, model: nn.Module, backend: str) -> None:
@@ -57,7 +59,7 @@ def quantised(case: Case, built: Built, own_plan: bool) -> tuple[Case, Built]:
 
     Every layer is run on its float32 input, and stays as it is where its output differs by more than
     `INT8_LIMIT`. Then the network's output on the example is compared with the model's; while it differs by
-    more than `TOLERANCE`, the worse half of the layers goes back to float32. Between two int8 layers
+    more than `TOLERANCE`, the worst eighth of the layers goes back to float32. Between two int8 layers
     activations stay int8 where nobody else reads them.
 
     Args:
@@ -76,17 +78,17 @@ def quantised(case: Case, built: Built, own_plan: bool) -> tuple[Case, Built]:
     }
     layers = {layer.name: layer for layer in plan.layers if decisions[layer.name].backend != "dense"}
     swap = _Swap(built, layers)
-    largest = swap.largest_inputs(case.inputs)
+    samples = swap.samples(case.inputs)
     reasons = {
         swap.layer_of[name]: "in float32: on the example its input is zero, or not finite"
-        for name, value in largest.items()
-        if not 0 < float(value) < math.inf
+        for name, values in samples.items()
+        if not 0 < float(values.abs().amax()) < math.inf
     }
-    for name, value in largest.items():
+    for name, values in samples.items():
         layer = swap.layer_of[name]
         if layer not in reasons:
-            backend = decisions[layer].backend
-            swap.int8[name] = Int8Conv2d.of(layers[layer], swap.floats[name], backend, value)
+            step = step_of(values[None]).squeeze(0)
+            swap.int8[name] = Int8Conv2d.of(layers[layer], swap.floats[name], decisions[layer].backend, step)
     errors = swap.errors(case.inputs)
     reasons |= {
         swap.layer_of[name]: f"in float32: int8 would be off by {error:.1e}, more than {INT8_LIMIT:g}"
@@ -158,16 +160,17 @@ class _Swap:
             if child in named
         ]
 
-    def largest_inputs(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return the largest absolute input of each module on the example."""
-        found: dict[str, Tensor] = {}
+    def samples(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return inputs of each module on the example, [n]: evenly picked ones, and the largest."""
+        found: dict[str, list[Tensor]] = {}
 
         def look(name: str, arguments: Sequence[Tensor], output: Tensor) -> None:
-            value = arguments[0].abs().amax()
-            found[name] = torch.maximum(found[name], value) if name in found else value
+            values = arguments[0].detach().flatten()
+            largest = values.abs().amax().reshape(1)
+            found.setdefault(name, []).extend([values[:: 1 + len(values) // SAMPLED].clone(), largest])
 
         self._run(inputs, self.floats, look)
-        return found
+        return {name: torch.cat(parts) for name, parts in found.items()}
 
     def errors(self, inputs: Sequence[Tensor]) -> dict[str, float]:
         """Return the norm error of each int8 module's output on the example, its input in float32."""
@@ -220,7 +223,7 @@ class _Swap:
             problem = verdict.problem or judge.verdict(self.network, values=False).problem
             if problem is None or not chosen:
                 return verdict.error
-            worst = sorted(chosen, key=lambda layer: -self._error(layer, errors))[: -(-len(chosen) // 2)]
+            worst = sorted(chosen, key=lambda layer: -self._error(layer, errors))[: -(-len(chosen) // 8)]
             for layer in worst:
                 reasons[layer] = f"in float32: with it in int8, {problem}"
                 chosen.remove(layer)

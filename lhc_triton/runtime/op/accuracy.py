@@ -18,9 +18,8 @@ _TF32_TOLERANCE = 5e-3
 NETWORK_FACTOR = 3.0
 
 INT8_LIMIT = 0.05
-"""Norm error up to which a layer may run in int8. Steps of 1/127 of the largest value put an input off by
-c/440, if that value is c times the root mean square of all: by 1 % for normal numbers (c about 5). At 5 %
-(c = 22) a typical value has six steps left, as a few outliers set the step: float32 does better then."""
+"""Norm error up to which a layer may run in int8. Normal numbers lose 1 % in their best steps, and a sum of
+products of two such a little more; at 5 % a few outliers need steps that leave the rest too few of them."""
 
 
 def layer_tolerance(dtype: torch.dtype, device: torch.device) -> float:

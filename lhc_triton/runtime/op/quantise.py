@@ -12,6 +12,8 @@ from torch import Tensor
 LARGEST = 127
 """The integers are symmetric: -128 is left out, so that a value and its negative are equally near."""
 
+SHARES = tuple(1 - k / 20 for k in range(16))
+
 torch.library.define("lhc::quantise", "(Tensor x, Tensor step) -> Tensor")
 
 
@@ -37,6 +39,26 @@ def _fake(x: Tensor, step: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
 
 
-def step_of(largest: Tensor) -> Tensor:
-    """Return the step with which values up to ``largest`` (absolute) fill the integers; 1 where it is 0."""
-    return torch.where(largest > 0, largest.float() / LARGEST, 1.0)
+def step_of(values: Tensor) -> Tensor:
+    """Return the step with which each row of values loses least when it is rounded to int8.
+
+    Few values are as large as the largest: a smaller step cuts those off and rounds all others less. The sum
+    of squared errors decides between shares of the largest value, all of it down to a quarter (range setting
+    by the squared error, M. Nagel et al., arXiv 2106.08295).
+
+    Args:
+        values: [rows, n], floating; signs do not matter.
+
+    Returns:
+        float32 [rows]; 1 where all values are 0.
+    """
+    values = values.float().abs()
+    largest = values.amax(1)
+    best, found = torch.full_like(largest, torch.inf), torch.ones_like(largest)
+    for share in SHARES:
+        step = largest * (share / LARGEST)
+        integers = (values / step[:, None]).round_().clamp_(max=LARGEST)
+        error = (integers * step[:, None] - values).square().sum(1)
+        better = error < best  # never where all values are 0: that error is NaN
+        best, found = torch.where(better, error, best), torch.where(better, step, found)
+    return found

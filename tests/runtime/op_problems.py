@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,6 +122,15 @@ class Problem:
             self.x, self.weight, self.mask, g.stride, g.padding, g.dilation,
             self.bias, self.residual, self.scale, self.activation, self.pool,
         )  # fmt: skip
+
+    def magnitude(self) -> Tensor:
+        """The same of absolute values: what rounding errors are in proportion to, where sums cancel."""
+        tensors = ("x", "weight", "bias", "residual", "scale")
+        twin = copy.copy(self)
+        for name in tensors:
+            value = getattr(self, name)
+            setattr(twin, name, None if value is None else value.double().abs())
+        return twin.oracle()
 
 
 @st.composite

@@ -69,9 +69,9 @@ def accelerate(
             that a sparse backend runs (on the CPU those without zeros, too, where that is faster), weights
             have a step per filter, activations one per tensor: those that lose least of the weights, and of
             the layer's input on ``example_input``, which should then be a batch of real images. A layer whose
-            output on its float32 input is off by more than 0.05 (norm error) stays in float32, as does the
-            worst eighth of the layers, again and again, while the network's output on the example is off by
-            more than 0.15. All errors are in ``explain()`` and ``report()``.
+            output on its float32 input is off by more than 0.05 (norm error) stays in float32, as do those
+            with the largest effect on the network's output while that is off by more than 0.15 on the
+            example. All errors are in ``explain()`` and ``report()``.
 
     Raises:
         ValueError: the model has no convolution, NaN weights or an unfinished mask warm-up; it does not take

@@ -25,7 +25,7 @@ from lhc_triton.runtime.network.building import Built
 from lhc_triton.runtime.network.copying import preserved
 from lhc_triton.runtime.network.int8 import Int8Conv2d
 from lhc_triton.runtime.network.reading import Case
-from lhc_triton.runtime.network.verify import Findings
+from lhc_triton.runtime.network.verify import Findings, Judge
 from lhc_triton.runtime.op.accuracy import INT8_LIMIT, NETWORK_FACTOR, norm_error
 from lhc_triton.runtime.op.backends import unavailable
 from lhc_triton.runtime.op.dense import FusedConv2d
@@ -59,8 +59,8 @@ def quantised(case: Case, built: Built, own_plan: bool) -> tuple[Case, Built]:
 
     Every layer is run on its float32 input, and stays as it is where its output differs by more than
     `INT8_LIMIT`. Then the network's output on the example is compared with the model's; while it differs by
-    more than `TOLERANCE`, the worst eighth of the layers goes back to float32. Between two int8 layers
-    activations stay int8 where nobody else reads them.
+    more than `TOLERANCE`, the layers with the largest effect on it go back to float32. Between two int8
+    layers activations stay int8 where nobody else reads them.
 
     Args:
         case: the model.
@@ -96,7 +96,7 @@ def quantised(case: Case, built: Built, own_plan: bool) -> tuple[Case, Built]:
         if not error <= INT8_LIMIT
     }
     chosen = {swap.layer_of[name] for name in swap.int8} - reasons.keys()
-    verdict = swap.settle(case, chosen, errors, reasons)
+    verdict = swap.settle(case, chosen, reasons)
     choices = dict(built.choices)
     for layer in chosen:
         choices[layer] = decisions[layer]
@@ -206,9 +206,7 @@ class _Swap:
                 for handle in handles:
                     handle.remove()
 
-    def settle(
-        self, case: Case, chosen: set[str], errors: Mapping[str, float], reasons: dict[str, str]
-    ) -> float:
+    def settle(self, case: Case, chosen: set[str], reasons: dict[str, str]) -> float:
         """Put the chosen layers in, and take some out again while the output is too far from the model's.
 
         Returns:
@@ -216,6 +214,7 @@ class _Swap:
             reason.
         """
         judge = case.judge.tolerating(TOLERANCE)
+        effects: dict[str, float] = {}
         while True:
             self._install(chosen)
             verdict = judge.verdict(self.network, order=(0,))
@@ -223,13 +222,29 @@ class _Swap:
             problem = verdict.problem or judge.verdict(self.network, values=False).problem
             if problem is None or not chosen:
                 return verdict.error
-            worst = sorted(chosen, key=lambda layer: -self._error(layer, errors))[: -(-len(chosen) // 8)]
-            for layer in worst:
+            kept = set() if effects else self._within(judge, chosen, effects)
+            if not kept or kept == chosen:
+                kept = set(sorted(chosen, key=lambda layer: effects[layer])[: len(chosen) * 7 // 8])
+            for layer in chosen - kept:
                 reasons[layer] = f"in float32: with it in int8, {problem}"
-                chosen.remove(layer)
+            chosen &= kept
 
-    def _error(self, layer: str, errors: Mapping[str, float]) -> float:
-        return max(error for name, error in errors.items() if self.layer_of[name] == layer)
+    def _within(self, judge: Judge, chosen: set[str], effects: dict[str, float]) -> set[str]:
+        """Return as many layers as may be in int8 together if their effects add up like independent errors.
+
+        A layer's effect, kept in ``effects``, is what the output is off by with that layer alone in int8:
+        later layers make more of some errors than of others.
+        """
+        for layer in sorted(chosen):
+            self._install({layer})
+            effects[layer] = judge.verdict(self.network, order=(0,)).error
+        kept, total = set(), 0.0
+        for layer in sorted(chosen, key=lambda layer: effects[layer]):
+            total += effects[layer] ** 2
+            if not total <= TOLERANCE**2:
+                break
+            kept.add(layer)
+        return kept
 
     def _install(self, chosen: set[str]) -> None:
         for parent, key, name in self.places:

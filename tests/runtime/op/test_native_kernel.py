@@ -127,7 +127,8 @@ def test_any_layer_equals_the_dense_convolution(case):
         torch.use_deterministic_algorithms(False)
     oracle = case.oracle()
     assert y.shape == oracle.shape
-    assert norm_error(y, oracle) < 1e-5  # a single output may be a small difference of large sums
+    # A single output may be a small difference of large sums.
+    assert (y.double() - oracle).norm() <= 1e-6 * case.magnitude().norm()
 
 
 @settings(max_examples=80, deadline=None)

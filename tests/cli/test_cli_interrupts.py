@@ -31,6 +31,11 @@ def command(folder: Path, how: str) -> list[str]:
     return [sys.executable, str(script)]
 
 
+def heed_interrupts() -> None:
+    """Be interrupted as a terminal's commands are: these tests may run in the background, which is not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def wait_for_library(process: subprocess.Popen, name: str) -> None:
     """Wait until a process has mapped a shared library; torch's first come right after our first line."""
     end = time.monotonic() + 60
@@ -54,7 +59,13 @@ def wait_for_library(process: subprocess.Popen, name: str) -> None:
 def test_an_interrupt_ends_a_command_without_a_traceback(tmp_path, how, library, seconds):
     arguments = [*command(tmp_path, how), "train", "--preset", "quick", "--out", "run"]
     with subprocess.Popen(
-        arguments, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        arguments,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     ) as process:
         wait_for_library(process, library)
         time.sleep(seconds)

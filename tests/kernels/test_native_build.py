@@ -150,7 +150,7 @@ from lhc_kernels.cpu import problem
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     print(problem())
-print(*(warning.message for warning in said), sep="\\n")
+print(*(warning.message for warning in said), sep="\\n", flush=True)  # or the child says it again
 if os.fork() == 0:
     sys.exit()  # an end of which the parent's folder knows nothing
 os.wait()

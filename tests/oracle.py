@@ -1,6 +1,8 @@
-"""What the tests of every package compare with: the masked convolution in float64, and one norm error."""
+"""What tests compare with: the masked convolution in float64, one norm error, all partitions of a set."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -80,3 +82,15 @@ def norm_error(found: Tensor, expected: Tensor) -> float:
         return float("inf")
     error = float(torch.linalg.vector_norm((found - expected)[finite]))
     return error / (float(torch.linalg.vector_norm(expected[finite])) or 1.0)
+
+
+def partitions(items: list) -> Iterator[list[list]]:
+    """Yield every way to put items into groups: the reference of whatever looks for the best one."""
+    if not items:
+        yield []
+        return
+    first, *rest = items
+    for parts in partitions(rest):
+        for index in range(len(parts)):
+            yield [*parts[:index], [first, *parts[index]], *parts[index + 1 :]]
+        yield [[first], *parts]

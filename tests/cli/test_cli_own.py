@@ -18,6 +18,9 @@ from zoo.mine import Mine, grey, make
 import lhc_triton as lhc
 
 SHAPE = "2x3x24x24"
+ACCELERATE = (
+    "accelerate", "zoo.mine:make", "--weights", "w.safetensors", "--input", SHAPE, "--out", "f.safetensors",
+)  # fmt: skip
 SMALL = ("--in-block", "8", "--out-block", "8")
 
 
@@ -33,16 +36,7 @@ def sparse_weights(path, density=0.3):
 
 def test_a_factory_with_weights_becomes_an_artefact(run, tmp_path):
     model = sparse_weights(tmp_path / "w.safetensors")
-    done = run(
-        "accelerate",
-        "zoo.mine:make",
-        "--weights",
-        "w.safetensors",
-        "--input",
-        SHAPE,
-        "--out",
-        "f.safetensors",
-    )
+    done = run(*ACCELERATE)
     assert done.returncode == 0, done.stderr
     assert "Written: f.safetensors" in done.stdout
     x = torch.randn(3, 3, 24, 24)
@@ -243,16 +237,7 @@ def pictures(folder, count=5, size=(40, 30)):
 
 def test_predict_classifies_files_as_the_network_does(run, tmp_path):
     sparse_weights(tmp_path / "w.safetensors")
-    run(
-        "accelerate",
-        "zoo.mine:make",
-        "--weights",
-        "w.safetensors",
-        "--input",
-        SHAPE,
-        "--out",
-        "f.safetensors",
-    )
+    run(*ACCELERATE)
     pictures(tmp_path / "photos")
     (tmp_path / "names.txt").write_text("ant\nbee\ncat\ndog\neel\n")
     options = (

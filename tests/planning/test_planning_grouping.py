@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import partitions
 from planning_cases import CPU, CUDA, QUICK, layer, random_layer, topologies
 
 from lhc_triton.planning import COST_MODELS, Tile
@@ -108,17 +109,6 @@ def test_many_groups_are_merged_in_runs(monkeypatch):
     tiles = form_tiles(topology, OVERHEAD, 128)
     assert sorted(g for tile in tiles for g in tile.groups) == list(range(12))
     assert len(tiles) == 3
-
-
-def partitions(items):
-    if not items:
-        yield []
-        return
-    first, *rest = items
-    for parts in partitions(rest):
-        for index in range(len(parts)):
-            yield [*parts[:index], [first, *parts[index]], *parts[index + 1 :]]
-        yield [[first], *parts]
 
 
 def tiles_of(topology, parts):

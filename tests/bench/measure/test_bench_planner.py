@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from oracle import partitions
 
 from lhc_bench.measure import planner, suites
 from lhc_bench.measure.cases import LayerCase
@@ -103,17 +104,6 @@ def test_every_method_tiles_every_filter_once_within_the_width(method, kind):
             for tile in tiles:
                 assert set(tile.entries) == {e for g in tile.groups for e in layer.pattern_of(g)}
                 assert sum(len(layer.group_filters(g)) for g in tile.groups) <= width
-
-
-def partitions(items):
-    if not items:
-        yield []
-        return
-    first, *rest = items
-    for parts in partitions(rest):
-        for index in range(len(parts)):
-            yield [*parts[:index], [first, *parts[index]], *parts[index + 1 :]]
-        yield [[first], *parts]
 
 
 @pytest.mark.parametrize("backend", sorted(COST_MODELS))

@@ -110,43 +110,40 @@ def _computed(atoms: np.ndarray, known: Tensor, pixel: Tensor) -> _Value:
 
 
 class _Atoms:
-    """Numbers for channels, which may turn out to be the same."""
+    """Numbers for channels, which may turn out to be the same: the lowest then stands for all of them."""
 
     def __init__(self) -> None:
-        self._parent: list[int] = []
-        self._pinned: list[bool] = []
+        self._root = np.empty(0, dtype=np.int64)
+        self._pinned = np.empty(0, dtype=bool)  # of roots
 
     def fresh(self, count: int, pinned: bool = False) -> np.ndarray:
-        start = len(self._parent)
-        self._parent.extend(range(start, start + count))
-        self._pinned.extend([pinned] * count)
-        return np.arange(start, start + count)
-
-    def root(self, atom: int) -> int:
-        while self._parent[atom] != atom:
-            self._parent[atom] = self._parent[self._parent[atom]]
-            atom = self._parent[atom]
-        return atom
+        atoms = np.arange(len(self), len(self) + count)
+        self._root = np.append(self._root, atoms)
+        self._pinned = np.append(self._pinned, np.full(count, pinned))
+        return atoms
 
     def roots(self, atoms: np.ndarray) -> np.ndarray:
-        return np.fromiter(map(self.root, atoms.tolist()), dtype=np.int64, count=len(atoms))
+        return self._root[atoms]
 
     def pin(self, atoms: np.ndarray) -> None:
-        for atom in atoms.tolist():
-            self._pinned[self.root(atom)] = True
+        self._pinned[self._root[atoms]] = True
 
     def pinned(self, atoms: np.ndarray) -> np.ndarray:
-        return np.array([self._pinned[self.root(atom)] for atom in atoms.tolist()], dtype=bool)
+        return self._pinned[self._root[atoms]]
 
     def tie(self, some: np.ndarray, others: np.ndarray) -> None:
-        for one, other in zip(some.tolist(), others.tolist(), strict=True):
-            one, other = self.root(one), self.root(other)
-            if one != other:
-                self._parent[other] = one
-                self._pinned[one] |= self._pinned[other]
+        while True:
+            one, other = self._root[some], self._root[others]
+            if (one == other).all():
+                return
+            least, most = np.minimum(one, other), np.maximum(one, other)
+            target = np.arange(len(self))
+            np.minimum.at(target, most, least)  # one atom may be tied to several, which the next round joins
+            np.logical_or.at(self._pinned, target[most], self._pinned[most])
+            self._root = target[self._root]
 
     def __len__(self) -> int:
-        return len(self._parent)
+        return len(self._root)
 
 
 def read_channels(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> ChannelGraph:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class Reading:
         skipped: (name, reason) of the others.
         dense: those of the skipped that merely have no zeros, as topologies in which every block lives.
         others: what else the network computes, by kind, not priced; empty unless it was asked for.
+        geometries: of every nn.Conv2d that was called, by name.
         cost: the cost model of the input's device kind, or the one given.
         dtype: of the weights, as in "float32".
     """
@@ -49,6 +50,7 @@ class Reading:
     dtype: str
     dense: tuple[LayerTopology, ...] = ()
     others: tuple[OtherWork, ...] = ()
+    geometries: Mapping[str, ConvGeometry] = field(default_factory=dict)
 
 
 def read_model(
@@ -113,7 +115,9 @@ def read_model(
     others: tuple[OtherWork, ...] = ()
     if remainder is not None:
         others = remainder.works(without={topology.name for topology in topologies})
-    return Reading(tuple(topologies), tuple(skipped), cost, dtype, tuple(dense), others)
+    return Reading(
+        tuple(topologies), tuple(skipped), cost, dtype, tuple(dense), others, _geometries(convs, seen)
+    )
 
 
 def call_geometries(model: nn.Module, example_input: Any) -> dict[str, ConvGeometry]:
@@ -124,8 +128,17 @@ def call_geometries(model: nn.Module, example_input: Any) -> dict[str, ConvGeome
     """
     inputs = example_input if isinstance(example_input, tuple | list) else (example_input,)
     convs: dict[str, _ConvNd] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    shapes = _input_shapes(model, convs, inputs)
-    return {name: _geometry(model.get_submodule(name), shape) for name, shape in shapes.items()}  # type: ignore[arg-type]
+    return _geometries(convs, _input_shapes(model, convs, inputs))
+
+
+def _geometries(
+    convs: Mapping[str, _ConvNd], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, ConvGeometry]:
+    return {
+        name: _geometry(conv, shape)
+        for name, shape in shapes.items()
+        if isinstance(conv := convs[name], nn.Conv2d)
+    }
 
 
 def _input_shapes(

@@ -131,11 +131,12 @@ def _sizes(channels: int, block: int) -> np.ndarray:
 
 def _work(mask: np.ndarray, out_block: int, out_channels: int) -> float:
     """Return filters x entries of the batches of equal patterns."""
-    filters: Counter[bytes] = Counter()
     rows = np.packbits(mask.reshape(len(mask), -1), axis=1)
-    for row, size in zip(rows, _sizes(out_channels, out_block).tolist(), strict=True):
-        filters[row.tobytes()] += size
-    return sum(sum(map(int.bit_count, pattern)) * _padded(count) for pattern, count in filters.items())
+    width, data = rows.shape[1], rows.tobytes()
+    patterns = [data[start : start + width] for start in range(0, len(data), width)]
+    filters = {pattern: count * out_block for pattern, count in Counter(patterns).items()}
+    filters[patterns[-1]] -= len(mask) * out_block - out_channels  # the last block may be smaller
+    return sum(int.from_bytes(pattern).bit_count() * _padded(count) for pattern, count in filters.items())
 
 
 def _padded(filters: int) -> int:

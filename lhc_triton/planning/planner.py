@@ -15,6 +15,8 @@ from .schema import LayerPlan, LayerTopology, OtherWork, Tile
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from .extract import Reading
+
 BackendName = Literal["auto", "dense", "reference", "torch", "native", "triton"]
 
 
@@ -84,6 +86,7 @@ def plan_topologies(
     skipped: Iterable[tuple[str, str]] = (),
     dense: Iterable[LayerTopology] = (),
     others: Iterable[OtherWork] = (),
+    known: Iterable[LayerPlan] = (),
 ) -> Plan:
     """Plan every layer of a network from its topologies; see :func:`plan_layer`.
 
@@ -96,11 +99,17 @@ def plan_topologies(
         dense: those of the skipped that have no zeros. With backend "auto" a sparse backend that also excels
             with every weight live takes the ones that it is predicted to run faster.
         others: what else the network computes; they are priced here.
+        known: layers that were planned before with the same settings; those with an equal topology are taken.
     """
     check_backend(backend)
-    layers = [plan_layer(topology, cost, backend=backend, dtype=dtype) for topology in topologies]
+    plans = {layer.topology: layer for layer in known}
+
+    def planned_layer(topology: LayerTopology) -> LayerPlan:
+        return plans.get(topology) or plan_layer(topology, cost, backend=backend, dtype=dtype)
+
+    layers = [planned_layer(topology) for topology in topologies]
     if backend == "auto" and cost.takes_dense:
-        full = [plan_layer(topology, cost, dtype=dtype) for topology in dense]
+        full = [planned_layer(topology) for topology in dense]
         layers += [layer for layer in full if layer.backend != "dense"]
     planned = {layer.name for layer in layers}
     left = tuple(pair for pair in skipped if pair[0] not in planned)
@@ -139,7 +148,13 @@ def plan(
     from .extract import read_model  # torch is needed here, and only here
 
     check_backend(backend)
-    reading = read_model(model, example_input, cost, backend, whole)
+    return plan_reading(read_model(model, example_input, cost, backend, whole), backend, dense)
+
+
+def plan_reading(
+    reading: Reading, backend: BackendName = "auto", dense: bool = False, known: Iterable[LayerPlan] = ()
+) -> Plan:
+    """Plan what was read of a network; see :func:`plan` and :func:`plan_topologies`."""
     return plan_topologies(
         reading.topologies,
         reading.cost,
@@ -148,4 +163,5 @@ def plan(
         skipped=reading.skipped,
         dense=reading.dense if dense else (),
         others=reading.others,
+        known=known,
     )

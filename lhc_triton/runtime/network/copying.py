@@ -31,6 +31,7 @@ _HOOKS = (
 )
 _CONTAINERS = (list, dict, set, deque)
 _CODE = type | types.ModuleType | types.BuiltinFunctionType
+_PLAIN = frozenset({bool, int, float, str, type(None)})  # what modules hold most of
 _ARRAYS = bytearray | array | np.ndarray
 _NO_STATE = frozenset({"logging", "threading", "_thread", "io", "_io", "weakref", "re"})  # of a model's own
 _FUNCTIONS = types.FunctionType | types.MethodType | functools.partial
@@ -243,7 +244,7 @@ class Snapshot:
                 setattr(owner, name, value)
 
     def _keep(self, value: Any, depth: int = 0) -> None:
-        if depth > _DEPTH or isinstance(value, nn.Module | _CODE):
+        if type(value) in _PLAIN or depth > _DEPTH or isinstance(value, nn.Module | _CODE):
             return
         if isinstance(value, Tensor):
             if not isinstance(value, nn.Parameter):

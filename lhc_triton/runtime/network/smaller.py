@@ -10,9 +10,6 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from lhc_triton.channels.reading import ChannelError, read_channels
-from lhc_triton.planning.cost import CostModel, itemsize_of
-from lhc_triton.planning.extract import call_geometries, read_model
-from lhc_triton.planning.planner import plan_layer
 from lhc_triton.runtime.network.copying import duplicate, has_hooks, preserved
 from lhc_triton.runtime.network.fusion import conv_weight
 from lhc_triton.runtime.network.sites import is_fusible
@@ -35,15 +32,14 @@ class Smaller:
         return f"{self.removed.headline} (most weights in {most.layer!r}: lhc.shrink shows every layer)"
 
 
-def smaller(work: nn.Module, inputs: Sequence[Tensor], cost: CostModel) -> Smaller | None:
-    """Return a smaller copy of a model, where one is predicted to be faster; see ``lhc.shrink``.
+def smaller(work: nn.Module, inputs: Sequence[Tensor]) -> Smaller | None:
+    """Return a smaller copy of a model, where anything can go; see ``lhc.shrink``.
 
     A network whose graph no file can hold keeps its sizes: what is saved of it has to fit into the model.
 
     Args:
         work: the working copy; it is left as it was.
         inputs: the example.
-        cost: predicts times.
     """
     if not _has_dead(work) or any(map(has_hooks, work.modules())):
         return None
@@ -58,9 +54,7 @@ def smaller(work: nn.Module, inputs: Sequence[Tensor], cost: CostModel) -> Small
     if kept.all():
         return None
     small = duplicate(work, {})
-    found = Smaller(small, keep_channels(small, graph, kept))
-    # Blocks of zeros that no longer lie in line may cost more than a few filters less gain.
-    return found if _predicted_us(small, inputs, cost) < _predicted_us(work, inputs, cost) else None
+    return Smaller(small, keep_channels(small, graph, kept))
 
 
 def _check_storable(traced: fx.GraphModule) -> None:
@@ -89,20 +83,3 @@ def _has_dead_channels(module: nn.Module) -> bool:
         live = (weight != 0).flatten(2).any(2) if weight.dim() > 2 else weight != 0
         return not bool(live.any(0).all() & live.any(1).all())
     return False
-
-
-def _predicted_us(network: nn.Module, inputs: Sequence[Tensor], cost: CostModel) -> float:
-    """Return the predicted time of all convolutions with groups=1, those that stay dense among them."""
-    example = tuple(value.clone() for value in inputs)
-    with preserved(network):
-        reading = read_model(network, example, cost)
-        geometries = call_geometries(network, example)
-    planned = {one.name: plan_layer(one, cost, dtype=reading.dtype) for one in reading.topologies}
-    times = [
-        planned[name].predicted_us[planned[name].backend]
-        if name in planned
-        else cost.dense_us(geometry, itemsize_of(reading.dtype))
-        for name, geometry in geometries.items()
-        if network.get_submodule(name).groups == 1
-    ]
-    return sum(times)

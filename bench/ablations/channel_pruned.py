@@ -10,6 +10,7 @@ Run: python bench/ablations/channel_pruned.py RUN --out OUT [--budget 0.2]
 
 import argparse
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,9 +18,10 @@ import torch
 from torch import nn
 
 import lhc_triton as lhc
+from lhc_bench.reports.ablation import dense_part
 from lhc_triton.conversion import output_pixels
 from lhc_triton.models import load_network
-from lhc_triton.training import TrainConfig, read_config, train
+from lhc_triton.training import read_config, train
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 
@@ -69,13 +71,8 @@ print(f"{model}\n{macs(model):,} MACs an image")
 # The rate of the fine stage, a cosine from fine_lr to 0, in the two stages that a run without a topology has.
 coarse = 2
 left = 0.5 * (1 + math.cos(math.pi * coarse / config.fine_epochs))
-tuning = TrainConfig(
-    data=config.data,
-    data_folder=config.data_folder,
-    validation_images=config.validation_images,
-    augmentation=config.augmentation,
-    precision=config.precision,
-    seed=config.seed,
+tuning = replace(
+    dense_part(config),
     topology="standard",
     dense_twin="none",
     lr=config.fine_lr,

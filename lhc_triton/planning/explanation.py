@@ -101,8 +101,9 @@ def _sizes(layer: LayerPlan) -> str:
 
 
 def _total_lines(totals: Totals, device: str, dtype: str, others: Sequence[OtherWork]) -> list[str]:
+    layers = "1 layer" if totals.layers == 1 else f"{totals.layers} layers"
     lines = [
-        f"{totals.layers} layers planned for {_printable(device)} in {dtype}, {totals.sparse_layers} sparse",
+        f"{layers} planned for {_printable(device)} in {dtype}, {totals.sparse_layers} sparse",
         f"live MACs    {totals.macs:>16,} -> {totals.live_macs:,} ({_ratio(totals.macs, totals.live_macs)})",
         f"live weights {totals.weights:>16,} -> {totals.live_weights:,} "
         f"({_ratio(totals.weights, totals.live_weights)})",

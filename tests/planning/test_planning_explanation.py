@@ -77,6 +77,7 @@ def test_the_columns_are_aligned_and_fit_80():
 def test_totals_and_skipped_layers_follow():
     text = made().explain()
     assert "2 layers planned for cpu in float32, 1 sparse" in text
+    assert "1 layer planned for cpu" in plan_topologies([random_layer(0)], CPU).explain()
     assert "live MACs" in text
     assert "live weights" in text
     assert "faster, these layers alone" in text

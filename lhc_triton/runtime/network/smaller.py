@@ -17,6 +17,8 @@ from lhc_triton.runtime.network.tracing import TraceError, trace
 from lhc_triton.runtime.saved.operations import GraphError, check_listed
 from lhc_triton.shrinking import ShrinkReport, keep_channels, needed_channels
 
+_FEW = 16
+
 
 @dataclass(frozen=True)
 class Smaller:
@@ -80,6 +82,10 @@ def _has_dead_channels(module: nn.Module) -> bool:
         return module.weight is not None and bool((module.weight == 0).any())
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
         weight = conv_weight(module) if isinstance(module, nn.Conv2d) else module.weight.detach()
-        live = (weight != 0).flatten(2).any(2) if weight.dim() > 2 else weight != 0
-        return not bool(live.any(0).all() & live.any(1).all())
+        return _has_dead_rows(weight) or _has_dead_rows(weight.transpose(0, 1))
     return False
+
+
+def _has_dead_rows(weight: Tensor) -> bool:
+    # A few weights of each row tell of most dense layers that no row is dead.
+    return not any(bool((part != 0).flatten(1).any(1).all()) for part in (weight[:, :_FEW], weight))

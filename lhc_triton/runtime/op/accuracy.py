@@ -69,17 +69,18 @@ def error_of(left: Tensor, right: Tensor) -> float:
         left, right = torch.view_as_real(left.resolve_conj()), torch.view_as_real(right.resolve_conj())
     wide = torch.float64 if right.dtype == torch.float64 or right.numel() < 1 << 16 else torch.float32
     left, right = left.detach().to(wide), right.detach().to(wide)
-    odd = ~torch.isfinite(right)
-    if bool(odd.any()):
+    size = float(torch.linalg.vector_norm(right))
+    if not math.isfinite(size):
+        odd = ~torch.isfinite(right)
         same = (left == right) | (left.isnan() & right.isnan())
         if not bool((same | ~odd).all()):
             return math.inf
         left, right = left.masked_fill(odd, 0), right.masked_fill(odd, 0)
-    if not bool(torch.isfinite(left).all()):
-        return math.inf
+        size = float(torch.linalg.vector_norm(right))
     difference = left - right
-    size = float(torch.linalg.vector_norm(right))
     worst = float(torch.linalg.vector_norm(difference))
+    if not math.isfinite(worst):
+        return math.inf
     worst = worst / size if size else worst
     for axis in {1, right.dim() - 1} if right.dim() > 1 else ():
         count = right.shape[axis]

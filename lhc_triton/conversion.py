@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .errors import first_line
+from .finite import all_finite
 from .layers import LHCConv2d
 from .tables import aligned
 from .takeover import own_forward, weight_in_force
@@ -128,7 +129,7 @@ def choose_layers(
         problem = LHCConv2d.why_not_from(conv)
         if problem is not None:
             raise ValueError(f"layer {name!r} {problem}; or leave it dense with filter_fn")
-        if not conv.weight.is_meta and not bool(torch.isfinite(weight_in_force(conv)).all()):
+        if not conv.weight.is_meta and not all_finite(weight_in_force(conv)):
             raise ValueError(f"layer {name!r} has NaN or infinity in its weight: repair it before converting")
     return chosen, left
 
@@ -235,7 +236,7 @@ def freeze(model: ModelT, *, entry_costs: Mapping[str, float] | None = None) -> 
         raise ValueError(f"{type(model).__name__} has no LHCConv2d: call convert() before freeze()")
     costs = None if entry_costs is None else checked_costs(entry_costs, layers)
     for name, layer in layers.items():
-        if not layer.frozen and not bool(torch.isfinite(layer.effects).all()):
+        if not layer.frozen and not all_finite(layer.effects):
             raise ValueError(
                 f"layer {name!r} has NaN or infinity in its effects: go back to an earlier checkpoint"
             )

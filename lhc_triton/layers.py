@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .finite import all_finite
 from .takeover import own_forward, take_over, why_not_taken_over
 from .topology import (
     Effects,
@@ -227,7 +228,7 @@ class LHCConv2d(nn.Conv2d):
             ValueError: the effects have NaN or infinity: training has diverged.
         """
         if not self._frozen:
-            if not bool(torch.isfinite(self.effects).all()):
+            if not all_finite(self.effects):
                 raise ValueError("the effects have NaN or infinity: go back to an earlier checkpoint")
             self._refresh_topology()
         self.masked_filters.fill_(True)

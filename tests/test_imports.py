@@ -17,7 +17,7 @@ LEARN = {
     f"lhc_triton.{name}"
     for name in ("topology", "takeover", "layers", "conversion", "handcrafted", "schedule")
 }
-ANYWHERE = {f"lhc_triton.{name}" for name in ("files", "errors", "tables", "tf32", "interrupts")}
+ANYWHERE = {f"lhc_triton.{name}" for name in ("files", "errors", "tables", "tf32", "interrupts", "finite")}
 BELOW = ANYWHERE | {"lhc_triton.topology", "lhc_triton.takeover"}
 ROOM = "lhc_triton.runtime"
 # The list of operations is below what is recorded by it, and saved.
@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "lhc_triton.errors": set(),
     "lhc_triton.tables": set(),
     "lhc_triton.tf32": set(),
+    "lhc_triton.finite": set(),
     "lhc_triton.interrupts": set(),
     "lhc_triton.topology": ANYWHERE,
     "lhc_triton.takeover": ANYWHERE,

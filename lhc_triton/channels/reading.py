@@ -20,6 +20,7 @@ from torch.nn.utils import prune
 
 from lhc_triton.conversion import evaluating
 from lhc_triton.errors import one_line
+from lhc_triton.finite import all_finite
 from lhc_triton.layers import LHCConv2d, convolves_plainly
 
 from .operations import (
@@ -334,7 +335,7 @@ class _Reader(fx.Interpreter):
             and parameters <= _WEIGHTS
             and buffers <= _BUFFERS
             and not self.shared & {id(tensor) for tensor in tensors}
-            and all(bool(tensor.isfinite().all()) for tensor in tensors)
+            and all(map(all_finite, tensors))
             and (module.frozen if isinstance(module, LHCConv2d) else True)
         )
 
@@ -358,11 +359,11 @@ class _Reader(fx.Interpreter):
         constants = self._constants(value)
         if module.groups == 1:
             live = (weight != 0).flatten(2).any(2).cpu().numpy()
-            sums = weight.double().sum((2, 3)).cpu().numpy()
+            sums = weight.sum((2, 3), dtype=torch.float64).cpu().numpy()
             found = self._mixed(name, value, live, result, constants, folds)
         elif module.groups == module.in_channels == module.out_channels:
             live = np.diag((weight != 0).flatten(1).any(1).cpu().numpy())
-            sums = np.diag(weight.double().sum((1, 2, 3)).cpu().numpy())
+            sums = np.diag(weight.sum((1, 2, 3), dtype=torch.float64).cpu().numpy())
             self.layers.append(Layer(name, value.atoms))
             found = self._unknown(value.atoms, result)
         else:

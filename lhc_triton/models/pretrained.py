@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lhc_triton.conversion import convert, lhc_layers
+from lhc_triton.finite import all_finite
 from lhc_triton.models.architecture import Architecture, OwnArchitecture
 from lhc_triton.models.weights import MAX_FILE_BYTES, read_state, read_tensors, write_tensors
 from lhc_triton.topology import LHCConfig, expand_mask
@@ -70,7 +71,7 @@ def save_network(
             tensor = tensor.half()
         if owner in layers and leaf == "weight":
             tensor = tensor[layers[owner].mask() != 0]
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise ValueError(f"{name} holds values that are not finite in {tensor.dtype}; not saved")
         tensors[name] = tensor
     document = {
@@ -248,7 +249,7 @@ def _fitted(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> di
             tensor.dtype != wanted_type and not tensor.is_floating_point()
         ):
             raise ValueError(f"{name} has dtype {tensor.dtype}, not {wanted_type}")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise ValueError(f"{name} holds values that are not finite")
         fitted[name] = tensor.to(wanted_type)
     return fitted

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lhc_triton.conversion import evaluating
 from lhc_triton.errors import first_line
+from lhc_triton.finite import has_nan
 from lhc_triton.layers import LHCConv2d, convolves_plainly
 from lhc_triton.takeover import weight_in_force
 from lhc_triton.tf32 import tf32_allowed
@@ -196,7 +196,7 @@ def _read_layer(name: str, conv: _ConvNd, shape: tuple[int, ...]) -> LayerTopolo
         return f"padding_mode={conv.padding_mode!r}; only 'zeros' is planned"
     geometry = _geometry(conv, shape)
     weight = weight_in_force(conv)
-    if bool(torch.isnan(weight).any()):
+    if has_nan(weight):
         raise ValueError(f"layer {name!r} has NaN in its weight; repair the model first")
     if isinstance(conv, LHCConv2d):
         mask: np.ndarray = conv.block_mask().bool().cpu().numpy()

@@ -20,6 +20,7 @@ from lhc_triton.runtime.network.accelerated import AcceleratedModel, plain_attri
 from lhc_triton.runtime.network.agreeing import agreeing, check_replays
 from lhc_triton.runtime.network.arguments import check_inputs, check_names
 from lhc_triton.runtime.network.building import Built, Choices
+from lhc_triton.runtime.network.calling import settled
 from lhc_triton.runtime.network.int8 import Int8Conv2d
 from lhc_triton.runtime.network.quantising import check_dtype, quantised
 from lhc_triton.runtime.network.reading import Case, read
@@ -98,6 +99,7 @@ def accelerate(
         graphs and pure,
         plain_attributes(case.work),
         public_names(case.work),
+        settled(case.work, len(case.inputs)),
     )
     check_replays(fast, case)
     return fast

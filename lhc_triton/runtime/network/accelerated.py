@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lhc_triton.planning.network_plan import Plan
+from lhc_triton.runtime.network.calling import Parameters, Settled
 from lhc_triton.runtime.network.grouped import check_move
 from lhc_triton.runtime.network.record import Record, si, sum_of, table_of
 from lhc_triton.runtime.op.dense import FusedConv2d
@@ -32,8 +32,9 @@ class AcceleratedModel(nn.Module):
     """A network for inference whose convolutions run as planned; made by ``accelerate`` and ``load``.
 
     It takes what the model took, by position or by name, any batch and image size included; a traced network
-    takes as many arguments as its example had. Attributes of the model that are plain data (numbers, texts,
-    lists and dicts of them) can be read from it, and not be set. It stays in eval mode and has no gradients.
+    takes as many arguments as its example had, and tensors where that had tensors. Attributes of the model
+    that are plain data (numbers, texts, lists and dicts of them) can be read from it: of a traced network as
+    they were, and they cannot be set. It stays in eval mode and has no gradients.
     Calls are recorded and replayed, so that Python costs nothing between the layers: on a GPU in
     CUDA graphs, see `cuda_graphs.Graphs` for who owns the output (the caller) and what concurrent callers get
     (turns); on the CPU by `cpu_recordings.Tapes`, where the native kernel could be built and the graph is one
@@ -56,6 +57,7 @@ class AcceleratedModel(nn.Module):
         graphs: bool = True,
         attributes: Mapping[str, Any] | None = None,
         fixed: Collection[str] = (),
+        settled: Settled | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -65,7 +67,11 @@ class AcceleratedModel(nn.Module):
         self.plan = plan
         self.record = record
         self.attributes = dict(attributes or {})
-        self._parameters_of_forward = _parameters(network)
+        self._parameters_of_forward = (
+            Parameters(record.model, network, len(record.inputs), settled or Settled())
+            if isinstance(network, fx.GraphModule)
+            else None
+        )
         self.graphs = Graphs() if graphs else None
         self._unrecordable = why_not_recordable(network) if graphs else None
         self.tapes = Tapes() if graphs and self._unrecordable is None else None
@@ -76,17 +82,16 @@ class AcceleratedModel(nn.Module):
         """Run the network on what the model would take.
 
         Raises:
-            TypeError: a traced network is given more arguments than its example had, or others.
+            TypeError: a traced network is given other arguments than its example had.
         """
         if _goes_to_onnx():
             raise RuntimeError(
                 "an accelerated network has no ONNX form, since its sparse layers are operators of ours:"
                 " export the model that it was made from, a converted or pruned one after lhc.to_dense(model)"
             )
-        if isinstance(self.network, fx.GraphModule):
-            if named or len(inputs) > len(self._parameters_of_forward):
-                inputs, named = self._bound(inputs, named), {}
-        elif named:
+        if self._parameters_of_forward is not None:
+            inputs, named = self._parameters_of_forward.bind(inputs, named)
+        if named:
             return self.network(*inputs, **named)
         if torch.compiler.is_compiling():
             return self.network(*inputs)
@@ -98,24 +103,6 @@ class AcceleratedModel(nn.Module):
                 if replays is not None and replays.applies(inputs):
                     return replays.run(self.network, inputs)
             return self.network(*inputs)
-
-    def _bound(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return named arguments in their places."""
-        names = self._parameters_of_forward
-        given = dict(zip(names, inputs, strict=False))
-        odd = [f"argument {len(names) + 1}"] if len(inputs) > len(names) else []
-        odd += [f"{name!r}" for name in named if name not in names]
-        if odd:
-            raise TypeError(
-                f"{self.record.model} was accelerated for the arguments {', '.join(names)}, with defaults "
-                f"for all others; {odd[0]} is none of them: give it in example_input, and accelerate again"
-            )
-        twice = [name for name in named if name in given]
-        missing = [name for name in names if name not in given and name not in named]
-        if twice or missing:
-            what = f"{twice[0]!r} is given twice" if twice else f"{missing[0]!r} is missing"
-            raise TypeError(f"{self.record.model} takes the arguments {', '.join(names)}; {what}")
-        return tuple({**given, **named}[name] for name in names)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_fixed", ()):
@@ -134,10 +121,11 @@ class AcceleratedModel(nn.Module):
         except AttributeError:
             if name.startswith("__") or "network" not in self._modules:
                 raise
-        if name in self.attributes:
-            return self.attributes[name]
+        # Where the model's own code runs, it may change its attributes.
         if not isinstance(self.network, fx.GraphModule) and hasattr(self.network, name):
             return getattr(self.network, name)
+        if name in self.attributes:
+            return self.attributes[name]
         raise AttributeError(
             f"an accelerated network has no {name!r}: it has the computation of {self.record.model}, and its "
             f"attributes that are plain data; take {name!r} from the model itself"
@@ -220,13 +208,6 @@ class AcceleratedModel(nn.Module):
         """Say how many layers run sparse."""
         sparse = sum(row.runs_sparse for row in self.record.rows)
         return f"{sparse} of {len(self.record.rows)} convolutions sparse"
-
-
-def _parameters(network: nn.Module) -> tuple[str, ...]:
-    """Return the names of a network's arguments."""
-    if isinstance(network, fx.GraphModule):
-        return tuple(str(n.target).lstrip("*") for n in network.graph.nodes if n.op == "placeholder")
-    return tuple(inspect.signature(network.forward).parameters)
 
 
 def plain_attributes(model: nn.Module) -> dict[str, Any]:

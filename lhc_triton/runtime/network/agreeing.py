@@ -14,8 +14,8 @@ from lhc_triton.runtime.network.building import (
     trace_case,
     why_not_traced,
 )
-from lhc_triton.runtime.network.copying import preserved
 from lhc_triton.runtime.network.reading import Case, unlike_its_copy
+from lhc_triton.runtime.network.snapshots import preserved
 from lhc_triton.runtime.network.tracing import TraceError
 
 
@@ -35,12 +35,13 @@ def agreeing(case: Case, choices: Choices) -> Built:
     built = built.noted(f"{traced}: convolutions are swapped in place, nothing is fused")
     if built.problem is None:
         return built
-    draws = case.observed.varies and not case.observed.stateful
-    if draws and case.judge.verdict(built.network, values=False).problem is None:
+    elusive = case.observed.varies and not case.observed.stateful
+    if elusive and case.judge.verdict(built.network, values=False).problem is None:
         # The layers were compared one by one. What is left may be the same numbers in another order.
-        return built.noted(
-            after=("drawn in another order, the random numbers keep outputs from being compared",)
-        )
+        random = "drawn in another order, the random numbers keep"
+        hidden = "state that the model keeps where no copy can follow keeps"
+        why = random if case.observed.random else hidden
+        return built.noted(after=(f"{why} outputs from being compared",))
     built = _dense(case, built)
     return built if built.problem is None else _as_it_is(case, built)
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from lhc_triton.runtime.choosing.dispatch import Decision
-from lhc_triton.runtime.network.copying import carry_hooks, has_hooks, preserved
+from lhc_triton.runtime.network.copying import carry_hooks, has_hooks
 from lhc_triton.runtime.network.fusion import fuse, swapped
 from lhc_triton.runtime.network.outputs import differences, outcome
 from lhc_triton.runtime.network.reading import Case
 from lhc_triton.runtime.network.sites import Site, find_sites, rewrite
+from lhc_triton.runtime.network.snapshots import preserved
 from lhc_triton.runtime.network.tracing import TraceError, record_formats, record_shapes, trace
 from lhc_triton.runtime.network.trials import is_large
 from lhc_triton.runtime.network.verify import Findings, compare_calls, compare_sites
@@ -74,8 +75,10 @@ def why_not_traced(case: Case) -> str | None:
     hooked = [name for name, module in case.work.named_modules() if name and has_hooks(module)]
     if hooked:
         return f"module {hooked[0]!r} has forward hooks, which are kept"
+    if case.observed.random:
+        return "forward draws random numbers"
     if case.observed.varies:
-        return "two runs of the model on one input differ (random numbers, or state that it keeps)"
+        return "two runs of the model on one input differ, by state that it keeps"
     return "forward switches autocast on" if case.observed.autocast else None
 
 

@@ -1,26 +1,20 @@
-"""Copies of a model that are safe to run and to change, and models that are given back as they were found."""
+"""Copies of a model that are safe to run and to change."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import types
-from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lhc_triton.errors import first_line
-from lhc_triton.runtime.network.outputs import same_values
-from lhc_triton.runtime.op.dense import FusedConv2d
 
 _PRE_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 _HOOKS = (
@@ -29,13 +23,7 @@ _HOOKS = (
     "_forward_hooks_always_called",
     *_PRE_HOOKS,
 )
-_CONTAINERS = (list, dict, set, deque)
-_CODE = type | types.ModuleType | types.BuiltinFunctionType
-_PLAIN = frozenset({bool, int, float, str, type(None)})  # what modules hold most of
-_ARRAYS = bytearray | array | np.ndarray
-_NO_STATE = frozenset({"logging", "threading", "_thread", "io", "_io", "weakref", "re"})  # of a model's own
 _FUNCTIONS = types.FunctionType | types.MethodType | functools.partial
-_DEPTH = 8  # of containers and plain objects inside each other
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -189,156 +177,3 @@ def _fix_computed_weights(module: nn.Module) -> None:
         module.__class__ = type(kind.__name__, kind.__bases__, own)
         for name in list(module.parametrizations):  # type: ignore[arg-type]
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-
-
-class Snapshot:
-    """What a model was at one moment, for putting it back, whatever running it changes.
-
-    Put back are the attributes of its modules, the contents of lists, dicts, sets, plain objects and closures
-    among them, and the values of buffers and other tensors; parameters see `restore_parameters`.
-
-    Attributes:
-        iterates: whether the model holds an iterator, whose place can neither be seen nor put back.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        # Ours keep nothing from one call to the next, except weights in another order.
-        homes = [vars(module) for module in model.modules() if not isinstance(module, FusedConv2d)]
-        self._contents: dict[int, tuple[Any, Any]] = {id(home): (home, dict(home)) for home in homes}
-        self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
-        self._cells: dict[int, tuple[types.CellType, Any]] = {}
-        self._arrays: dict[int, tuple[Any, Any]] = {}
-        self._slotted: list[tuple[Any, str, Any]] = []
-        self.iterates = False
-        for home in homes:
-            for value in home.values():
-                self._keep(value)
-
-    def changed(self) -> bool:
-        """Return whether anything but parameters is another than it was."""
-        return (
-            any(_differs(held, before) for held, before in self._contents.values())
-            or any(not same_values(tensor, before) for tensor, before in self._tensors.values())
-            or any(cell.cell_contents is not before for cell, before in self._cells.values())
-            or any(bytes(held) != bytes(before) for held, before in self._arrays.values())
-            or any(getattr(owner, name, None) is not value for owner, name, value in self._slotted)
-        )
-
-    def restore(self) -> None:
-        """Put everything back but parameters."""
-        for held, before in self._contents.values():
-            _restore(held, before)
-        with torch.no_grad():
-            for tensor, values in self._tensors.values():
-                # by value: running statistics are written without a trace in the tensor's version
-                if not same_values(tensor, values):
-                    tensor.copy_(values)
-        for cell, content in self._cells.values():
-            if cell.cell_contents is not content:
-                cell.cell_contents = content
-        for held, before in self._arrays.values():
-            if bytes(held) != bytes(before):
-                held[... if isinstance(held, np.ndarray) else slice(None)] = before
-        for owner, name, value in self._slotted:
-            if getattr(owner, name, None) is not value:
-                setattr(owner, name, value)
-
-    def _keep(self, value: Any, depth: int = 0) -> None:
-        if type(value) in _PLAIN or depth > _DEPTH or isinstance(value, nn.Module | _CODE):
-            return
-        if isinstance(value, Tensor):
-            if not isinstance(value, nn.Parameter):
-                self._tensors[id(value)] = (value, value.detach().clone())
-        elif isinstance(value, tuple):
-            for item in value:
-                self._keep(item, depth + 1)
-        elif isinstance(value, _CONTAINERS):
-            if id(value) not in self._contents:
-                self._contents[id(value)] = (value, copy.copy(value))
-                for item in list(value.values() if isinstance(value, dict) else value):
-                    self._keep(item, depth + 1)
-        elif isinstance(value, types.FunctionType):
-            for cell in value.__closure__ or ():
-                self._keep_cell(cell, depth)
-        elif isinstance(value, types.MethodType):
-            self._keep(value.__self__, depth + 1)
-        elif isinstance(value, _ARRAYS):
-            self._arrays[id(value)] = (value, copy.copy(value))
-        elif hasattr(value, "__next__") and type(value).__module__ in ("builtins", "itertools"):
-            self.iterates = True
-        elif type(value).__module__.partition(".")[0] not in _NO_STATE:
-            for name in _slots(value):
-                self._slotted.append((value, name, getattr(value, name)))
-                self._keep(getattr(value, name), depth + 1)
-            if hasattr(value, "__dict__"):
-                self._keep(vars(value), depth + 1)
-
-    def _keep_cell(self, cell: types.CellType, depth: int) -> None:
-        try:
-            content = cell.cell_contents
-        except ValueError:  # not filled yet
-            return
-        if id(cell) not in self._cells:
-            self._cells[id(cell)] = (cell, content)
-            self._keep(content, depth + 1)
-
-
-def parameter_values(model: nn.Module, copies: Mapping[int, Any]) -> dict[str, Tensor]:
-    """Return the values of a model's parameters, from copies by id where those hold the same."""
-    values = {}
-    for name, parameter in model.named_parameters():
-        twin = copies.get(id(parameter))
-        if isinstance(twin, Tensor) and same_values(twin, parameter):
-            values[name] = twin.detach()
-        else:
-            values[name] = parameter.detach().clone()
-    return values
-
-
-def restore_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> list[str]:
-    """Put back the parameters that have other values than these; return their names."""
-    written = [name for name, p in model.named_parameters() if not same_values(p, values[name])]
-    with torch.no_grad():
-        for name in written:
-            model.get_parameter(name).copy_(values[name])
-    return written
-
-
-@contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Give a model back as it was found, its parameters taken to be read only; see `Snapshot`."""
-    snapshot = Snapshot(model)
-    try:
-        yield
-    finally:
-        snapshot.restore()
-
-
-def _slots(value: Any) -> list[str]:
-    """Return the names in an object's ``__slots__`` that have values."""
-    slots = (vars(kind).get("__slots__", ()) for kind in type(value).__mro__)
-    names = (name for these in slots for name in ((these,) if isinstance(these, str) else these))
-    return [name for name in names if not name.startswith("__") and hasattr(value, name)]
-
-
-def _differs(held: Any, before: Any) -> bool:
-    if len(held) != len(before):
-        return True
-    if isinstance(held, dict):
-        return any(key not in held or held[key] is not value for key, value in before.items())
-    return any(a is not b for a, b in zip(held, before, strict=True))
-
-
-def _restore(held: Any, before: Any) -> None:
-    """Give a container its earlier contents; one that still has them is not touched."""
-    if not _differs(held, before):
-        return
-    if isinstance(held, dict):
-        for key in [key for key in held if key not in before]:
-            del held[key]
-        for key, value in before.items():
-            if key not in held or held[key] is not value:
-                held[key] = value
-        return
-    held.clear()
-    (held.update if isinstance(held, set) else held.extend)(before)

@@ -40,17 +40,19 @@ class Outcome:
             their types.
         inputs: values of the arguments that the call wrote to, by number.
         overwritten: places of the outputs that later calls changed; known once it is `closed`.
+        random: whether it drew from one of the common random generators.
     """
 
     leaves: Mapping[str, Leaf]
     inputs: Mapping[int, Tensor] = field(default_factory=dict)
     overwritten: frozenset[str] = frozenset()
+    random: bool = False
 
     def closed(self) -> Outcome:
         """Return the outcome after all later calls, without its hold on the tensors themselves."""
         overwritten = frozenset(place for place, leaf in self.leaves.items() if leaf.overwritten)
         leaves = {place: dataclasses.replace(leaf, live=None) for place, leaf in self.leaves.items()}
-        return Outcome(leaves, self.inputs, overwritten)
+        return dataclasses.replace(self, leaves=leaves, overwritten=overwritten)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.choosing.calibration import cost_model
 from lhc_triton.runtime.choosing.dispatch import auto_backend, decide, passed_over
 from lhc_triton.runtime.network.building import Built
-from lhc_triton.runtime.network.copying import preserved
 from lhc_triton.runtime.network.int8 import Int8Conv2d
 from lhc_triton.runtime.network.reading import Case
+from lhc_triton.runtime.network.snapshots import preserved
 from lhc_triton.runtime.network.verify import Findings, Judge
 from lhc_triton.runtime.op.accuracy import INT8_LIMIT, NETWORK_FACTOR, norm_error
 from lhc_triton.runtime.op.backends import unavailable

@@ -16,9 +16,10 @@ from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.choosing.calibration import cost_model
 from lhc_triton.runtime.choosing.dispatch import passed_over
 from lhc_triton.runtime.network.arguments import check_convs, fitting_plan
-from lhc_triton.runtime.network.copying import Snapshot, preserved, unwrapped, working_copy, wrappers
+from lhc_triton.runtime.network.copying import unwrapped, working_copy, wrappers
 from lhc_triton.runtime.network.sites import is_fusible
 from lhc_triton.runtime.network.smaller import smaller
+from lhc_triton.runtime.network.snapshots import Snapshot, preserved
 from lhc_triton.runtime.network.trials import Observed, observe_model
 from lhc_triton.runtime.network.verify import Judge
 from lhc_triton.runtime.op.accuracy import network_tolerance

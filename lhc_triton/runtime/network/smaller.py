@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from lhc_triton.channels.reading import ChannelError, read_channels
-from lhc_triton.runtime.network.copying import duplicate, has_hooks, preserved
+from lhc_triton.runtime.network.copying import duplicate, has_hooks
 from lhc_triton.runtime.network.fusion import conv_weight
 from lhc_triton.runtime.network.sites import is_fusible
+from lhc_triton.runtime.network.snapshots import preserved
 from lhc_triton.runtime.network.tracing import TraceError, trace
 from lhc_triton.runtime.saved.operations import GraphError, check_listed
 from lhc_triton.shrinking import ShrinkReport, keep_channels, needed_channels

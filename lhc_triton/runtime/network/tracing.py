@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 from lhc_triton.errors import one_line
 from lhc_triton.layers import convolves_plainly
 from lhc_triton.runtime.network.aliasing import Aliases
-from lhc_triton.runtime.network.copying import Snapshot
+from lhc_triton.runtime.network.calling import settled
+from lhc_triton.runtime.network.snapshots import Snapshot
 from lhc_triton.runtime.op.epilogue import format_of, is_channels_last
 
 _CONSTANT = "_tensor_constant"  # how torch.fx names what forward makes without looking at its inputs
@@ -87,18 +88,19 @@ def trace(model: nn.Module, arity: int | None = None) -> fx.GraphModule:
     """
     tracer = _ConvTracer()
     try:
-        fixed = {} if arity is None else _defaults(model, arity)
+        fixed = {} if arity is None else dict(settled(model, arity).defaults)
         before = Snapshot(model)
         try:
             with _called_by_forward(model), _asked_for_modes() as asked:
                 graph = tracer.trace(model, concrete_args=fixed or None)
-            if fixed:
-                _drop_inputs(graph, arity or 0)
+            _drop_inputs(graph, _places(model, fixed))
             traced = fx.GraphModule(model, graph, type(model).__name__)
             for name in [name for name in vars(model) if name.startswith(_CONSTANT)]:
                 delattr(model, name)
             if before.changed():
-                raise TraceError("forward changes attributes of the model; the graph would do so only once")
+                raise TraceError(
+                    "forward changes state (attributes, globals); the graph would do so only once"
+                )
             if asked:
                 raise TraceError(f"forward asks for {asked[0]}; the graph would keep the answer")
         finally:
@@ -171,19 +173,16 @@ def _refuse_written_constants(traced: fx.GraphModule) -> None:
             raise TraceError(f"forward {verb} a tensor that it makes; the graph would keep it as a constant")
 
 
-def _defaults(model: nn.Module, arity: int) -> dict[str, Any]:
-    """Return the defaults of forward's parameters beyond the first ``arity``, where they are constants."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        return {}
-    constants = (bool, int, float, str, type(None))
-    return {p.name: p.default for p in parameters[arity:] if isinstance(p.default, constants)}
+def _places(model: nn.Module, names: Collection[str]) -> list[int]:
+    """Return which of forward's parameters have these names, by number."""
+    parameters = inspect.signature(model.forward).parameters if names else ()
+    return [place for place, name in enumerate(parameters) if name in names]
 
 
-def _drop_inputs(graph: fx.Graph, arity: int) -> None:
-    """Remove the inputs beyond the first ``arity``, which are fixed, and torch.fx's checks of them."""
+def _drop_inputs(graph: fx.Graph, places: Sequence[int]) -> None:
+    """Remove the inputs that are fixed, given by their numbers, and torch.fx's checks of them."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    doomed = dict.fromkeys(placeholders[arity:])
+    doomed = dict.fromkeys(placeholders[place] for place in places)
     for node in graph.nodes:
         if any(source in doomed for source in node.all_input_nodes):
             doomed[node] = None

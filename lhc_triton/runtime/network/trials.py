@@ -6,6 +6,7 @@ sequence: the example, other values of its kind, another batch and image size, a
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from lhc_triton.conversion import evaluating
 from lhc_triton.errors import one_line
-from lhc_triton.runtime.network.copying import Snapshot, parameter_values, restore_parameters
 from lhc_triton.runtime.network.outputs import Outcome, differences, outcome
+from lhc_triton.runtime.network.snapshots import Snapshot, parameter_values, restore_parameters, same_state
 
 _MAX_RANGE = 1 << 24  # of distinct integers
 _LARGE = 1 << 17  # values
@@ -45,7 +46,8 @@ class Observed:
     Attributes:
         trials: those that the model takes, the example first.
         outcomes: one for each.
-        varies: whether the same input gave another output the second time: random numbers, or state.
+        random: whether it drew from one of the common random generators.
+        varies: whether it did, or the same input gave another output the second time.
         stateful: whether it leaves buffers or attributes changed.
         autocast: whether convolutions ran under autocast that ``forward`` switches on.
         dtypes: types of the convolutions' results.
@@ -53,6 +55,7 @@ class Observed:
 
     trials: tuple[Trial, ...]
     outcomes: tuple[Outcome, ...]
+    random: bool
     varies: bool
     stateful: bool
     autocast: bool
@@ -154,17 +157,23 @@ def _resampled(value: Tensor, shape: Sequence[int], generator: torch.Generator, 
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int, gpus: Sequence[int] = ()) -> Iterator[Callable[[], bool]]:
     """Start every common random generator at a seed, and put them back afterwards.
 
-    torch's own is put back by ``evaluating``.
+    torch's own are put back by ``evaluating``. What it yields tells whether any has been used since.
     """
     python, arrays = random.getstate(), np.random.get_state()
+
+    def states() -> list[Any]:
+        mine = [random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()]
+        return [*mine, *map(torch.cuda.get_rng_state, gpus)]
+
     try:
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
-        yield
+        start = states()
+        yield lambda: not all(map(same_state, start, states()))
     finally:
         random.setstate(python)
         np.random.set_state(arrays)
@@ -210,9 +219,10 @@ def observe_model(
             f"forward of {type(model).__name__} writes to its parameter {written[0]!r}, which accelerated "
             "layers would not see; compute the weight once, before accelerate()"
         )
-    varies = bool(differences(outcomes[-1], outcomes[-2], 0.0))
+    drawn = any(one.random for one in outcomes)
+    varies = drawn or bool(differences(outcomes[-1], outcomes[-2], 0.0))
     forward_casts = any(autocast) and not outside
-    return Observed(tuple(trials), tuple(outcomes), varies, stateful, forward_casts, frozenset(dtypes))
+    return Observed(tuple(trials), tuple(outcomes), drawn, varies, stateful, forward_casts, frozenset(dtypes))
 
 
 def _run_trials(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[list[Trial], list[Outcome]]:
@@ -257,8 +267,9 @@ def _call(network: Callable[..., Any], trial: Trial, seed: int) -> Outcome | str
     """Return the outcome of one call, or the first line of what it raised."""
     inputs = trial.copies()
     try:
-        with seeded(seed):
-            return outcome(network(*inputs), trial.inputs, inputs)
+        with seeded(seed, _gpus([trial])) as used:
+            found = outcome(network(*inputs), trial.inputs, inputs)
+            return dataclasses.replace(found, random=used())
     except Exception as error:  # foreign code: whatever it raises becomes one line
         return one_line(error)
 

@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 
 from lhc_triton.conversion import evaluating
 from lhc_triton.errors import one_line
-from lhc_triton.runtime.network.copying import preserved
 from lhc_triton.runtime.network.outputs import Outcome, differences, worst_error
 from lhc_triton.runtime.network.sites import Site, conv_input
+from lhc_triton.runtime.network.snapshots import preserved
 from lhc_triton.runtime.network.trials import Observed, Trial, observe
 from lhc_triton.runtime.op.accuracy import NETWORK_FACTOR, layer_tolerance, strict_error
 

@@ -79,9 +79,14 @@ class FusedConv2d(nn.Module):
             residual: [N, O, OH, OW], added before the activation; None for none.
 
         Raises:
+            TypeError: ``input`` is no tensor.
             ValueError: ``input`` has other dimensions, another number of channels, or another type.
         """
         x = input
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"the input is a {type(x).__name__}, expected a tensor [N, {self.in_channels}, H, W]"
+            )
         if x.dim() == 3:
             with_batch = None if residual is None else residual.unsqueeze(0)
             return self.forward(x.unsqueeze(0), with_batch).squeeze(0)

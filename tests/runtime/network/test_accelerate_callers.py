@@ -118,6 +118,69 @@ def test_arguments_beyond_the_example_are_refused_unless_it_gave_them(backend: s
             assert_same(fast(gain=gain, picture=x), twin(x, gain))
 
 
+class Pooling(Body):
+    """Its second parameter has a default that is no constant, and others stand around it."""
+
+    def forward(
+        self, picture: Tensor, invert: bool = False, size: Any = (2, 3), *, gain: float | None = None
+    ) -> Tensor:
+        y = F.adaptive_avg_pool2d(self.body(picture), size)
+        y = y if gain is None else y * gain
+        return -y if invert else y
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_defaults_may_be_given_or_left_out(backend: str) -> None:
+    model, twin, x = made(Pooling), made(Pooling), image(seed=8)
+    fast = lhc.accelerate(model, image(), tune="off", backend=backend)
+    assert fast.report()["traced"]
+    with torch.no_grad():
+        for arguments, named in (
+            ((), {"picture": x}),
+            ((x, False), {}),
+            ((x, False, (3, 2)), {"gain": None}),
+            ((x,), {"size": (4, 4), "invert": False}),
+        ):
+            assert_same(fast(*arguments, **named), twin(*arguments, **named))
+    for arguments, named, odd in (((x, True), {}, "argument 2"), ((x,), {"gain": 2.0}, "'gain'")):
+        with pytest.raises(TypeError, match=f"{odd} is none of them"):
+            fast(*arguments, **named)
+    with pytest.raises(TypeError, match=r"none of them|'gain'"):
+        fast(x, False, (3, 2), None)  # by keyword only, as in the model
+
+
+class Masked(Body):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.body(x) if mask is None else self.body(x) * 2 + F.relu(self.body(x)) * mask
+
+
+def test_a_trace_for_a_tensor_refuses_what_is_none() -> None:
+    model, twin, x, mask = made(Masked), made(Masked), image(seed=8), torch.rand(12, 12)
+    fast = lhc.accelerate(model, (image(), mask), tune="off")
+    assert fast.report()["traced"]
+    with torch.no_grad():
+        assert_same(fast(x, mask=mask * 2), twin(x, mask * 2))
+        assert_same(fast(x, 0.5), twin(x, 0.5))
+    for arguments in ((x,), (x, None), (x, [1.0]), ([x], mask)):
+        with pytest.raises(TypeError, match=r"was accelerated for a tensor as '(mask|x)'") as caught:
+            fast(*arguments)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("traceable", [True, False])
+def test_an_image_that_is_no_tensor_is_one_clear_line(traceable: bool, backend: str) -> None:
+    model = made(Body)
+    if not traceable:
+        model.mid.register_forward_hook(lambda module, arguments, output: None)
+    fast = lhc.accelerate(model, image(), tune="off", backend=backend)
+    for wrong in (image().tolist(), image().numpy(), None):
+        with pytest.raises(
+            TypeError, match=f"tensor.* {type(wrong).__name__}|{type(wrong).__name__}.*tensor"
+        ):
+            fast(wrong)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_images_without_a_batch(backend: str) -> None:
     fast = accelerated(Body, image()[0], image(seed=4)[1], image(3, 9), backend=backend)
@@ -153,6 +216,25 @@ def test_an_attribute_that_forward_reads_cannot_be_set_in_silence() -> None:
     fast = lhc.accelerate(made(Detector), image(), tune="off")
     with pytest.raises(AttributeError, match=r"'stride' is fixed.*accelerate again"):
         fast.stride = 5.0
+
+
+def test_attributes_that_forward_changes_are_those_of_the_network() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.calls += 1
+        return m.body(x) * m.settings["gain"]
+
+    def build() -> nn.Module:
+        return Body(forward, calls=0, settings={"gain": 2.0})
+
+    fast, twin = lhc.accelerate(made(build), image(), tune="off"), made(build)
+    with torch.no_grad():
+        for gain in (2.0, 5.0):
+            fast.settings["gain"] = twin.settings["gain"] = gain
+            assert_same(fast(image(seed=3)), twin(image(seed=3)))
+            assert fast.calls == twin.calls
+        fast.calls = twin.calls = 7
+        assert_same(fast(image(seed=3)), twin(image(seed=3)))
+        assert fast.calls == twin.calls == 8
 
 
 Found = namedtuple("Found", ["boxes", "scores"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 
 from lhc_triton.planning.network_plan import Plan
 from lhc_triton.runtime.network.calling import Parameters, Settled
@@ -83,11 +84,17 @@ class AcceleratedModel(nn.Module):
 
         Raises:
             TypeError: a traced network is given other arguments than its example had.
+            RuntimeError: derivatives are asked for in forward mode.
         """
         if _goes_to_onnx():
             raise RuntimeError(
                 "an accelerated network has no ONNX form, since its sparse layers are operators of ours:"
                 " export the model that it was made from, a converted or pruned one after lhc.to_dense(model)"
+            )
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
+            raise RuntimeError(
+                "an accelerated network has no derivatives, those of forward mode (torch.func.jvp) included; "
+                "take them of the model that it was made from"
             )
         if self._parameters_of_forward is not None:
             inputs, named = self._parameters_of_forward.bind(inputs, named)
@@ -208,6 +215,10 @@ class AcceleratedModel(nn.Module):
         """Say how many layers run sparse."""
         sparse = sum(row.runs_sparse for row in self.record.rows)
         return f"{sparse} of {len(self.record.rows)} convolutions sparse"
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def plain_attributes(model: nn.Module) -> dict[str, Any]:

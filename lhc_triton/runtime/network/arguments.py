@@ -31,7 +31,8 @@ def check_inputs(model: nn.Module, example_input: Any) -> tuple[Tensor, ...]:
 
     Raises:
         TypeError: ``model`` is no module, or the example is not made of tensors.
-        ValueError: the example is empty, holds NaN or infinity, or is on another device than the model.
+        ValueError: the example is empty or not dense, holds NaN or infinity, or is on another device than
+            the model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
@@ -41,6 +42,10 @@ def check_inputs(model: nn.Module, example_input: Any) -> tuple[Tensor, ...]:
             f"example_input is a {type(example_input).__name__}, expected a tensor [N, C, H, W] or a tuple "
             "of tensors, the model's positional arguments"
         )
+    for value in values:
+        if value.layout != torch.strided or value.is_nested:
+            kind = "nested" if value.is_nested else str(value.layout)
+            raise ValueError(f"example_input is {kind}; give a dense tensor")
     if not values or any(value.numel() == 0 for value in values):
         raise ValueError("example_input is empty; give at least one image")
     home = next((p.device for p in (*model.parameters(), *model.buffers())), None)
@@ -56,13 +61,17 @@ def check_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
     """Return the convolutions that can be replaced, by name.
 
     Raises:
-        ValueError: there is no convolution at all, one has NaN or infinity, or one is still in its mask
-            warm-up.
+        ValueError: there is no convolution at all, one has no weights yet, NaN or infinity, or one is still
+            in its mask warm-up.
     """
     everything = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     if not everything:
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to accelerate")
     for name, conv in everything.items():
+        if isinstance(conv.weight, nn.UninitializedParameter):
+            raise ValueError(
+                f"layer {name!r} is lazy and has no weights yet; call the model on an image first"
+            )
         for what, value in (("weight", conv.weight), ("bias", conv.bias)):
             if value is not None and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"layer {name!r} has NaN or infinity in its {what}; repair the model first")

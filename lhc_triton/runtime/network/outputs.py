@@ -82,6 +82,11 @@ def outcome(output: Any, given: Sequence[Tensor] = (), after: Sequence[Tensor] =
 
 
 def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Leaf]]:
+    if isinstance(value, Tensor) and not is_strided(value):
+        yield f"{place} (its layout)", Leaf(f"{value.dtype} {value.layout}")
+        for number, part in enumerate(_parts(value)):
+            yield from _leaves(part, f"{place}[{number}]")
+        return
     if isinstance(value, Tensor):
         live = value.detach()
         yield place, Leaf(live.clone(), live, tuple(live.stride()))
@@ -158,10 +163,27 @@ def same_values(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors have the same shape, type and values, NaN where the other has NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    if not (is_strided(a) and is_strided(b)):
+        both = list(zip(_parts(a), _parts(b), strict=False))
+        return a.layout == b.layout and all(same_values(one, other) for one, other in both)
     if torch.equal(a, b):
         return True
     floats = a.is_floating_point() or a.is_complex()
     return floats and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def is_strided(tensor: Tensor) -> bool:
+    """Return whether a tensor is plain numbers in memory."""
+    return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """Return what a tensor in any other form (nested, quantised, sparse, of oneDNN) stands for."""
+    if tensor.is_nested:
+        return list(tensor.unbind())
+    if tensor.is_quantized:
+        return [tensor.int_repr(), tensor.dequantize()]
+    return [tensor if tensor.layout == torch.strided else tensor.to_dense()]
 
 
 def _same_strides(shape: Sequence[int], mine: Sequence[int], theirs: Sequence[int]) -> bool:

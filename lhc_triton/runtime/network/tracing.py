@@ -18,6 +18,7 @@ from lhc_triton.errors import one_line
 from lhc_triton.layers import convolves_plainly
 from lhc_triton.runtime.network.aliasing import Aliases
 from lhc_triton.runtime.network.calling import settled
+from lhc_triton.runtime.network.outputs import is_strided
 from lhc_triton.runtime.network.snapshots import Snapshot
 from lhc_triton.runtime.op.epilogue import format_of, is_channels_last
 
@@ -200,7 +201,7 @@ class _ShapeRecorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and is_strided(value):
             self.seen[n.name] = Seen(value.shape, value.dtype, format_of(value))
         return value
 
@@ -233,10 +234,10 @@ def record_formats(
 
     Returns:
         By node: "contiguous" or "channels_last" where the value always is, "input" where it has the format of
-        the first image, "image" for that image itself; nothing for values in other formats.
+        the first image as a convolution reads it, "image" for that image itself; nothing for values in other
+        formats.
     """
-    images = (i for i, x in enumerate(example) if x.dim() == 4 and x.is_floating_point())
-    which = next(images, None)
+    which = next((place for place, value in enumerate(example) if value.dim() == 4), None)
     if which is None:
         return {name: seen.format for name, seen in shapes.items() if seen.format != "other"}
     swap = torch.contiguous_format if is_channels_last(example[which]) else torch.channels_last
@@ -246,10 +247,23 @@ def record_formats(
         second, _ = record_shapes(traced, inputs)
     except TraceError:
         second = shapes  # a ``view`` that takes contiguous values only: so they always are
+    both = {name: (seen.format, second.get(name, seen).format) for name, seen in shapes.items()}
     image = [node.name for node in traced.graph.nodes if node.op == "placeholder"][which]
+    read = next(_read_by_convolutions(traced), image)
+    if read in both and both[read] != both[image] and len(set(both[read])) == 2:
+        image = read  # turned before: [N, H, W, C], for example
+    follows = tuple("contiguous" if one == "other" else one for one in both[image])
     formats = {image: "image"}
-    for name, seen in shapes.items():
-        swapped = second.get(name, seen).format
-        if name != image and "other" not in (seen.format, swapped):
-            formats[name] = seen.format if seen.format == swapped else "input"
+    for name, (first, swapped) in both.items():
+        if name != image and first == swapped != "other":
+            formats[name] = first
+        elif name != image and (first, swapped) == follows:
+            formats[name] = "input"
     return formats
+
+
+def _read_by_convolutions(traced: fx.GraphModule) -> Iterator[str]:
+    """Yield the names of the values that convolutions read, in the graph's order."""
+    for node in traced.graph.nodes:
+        if node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), nn.Conv2d):
+            yield from (source.name for source in node.all_input_nodes)

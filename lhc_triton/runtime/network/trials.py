@@ -77,19 +77,51 @@ def is_large(inputs: Sequence[Tensor]) -> bool:
 
 
 def _alternatives(inputs: Sequence[Tensor], seed: int) -> tuple[Trial, ...]:
-    image = next((x for x in inputs if x.dim() == 4 and x.is_floating_point()), None)
+    """Return trials of another batch and size, of which a model takes what it can.
+
+    Each comes in the image's other memory format first, for whoever reads strides.
+    """
+    image = _image(inputs)
     same = Trial("other values, again", _drawn(inputs, seed + 2))
     if image is None:
         return (same,)
-    batch, _, height, width = image.shape
-    other = 1 if batch > 1 else 2
+    height, width = image.shape[-2:]
+    other = (1 if image.shape[0] > 1 else 2) if image.dim() > 3 else 0
+    batch = f"batch {other}" if other else "an image"
     sizes = [(_smaller(height, 0.3), _smaller(width, 0.45)), (_smaller(height, 0.5), _smaller(width, 0.75))]
-    smaller = [
-        Trial(f"batch {other} of {h}x{w} pixels", _drawn(inputs, seed, image, other, (h, w)))
+    trials = [
+        Trial(f"{batch} of {h}x{w} pixels", _drawn(inputs, seed, image, other, (h, w)))
         for h, w in sizes
         if (h, w) != (height, width)
     ]
-    return (*smaller, Trial(f"batch {other}", _drawn(inputs, seed, image, other)), same)
+    if other:
+        trials.append(Trial(batch, _drawn(inputs, seed, image, other)))
+    which = next(place for place, value in enumerate(inputs) if value is image)
+    both = (one for trial in trials for one in (_in_other_format(trial, which), trial) if one is not None)
+    return (*both, same)
+
+
+def _image(inputs: Sequence[Tensor]) -> Tensor | None:
+    """Return the input that is an image, its height and width last: the likeliest that there is."""
+    for dims, floats in (((4,), True), ((4,), False), ((3, 5), True)):
+        for value in inputs:
+            if value.dim() in dims and value.is_floating_point() == floats and value.dtype != torch.bool:
+                return value
+    return None
+
+
+def _in_other_format(trial: Trial, which: int) -> Trial | None:
+    """Return a trial with its image in the format that it has not; None where there is no other."""
+    image = trial.inputs[which]
+    if image.dim() != 4:
+        return None
+    last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
+    name, memory_format = (
+        ("contiguous", torch.contiguous_format) if last else ("channels_last", torch.channels_last)
+    )
+    inputs = list(trial.inputs)
+    inputs[which] = image.contiguous(memory_format=memory_format)
+    return Trial(f"{trial.label}, {name}", tuple(inputs))
 
 
 def _smaller(side: int, share: float) -> int:
@@ -113,7 +145,7 @@ def _drawn(
     drawn = []
     for value in inputs:
         shape = list(value.shape)
-        if image is not None and value.dim() > 0 and value.shape[0] == image.shape[0]:
+        if image is not None and batch and value.dim() > 0 and value.shape[0] == image.shape[0]:
             shape[0] = batch
         if (
             image is not None

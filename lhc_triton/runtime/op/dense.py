@@ -202,7 +202,7 @@ class DenseConv2d(FusedConv2d):
             x, border = F.pad(x, (left, right, top, bottom)), (0, 0)
         x = x.contiguous(memory_format=torch.channels_last)
         options = (self.stride, border, self.dilation, self.groups)
-        if prepacked.serves(x):
+        if prepacked.serves(x) and not self._differentiates(x):
             y = prepacked.convolve(x, self._in_onednn_order(x, border), self.bias, *options)
         elif activation == "relu" and self._fuses(x):
             y = cudnn_fused.convolve(x, self.weight, self.bias, residual, *options)
@@ -211,9 +211,18 @@ class DenseConv2d(FusedConv2d):
             y = F.conv2d(x, self.weight, self.bias, *options)
         return self._finish(y, residual, activation, pool)
 
+    def _differentiates(self, x: Tensor) -> bool:
+        """Return whether somebody wants gradients: torch's own convolution has them, faster forms do not."""
+        wanted = (
+            x.requires_grad,
+            self.weight.requires_grad,
+            self.bias is not None and self.bias.requires_grad,
+        )
+        return torch.is_grad_enabled() and any(wanted)
+
     def _fuses(self, x: Tensor) -> bool:
         """Return whether cuDNN's fused kernel takes over; found out at the first call on a device."""
-        if not x.is_cuda or torch.compiler.is_compiling() or autocasts(x):
+        if not x.is_cuda or torch.compiler.is_compiling() or autocasts(x) or self._differentiates(x):
             return False
         place = (x.device, x.dtype)
         if self._fused is None or self._fused[0] != place:

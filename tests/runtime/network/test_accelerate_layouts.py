@@ -82,3 +82,49 @@ def test_values_between_the_layers_are_channels_last(backend: str) -> None:
     fast(image(size=12))
     assert len(seen) == 2
     assert all(y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous() for y in seen)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("given", [torch.contiguous_format, torch.channels_last])
+def test_images_with_their_channels_last_are_traced(backend: str, given: torch.memory_format) -> None:
+    class Turning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = chain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.body(x.permute(0, 3, 1, 2))
+            return y
+
+    torch.manual_seed(0)
+    model = finish(Turning())
+    x = image(size=12).permute(0, 2, 3, 1).contiguous()
+    fast = accelerate(model, x, tune="off", backend=backend)
+    assert fast.report()["traced"]
+    for seed in (3, 4):
+        x = image(size=12 + seed, seed=seed).permute(0, 2, 3, 1).contiguous(memory_format=given)
+        with torch.no_grad():
+            mine, theirs = fast(x), model(x)
+        assert mine.stride() == theirs.stride()
+        assert norm_error(mine, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_what_is_left_of_a_layer_may_be_one_filter(hooked: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        chain(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)
+    )
+    finish(model)
+    with torch.no_grad():
+        model[1].weight[1:] = 0
+        model[1].bias[1:] = -1
+    if hooked:
+        model[2].register_forward_hook(lambda module, given, output: None)
+    fast = accelerate(model, image(size=12), tune="off")
+    for given in (torch.contiguous_format, torch.channels_last):
+        x = image(size=15, seed=3).contiguous(memory_format=given)
+        with torch.no_grad():
+            mine, theirs = fast(x), model(x)
+        assert mine.stride() == theirs.stride()
+        assert norm_error(mine, theirs) < 1e-5

@@ -111,6 +111,64 @@ def test_what_tracing_gets_wrong_is_found_in_every_kind_of_output(kind: str) -> 
     assert ("output [1] differs" if kind.startswith("a small") else "the output differs") in told(fast)
 
 
+UNUSUAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "sparse": lambda y: y.relu().mean((2, 3)).to_sparse(),
+    "sparse by rows": lambda y: y.relu().mean((2, 3)).to_sparse_csr(),
+    "nested": lambda y: torch.nested.as_nested_tensor(list(y.unbind(0))) if isinstance(y, Tensor) else y,
+    "quantised": lambda y: torch.quantize_per_tensor(y, 0.01, 3, torch.qint8),
+    "of oneDNN": lambda y: y.to_mkldnn(),
+}
+
+
+def dense(output: Tensor) -> list[Tensor]:
+    if output.is_nested:
+        return list(output.unbind())
+    return [output.dequantize() if output.is_quantized else output.to_dense()]
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantize_per_tensor|nested tensors|beta state)")
+@pytest.mark.parametrize("kind", UNUSUAL)
+@pytest.mark.parametrize("deceived", [False, True])
+def test_outputs_in_unusual_layouts_are_compared(kind: str, deceived: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return UNUSUAL[kind](m.body(x * 4 - 1 if isinstance(x, Tensor) and deceived else x))
+
+    model, twin = made(lambda: Body(forward)), made(lambda: Body(forward))
+    fast = lhc.accelerate(model, image(), tune="off")
+    assert fast.report()["traced"] == (not deceived and kind != "nested")
+    with torch.no_grad():
+        for x in several():
+            found, expected = fast(x), twin(x)
+            assert found.layout == expected.layout
+            for mine, theirs in zip(dense(found), dense(expected), strict=True):
+                torch.testing.assert_close(
+                    mine, theirs, rtol=1e-3, atol=0.011 if found.is_quantized else 1e-4
+                )
+
+
+IMAGES: dict[str, Callable[[int, int], Tensor]] = {
+    "bytes": lambda size, seed: (image(2, size, seed=seed) * 255).to(torch.uint8),
+    "no batch": lambda size, seed: image(1, size, seed=seed)[0],
+    "videos": lambda size, seed: image(6, size, seed=seed).unflatten(0, (2, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_another_size_is_tried_of_every_kind_of_image(kind: str) -> None:
+    def side(x: Any) -> int:
+        try:
+            return int(x.shape[-1])
+        except TypeError:  # while somebody traces
+            return 12
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = x.float() if kind == "bytes" else x
+        return m.body(x.flatten(0, 1) if kind == "videos" else x) * side(x)
+
+    fast = accelerated(lambda: Body(forward), *(IMAGES[kind](size, size) for size in (12, 9, 17)))
+    assert not fast.report()["traced"]
+
+
 CANVASES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "copied": lambda canvas, means: canvas.copy_(means),
     "set": lambda canvas, means: canvas.__setitem__(slice(4, 20), means[4:20]),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from runtime_networks import finish, image, resnet, vgg
 from torch import nn
+from torch.autograd import forward_ad
 
 import lhc_triton as lhc
 from lhc_triton.planning import plan as make_plan
@@ -61,6 +62,21 @@ WRONG: dict[str, tuple[Callable[[], AcceleratedModel], type[Exception], str]] = 
     "no tensor": (lambda: accelerate(vgg(), "an image"), TypeError, "example_input is a str"),
     "a list of numbers": (lambda: accelerate(vgg(), [1, 2]), TypeError, "example_input is a list"),
     "an empty batch": (lambda: accelerate(vgg(), torch.zeros(0, 3, 8, 8)), ValueError, "is empty"),
+    "a sparse example": (
+        lambda: accelerate(vgg(), image().to_sparse()),
+        ValueError,
+        "sparse_coo; give a dense",
+    ),
+    "a nested example": (
+        lambda: accelerate(vgg(), torch.nested.nested_tensor([image()[0], image(size=9)[0]])),
+        ValueError,
+        "is nested; give a dense tensor",
+    ),
+    "lazy layers": (
+        lambda: accelerate(nn.Sequential(nn.LazyConv2d(8, 3)), image()),
+        ValueError,
+        "layer '0' is lazy and has no weights yet",
+    ),
     "NaN example": (lambda: accelerate(vgg(), image() * float("nan")), ValueError, "NaN or infinity"),
     "another device": (
         lambda: accelerate(vgg(), image().to("meta")),
@@ -93,6 +109,7 @@ WRONG: dict[str, tuple[Callable[[], AcceleratedModel], type[Exception], str]] = 
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_gets_one_clear_line(case: str) -> None:
     call, kind, message = WRONG[case]
@@ -111,3 +128,28 @@ def test_wrong_channels_at_run_time_are_one_clear_error() -> None:
     fast = accelerate(vgg(), image(), backend="torch", tune="off")
     with pytest.raises(ValueError, match=r"expected \[N, 3, H, W\]"):
         fast(image(channels=5))
+
+
+@pytest.mark.parametrize("backend", ["dense", "torch"])
+def test_gradients_are_right_or_refused(backend: str) -> None:
+    model = nn.Sequential(*vgg()[:6])  # sparse layers between dense ones
+    fast = accelerate(model, image(), backend=backend, tune="off")
+    mine, theirs = image(seed=4).requires_grad_(), image(seed=4).requires_grad_()
+    model(theirs).sum().backward()
+    total = fast(mine).sum()
+    if backend == "torch":
+        with pytest.raises(RuntimeError, match="is for inference only and has no backward"):
+            total.backward()
+        return
+    total.backward()
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["dense", "torch"])
+def test_derivatives_in_forward_mode_are_refused(backend: str) -> None:
+    fast = accelerate(vgg(), image(), backend=backend, tune="off")
+    with pytest.raises(RuntimeError, match="has no derivatives") as caught:
+        torch.func.jvp(fast, (image(),), (image(seed=3),))
+    assert "\n" not in str(caught.value)
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match="has no derivatives"):
+        fast(forward_ad.make_dual(image(), image(seed=3)))

@@ -48,7 +48,7 @@ aot: $(READY)
 	$(PYTEST) -m aot
 
 soak: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/runtime/soak.py --first $(SEED) --cases $(CASES) \
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/runtime/soak.py --first $(SEED) --cases $(CASES) \
 	  --disturbances $(DISTURBANCES) --seconds $(SECONDS) --workers $(WORKERS)
 
 # Damaged files of every kind that is read, and random networks through files; the tests try some of each.

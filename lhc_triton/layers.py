@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .finite import all_finite
-from .takeover import own_forward, take_over, why_not_taken_over
+from .takeover import added_attributes, own_forward, take_over, why_not_taken_over
 from .topology import (
     Effects,
     LHCConfig,
@@ -355,6 +355,11 @@ class LHCConv2d(nn.Conv2d):
             f"{super().extra_repr()}, in_block={config.in_block}, out_block={config.out_block},"
             f" shapes={config.shapes!r}{frozen}"
         )
+
+
+def attributes_of_others(conv: nn.Module) -> set[str]:
+    """Return the names of the attributes of a convolution that somebody else put on it."""
+    return added_attributes(conv, _OWN if isinstance(conv, LHCConv2d) else ())
 
 
 def convolves_plainly(module: nn.Module) -> bool:

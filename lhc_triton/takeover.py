@@ -36,6 +36,11 @@ def own_forward(conv: nn.Module) -> bool:
     return "forward" in vars(conv) or "_conv_forward" in vars(conv)
 
 
+def added_attributes(conv: nn.Module, own: Collection[str]) -> set[str]:
+    """Return the names of attributes that somebody put on a convolution, which itself needs ``own``."""
+    return set(vars(conv)) - _PLAIN - set(own)
+
+
 def weight_in_force(conv: nn.Conv2d) -> Tensor:
     """Return the weight [O, I / groups, kh, kw] that the next forward uses, before a topology's mask.
 
@@ -136,7 +141,7 @@ def take_over(conv: nn.Conv2d, layer: nn.Conv2d, leave: Collection[str] = ()) ->
             layer.register_buffer(name, buffer, persistent=name not in conv._non_persistent_buffers_set)
     for name, child in conv._modules.items():
         layer.register_module(name, child)
-    for name in set(vars(conv)) - _PLAIN - set(leave):
+    for name in added_attributes(conv, leave):
         setattr(layer, name, vars(conv)[name])
     for name in _HOOKS:
         hooks = vars(conv)[name]

@@ -36,17 +36,21 @@ _FRESH_MODULES = (
 _FRESH_FUNCTIONS: frozenset[Any] = frozenset(
     {
         operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.matmul,
-        torch.add, torch.sub, torch.mul, torch.div, torch.matmul, torch.cat, torch.stack, torch.where,
-        torch.relu, torch.sigmoid, torch.tanh, torch.exp, torch.softmax, torch.mean, torch.sum, torch.argmax,
+        operator.pow, operator.gt, operator.ge, operator.lt, operator.le, operator.eq, operator.ne,
+        torch.add, torch.sub, torch.mul, torch.div, torch.matmul, torch.bmm, torch.cat, torch.stack,
+        torch.where, torch.relu, torch.sigmoid, torch.tanh, torch.exp, torch.softmax, torch.mean, torch.sum,
+        torch.argmax, torch.pow, torch.sqrt, torch.rsqrt, torch.maximum, torch.minimum, torch.cumsum,
+        torch.gather, torch.take, torch.index_select, torch.flip, torch.roll,
         F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.sigmoid, F.tanh,
-        F.softmax, F.log_softmax, F.linear, F.conv2d, F.max_pool2d, F.avg_pool2d,
+        F.softmax, F.log_softmax, F.linear, F.conv2d, F.max_pool2d, F.avg_pool2d, F.grid_sample, F.embedding,
+        F.layer_norm, F.group_norm, F.scaled_dot_product_attention,
     }
 )  # fmt: skip
 # Their ``inplace`` may be given by position.
 _MAY_OVERWRITE = frozenset({F.relu, F.relu6, F.leaky_relu, F.elu, F.silu, F.hardswish, F.hardsigmoid})
 _FRESH_METHODS = frozenset(
-    {"add", "sub", "mul", "div", "matmul", "relu", "sigmoid", "tanh", "exp", "softmax", "mean", "sum",
-     "argmax", "clone"}
+    {"add", "sub", "mul", "div", "matmul", "bmm", "relu", "sigmoid", "tanh", "exp", "softmax", "mean", "sum",
+     "argmax", "clone", "pow", "sqrt", "rsqrt", "cumsum", "gather", "take", "index_select", "flip", "roll"}
 )  # fmt: skip
 
 

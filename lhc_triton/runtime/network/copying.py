@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections import deque
+import weakref
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lhc_triton.errors import first_line
+from lhc_triton.layers import attributes_of_others
 
 _PRE_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 _HOOKS = (
@@ -23,7 +25,8 @@ _HOOKS = (
     "_forward_hooks_always_called",
     *_PRE_HOOKS,
 )
-_FUNCTIONS = types.FunctionType | types.MethodType | functools.partial
+_DICTS = (dict, OrderedDict, defaultdict)
+_DEPTH = 8  # of containers inside each other
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -72,13 +75,13 @@ def working_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mod
 
 
 def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Return ``copy.deepcopy(model, memo)`` whose hooks and functions refer to copies where the model's do.
+    """Return ``copy.deepcopy(model, memo)`` that refers to copies wherever the model refers to its own.
 
-    Functions are no copies by themselves: a hook or a ``forward`` that was set on a module may hold on to the
-    model in its closure, and would go on working on that. What ``memo`` brings along takes the place of an
-    original, and has its hooks.
+    Functions and weak references are no copies by themselves: a hook, or a ``forward`` that was set on a
+    module, may hold on to the model in its closure, and would go on working on that. A module that ``memo``
+    brings along takes the place of an original, and has its hooks and the attributes that others put there.
     """
-    given = {key for key, module in memo.items() if isinstance(module, nn.Module)}
+    given = {key: module for key, module in memo.items() if isinstance(module, nn.Module)}
     originals = list(model.modules())
     for module in originals:
         for value in (*vars(module).values(), *_hooks_of(module)):
@@ -89,14 +92,15 @@ def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
                 memo[id(value)] = value  # bound anew below, where its object is the model's own
     made = copy.deepcopy(model, memo)
     for module in originals:
-        twin = memo.get(id(module), module)
-        for name in _HOOKS:
-            hooks = getattr(module, name) if id(module) in given else getattr(twin, name)
-            bound = {key: _rebound(hook, memo) if callable(hook) else hook for key, hook in hooks.items()}
-            getattr(twin, name).update(bound)
-        if id(module) not in given:
-            functions = {k: v for k, v in vars(twin).items() if isinstance(v, _FUNCTIONS)}
-            vars(twin).update({key: _rebound(function, memo) for key, function in functions.items()})
+        if id(module) in given:
+            twin = given[id(module)]
+            for name in _HOOKS:
+                getattr(twin, name).update(_rebound(dict(getattr(module, name)), memo))
+            for name in attributes_of_others(module) - vars(twin).keys() - {"forward"}:
+                vars(twin)[name] = _rebound(copy.deepcopy(vars(module)[name], memo), memo)
+    taken = set(map(id, given.values()))
+    for twin in [twin for twin in memo.values() if isinstance(twin, nn.Module) and id(twin) not in taken]:
+        vars(twin).update({name: _rebound(value, memo) for name, value in vars(twin).items()})
     return made
 
 
@@ -127,24 +131,47 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _rebound(hook: Callable[..., Any], memo: dict[int, Any]) -> Callable[..., Any]:
-    """Return a hook that refers to the copies of what it refers to; what was not copied it shares."""
-    if isinstance(hook, types.MethodType):
-        return types.MethodType(hook.__func__, memo.get(id(hook.__self__), hook.__self__))
-    if isinstance(hook, functools.partial):
-        arguments = [memo.get(id(value), value) for value in hook.args]
-        keywords = {name: memo.get(id(value), value) for name, value in hook.keywords.items()}
-        return functools.partial(_rebound(hook.func, memo), *arguments, **keywords)
-    if not isinstance(hook, types.FunctionType):
-        found: Callable[..., Any] = memo.get(id(hook), hook)
-        return found
-    defaults = hook.__defaults__ and tuple(memo.get(id(value), value) for value in hook.__defaults__)
-    cells = hook.__closure__ and tuple(_rebound_cell(cell, memo) for cell in hook.__closure__)
+def _rebound(value: Any, memo: dict[int, Any], depth: int = 0) -> Any:
+    """Return a value of a copy with its functions and weak references bound to copies.
+
+    Containers, which are copies themselves, are changed in place.
+    """
+    if depth > _DEPTH or type(value) not in (*_DICTS, list, deque, tuple):
+        return _bound(value, memo)
+    pairs = list(value.items() if isinstance(value, dict) else enumerate(value))
+    items = {key: _rebound(item, memo, depth + 1) for key, item in pairs}
+    changed = {key: items[key] for key, item in pairs if items[key] is not item}
+    if isinstance(value, tuple):
+        return tuple(items.values()) if changed else value
+    for key, item in changed.items():
+        value[key] = item
+    return value
+
+
+def _bound(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a function or a weak reference to copies of what it refers to; what was not copied it shares."""
+    if isinstance(value, types.MethodType):
+        return types.MethodType(value.__func__, memo.get(id(value.__self__), value.__self__))
+    if isinstance(value, functools.partial):
+        arguments = [_bound(one, memo) for one in value.args]
+        keywords = {name: _bound(one, memo) for name, one in value.keywords.items()}
+        return functools.partial(_bound(value.func, memo), *arguments, **keywords)
+    if isinstance(value, types.FunctionType):
+        return _rebound_function(value, memo)
+    if isinstance(value, weakref.ref):
+        target = memo.get(id(value()))
+        return value if target is None else weakref.ref(target)
+    return memo.get(id(value), value)
+
+
+def _rebound_function(function: types.FunctionType, memo: dict[int, Any]) -> Callable[..., Any]:
+    defaults = function.__defaults__ and tuple(memo.get(id(value), value) for value in function.__defaults__)
+    cells = function.__closure__ and tuple(_rebound_cell(cell, memo) for cell in function.__closure__)
     if not cells and not defaults:
-        return hook
-    bound = types.FunctionType(hook.__code__, hook.__globals__, hook.__name__, defaults, cells)
-    bound.__kwdefaults__ = hook.__kwdefaults__
-    return functools.update_wrapper(bound, hook)
+        return function
+    bound = types.FunctionType(function.__code__, function.__globals__, function.__name__, defaults, cells)
+    bound.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(bound, function)
 
 
 def _rebound_cell(cell: types.CellType, memo: dict[int, Any]) -> types.CellType:

@@ -288,7 +288,13 @@ def rewrite(
     shell.eval()
     restore_formats(shell, formats)
     shell.meta["formats"] = own  # for a file, from which the same network is to be made again
+    setattr(type(shell), "__call__", _call)  # noqa: B010  (its class is its own)
     return shell
+
+
+def _call(network: nn.Module, *inputs: Any, **named: Any) -> Any:
+    """Call a network as any module; torch.fx would print a traceback where one raises an error."""
+    return nn.Module.__call__(network, *inputs, **named)
 
 
 def _copy_attribute(source: nn.Module, target: nn.Module, name: str, replaced: Collection[str]) -> str:

@@ -128,7 +128,10 @@ class Snapshot:
         if isinstance(value, Tensor):
             if not isinstance(value, nn.Parameter):
                 self._tensors[id(value)] = (value, value.detach().clone())
-            self._keep(vars(value), depth + 1)
+            home = vars(value)  # empty, as a rule
+            self._contents[id(home)] = (home, dict(home), frozenset())
+            for item in home.values():
+                self._keep(item, depth + 1)
         elif isinstance(value, tuple):
             for item in value:
                 self._keep(item, depth + 1)

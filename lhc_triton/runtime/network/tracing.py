@@ -50,6 +50,12 @@ class _Value(fx.Proxy):
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
+    def __len__(self) -> int:  # which list() asks for
+        count = _pieces(self.node)
+        if count is None:
+            raise TraceError("the length of a value is not known while it is traced")
+        return count
+
 
 def _augmented(function: Any) -> Any:
     def record(self: fx.Proxy, other: Any) -> fx.Proxy:
@@ -73,6 +79,26 @@ class _ConvTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        count = _pieces(obj.node)
+        if count is None:
+            return super().iter(obj)
+        return iter([obj[place] for place in range(count)])  # type: ignore[index]
+
+
+def _pieces(node: fx.Node) -> int | None:
+    """Return into how many pieces a node splits a tensor, where that stands in the code.
+
+    Of ``chunk`` only along the channels: where a length varies, there may be fewer than are asked for.
+    """
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    given = [*node.args[1:], *node.kwargs.values()]
+    if name == "chunk":
+        return given[0] if len(given) == 2 and isinstance(given[0], int) and given[1] == 1 else None
+    if name in ("split", "tensor_split") and given and isinstance(given[0], tuple | list):
+        return len(given[0]) + (name == "tensor_split")
+    return None
 
 
 def trace(model: nn.Module, arity: int | None = None) -> fx.GraphModule:

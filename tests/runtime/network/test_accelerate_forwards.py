@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -318,6 +320,93 @@ def test_a_patched_forward_is_kept() -> None:
     expected = model(image()).detach()
     lhc.accelerate(model, image(), tune="off", backend="torch")
     assert_same(model(image()).detach(), expected)
+
+
+def in_a_dict() -> nn.Module:
+    model = Body(lambda m, x: m.steps["last"](m.steps["mid"](m.steps["stem"](x))))
+    model.steps = {
+        "stem": model.stem.forward,
+        "mid": lambda x: F.relu(model.mid(x)),
+        "last": partial(lambda m, x: m.last(x), model),
+    }
+    return model
+
+
+def in_a_list() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        for step in m.steps[0]:
+            x = step(x)
+        return x
+
+    model = Body(forward)
+    model.steps = ([model.stem, F.relu, lambda x: model.mid(x), model.last],)
+    return model
+
+
+def of_a_child() -> nn.Module:
+    """A part that knows, weakly, the whole that it belongs to."""
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Buffer(torch.ones(()))
+            self.part = Body(self.keep)
+            self.part.whole = weakref.ref(self)
+
+        @staticmethod
+        def keep(m: Any, x: Tensor) -> Tensor:
+            m.whole().mean = x.mean()
+            m.whole().gain.mul_(0.5)
+            return m.body(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(x) * self.mean + self.gain
+
+    return Whole()
+
+
+def of_a_module_in_a_list() -> nn.Module:
+    model = Body(lambda m, x: (m.kept.clear(), m.parts[0](m.body(x)), m.kept[0])[1:])
+    model.kept, model.parts = [], [nn.Conv2d(32, 32, 1)]
+    model.parts[0].register_forward_hook(lambda module, arguments, output: model.kept.append(output * 2))
+    return model
+
+
+REFERENCES: dict[str, Callable[[], nn.Module]] = {
+    "functions in a dict": in_a_dict,
+    "functions in a list": in_a_list,
+    "a weak reference": of_a_child,
+    "a hook of a module in a list": of_a_module_in_a_list,
+}
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_refers_to_the_model_refers_to_its_copy_in_the_copy(kind: str, backend: str) -> None:
+    assert sparse(accelerated(REFERENCES[kind], *several(), backend=backend)) == 2
+    model, twin = made(REFERENCES[kind]), made(REFERENCES[kind])
+    fast = lhc.accelerate(model, image(), tune="off", backend=backend)
+    with torch.no_grad():
+        fast(image(seed=4))
+        assert_same(model(image(seed=5)), twin(image(seed=5)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attributes_that_others_put_on_a_convolution_stay_with_it(backend: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        for layer in (m.stem, m.mid, m.last):
+            x = layer(x) * layer.scales[0]
+            if layer.rectify and float(x.mean()) < 1e9:
+                x = x.relu()
+        return x
+
+    def build() -> nn.Module:
+        model = Body(forward)
+        for layer in (model.stem, model.mid, model.last):
+            layer.rectify, layer.scales = layer is not model.last, [0.5]
+        return model
+
+    assert sparse(accelerated(build, *several(), backend=backend)) == 2
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

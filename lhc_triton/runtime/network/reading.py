@@ -80,8 +80,10 @@ def read(model: nn.Module, inputs: tuple[Tensor, ...], plan: Plan | None, tune: 
             fewer = _plan_copy(small.work, model, judge, inputs, requested, cost, planned.plan.layers)
             # Blocks of zeros that no longer lie in line may cost more than a few filters less gain.
             faster = fewer.predicted_us < planned.predicted_us
-            # Two trials tell whether it computes the same; what is built of it goes through all of them.
-            if faster and judge.verdict(small.work, (0, 1)).problem is None:
+            # Two trials tell whether it computes the same: the example, and another size in another format.
+            # What is built of it goes through all of them.
+            ends = (0, len(observed.trials) - 1)
+            if faster and judge.verdict(small.work, ends).problem is None:
                 work, removed, planned = small.work, (small.remark,), fewer
                 convs = check_convs(work)
         plan = planned.plan

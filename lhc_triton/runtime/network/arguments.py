@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lhc_triton.finite import all_finite
 from lhc_triton.layers import LHCConv2d
 from lhc_triton.planning.backends import requests
 from lhc_triton.planning.network_plan import Plan
@@ -52,7 +53,7 @@ def check_inputs(model: nn.Module, example_input: Any) -> tuple[Tensor, ...]:
     for value in values:
         if home is not None and value.device != home:
             raise ValueError(f"example_input is on {value.device}, the model on {home}; move one of them")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.is_floating_point() and not all_finite(value):
             raise ValueError("example_input holds NaN or infinity; give a real example")
     return tuple(value.detach() for value in values)
 
@@ -73,7 +74,7 @@ def check_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
                 f"layer {name!r} is lazy and has no weights yet; call the model on an image first"
             )
         for what, value in (("weight", conv.weight), ("bias", conv.bias)):
-            if value is not None and not bool(torch.isfinite(value).all()):
+            if value is not None and not all_finite(value):
                 raise ValueError(f"layer {name!r} has NaN or infinity in its {what}; repair the model first")
         if isinstance(conv, LHCConv2d) and not conv.frozen and not bool(conv.masked_filters.all()):
             raise ValueError(

@@ -7,11 +7,13 @@ are is drawn at random, so that later steps see, or do not see, what this one do
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -165,6 +167,9 @@ class Step(nn.Module):
             "history": list,
             "array": lambda: np.zeros(1, dtype=np.int64),
             "caller": lambda: Collector(self.conv),
+            "table": lambda: {"steps": [self.conv, F.relu, lambda x: self.conv2(x)]},
+            "weak": lambda: setattr(self.conv, "owner", weakref.ref(self)),
+            "source": lambda: random.Random(recipe.rng.randrange(100)),
             "hook": lambda: None,
             "tap": lambda: None,
         }

@@ -378,3 +378,45 @@ def chosen_pixels(m: Any, h: Tensor, k: Tensor) -> Tensor:
 @step("conv", "upsample")
 def modules_without_weights(m: Any, h: Tensor, k: Tensor) -> Tensor:
     return F.pixel_unshuffle(m.upsample(m.conv(h)), 2)[:, ::4] + F.dropout(k, 0.5, m.training)
+
+
+@step("conv", "narrow")
+def listed_pieces(m: Any, h: Tensor, k: Tensor) -> Tensor:
+    forms: list[Callable[[Tensor], Any]] = [
+        lambda y: y.chunk(2, 1),
+        lambda y: y.split([m.channels // 2, m.channels - m.channels // 2], 1),
+        lambda y: torch.tensor_split(y, [m.channels // 2], dim=1),
+    ]
+    pieces = list(forms[m.variant % len(forms)](m.conv(h)))
+    pieces.append(m.narrow(pieces[-1]).relu())
+    return torch.cat(pieces[1:], 1) + k
+
+
+@step("conv", "conv2", "table")
+def functions_kept(m: Any, h: Tensor, k: Tensor) -> Tensor:
+    for function in m.table["steps"]:
+        h = function(h)
+    return h + k
+
+
+@step("conv", "weak")
+def known_by_its_part(m: Any, h: Tensor, k: Tensor) -> Tensor:
+    owner = m.conv.owner()
+    owner.seen = h.mean()
+    return m.conv(h) + m.seen
+
+
+@step("conv")
+def marked_layer(m: Any, h: Tensor, k: Tensor) -> Tensor:
+    m.conv.seen = getattr(m.conv, "seen", 0) + 1
+    return m.conv(h) * (1.0 if m.conv.seen < 6 else 0.5)
+
+
+@step("conv", "source")
+def own_generator(m: Any, h: Tensor, k: Tensor) -> Tensor:
+    return m.conv(h) * (1 + m.source.random())
+
+
+@step("conv")
+def sometimes_random(m: Any, h: Tensor, k: Tensor) -> Tensor:
+    return m.conv(h) * (0.5 if float(torch.rand(())) < 1e-9 else 1.0)

@@ -48,10 +48,12 @@ def accelerate(
 
     Every layer is compared with the model's on ``example_input``; what differs is put back to dense. The
     whole network then runs beside the untouched model on the example, on other values of its kind, and on
-    another batch and image size where the model takes them, the last one twice; every output is compared.
+    another batch, image size and memory format where the model takes them, the last one twice; every output
+    is compared.
     What differs is given up: first the traced network, for convolutions that are swapped in place, then the
     sparse backends, then everything. ``explain()`` tells why. The model is copied and left as it was. Its
-    forward hooks go with the copy; where modules inside have hooks, convolutions are swapped in place. Where
+    forward hooks go with the copy; where modules inside have hooks, convolutions are swapped in place. What
+    its code keeps in classes and global variables is shared, as instances of one class share it. Where
     backend="auto" has to do without the device's fastest kernel (no C++ compiler, for example), a warning and
     a note give the reason.
 

@@ -256,7 +256,7 @@ def record_formats(
         traced: the graph.
         shapes: what ``record_shapes`` saw on the example.
         example: the inputs of that run.
-        other: inputs of any size, for a run in the image's other format.
+        other: inputs of any size, for a run with all images in the first one's other format.
 
     Returns:
         By node: "contiguous" or "channels_last" where the value always is, "input" where it has the format of
@@ -267,8 +267,7 @@ def record_formats(
     if which is None:
         return {name: seen.format for name, seen in shapes.items() if seen.format != "other"}
     swap = torch.contiguous_format if is_channels_last(example[which]) else torch.channels_last
-    inputs = list(other)
-    inputs[which] = other[which].contiguous(memory_format=swap)
+    inputs = [value.contiguous(memory_format=swap) if value.dim() == 4 else value for value in other]
     try:
         second, _ = record_shapes(traced, inputs)
     except TraceError:

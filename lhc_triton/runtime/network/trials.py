@@ -96,8 +96,7 @@ def _alternatives(inputs: Sequence[Tensor], seed: int) -> tuple[Trial, ...]:
     ]
     if other:
         trials.append(Trial(batch, _drawn(inputs, seed, image, other)))
-    which = next(place for place, value in enumerate(inputs) if value is image)
-    both = (one for trial in trials for one in (_in_other_format(trial, which), trial) if one is not None)
+    both = (one for trial in trials for one in (_in_other_format(trial, image), trial) if one is not None)
     return (*both, same)
 
 
@@ -110,18 +109,14 @@ def _image(inputs: Sequence[Tensor]) -> Tensor | None:
     return None
 
 
-def _in_other_format(trial: Trial, which: int) -> Trial | None:
-    """Return a trial with its image in the format that it has not; None where there is no other."""
-    image = trial.inputs[which]
+def _in_other_format(trial: Trial, image: Tensor) -> Trial | None:
+    """Return a trial with all images in the format that ``image`` has not; None where there is no other."""
     if image.dim() != 4:
         return None
     last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
-    name, memory_format = (
-        ("contiguous", torch.contiguous_format) if last else ("channels_last", torch.channels_last)
-    )
-    inputs = list(trial.inputs)
-    inputs[which] = image.contiguous(memory_format=memory_format)
-    return Trial(f"{trial.label}, {name}", tuple(inputs))
+    name, other = ("contiguous", torch.contiguous_format) if last else ("channels_last", torch.channels_last)
+    turned = (x.contiguous(memory_format=other) if x.dim() == 4 else x for x in trial.inputs)
+    return Trial(f"{trial.label}, {name}", tuple(turned))
 
 
 def _smaller(side: int, share: float) -> int:

@@ -391,6 +391,47 @@ def test_what_refers_to_the_model_refers_to_its_copy_in_the_copy(kind: str, back
         assert_same(model(image(seed=5)), twin(image(seed=5)))
 
 
+PIECES: dict[str, Callable[[Tensor], Any]] = {
+    "chunk": lambda y: y.chunk(2, 1),
+    "split": lambda y: torch.split(y, [8, 24], dim=1),
+    "tensor_split": lambda y: y.tensor_split((8,), dim=1),
+}
+
+
+@pytest.mark.parametrize("form", PIECES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_list_of_pieces_is_traced(form: str, backend: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        pieces = list(PIECES[form](m.body(x)))
+        pieces.extend([piece.relu() for piece in pieces])
+        return torch.cat(pieces[1:], 1)
+
+    assert accelerated(lambda: Body(forward), *several(), backend=backend).report()["traced"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fewer_pieces_than_were_asked_for(backend: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        rows = [row.mean(2) for row in m.body(x).chunk(5, 2)]
+        return torch.stack([sum(rows), rows[-1] * len(rows)])
+
+    accelerated(lambda: Body(forward), *several(), image(2, 6, seed=6), backend=backend)
+
+
+def test_constants_that_a_value_is_read_by_do_not_stop_a_trace() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        y, order, grid = m.body(x), torch.arange(31, -1, -1), torch.linspace(-1, 1, 16).view(1, 2, 4, 2)
+        looks = F.grid_sample(y[:1], grid, align_corners=False)
+        return (
+            y.index_select(1, order),
+            looks,
+            torch.take(y, order),
+            y > torch.linspace(0, 1, 32).view(-1, 1, 1),
+        )
+
+    assert accelerated(lambda: Body(forward), *several()).report()["traced"]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attributes_that_others_put_on_a_convolution_stay_with_it(backend: str) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:

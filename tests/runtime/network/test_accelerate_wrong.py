@@ -130,6 +130,23 @@ def test_wrong_channels_at_run_time_are_one_clear_error() -> None:
         fast(image(channels=5))
 
 
+def test_an_error_of_the_models_own_code_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = vgg()[:3], nn.Linear(16 * 144, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.head(self.body(x).flatten(1)).view(-1, 5)
+            return y
+
+    fast = accelerate(Classifier(), image(size=12), tune="off", backend="dense")
+    assert fast.report()["traced"]
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fast(image(size=9))
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("backend", ["dense", "torch"])
 def test_gradients_are_right_or_refused(backend: str) -> None:
     model = nn.Sequential(*vgg()[:6])  # sparse layers between dense ones

@@ -56,6 +56,7 @@ class Snapshot:
         self._arrays: dict[int, tuple[Any, Any]] = {}
         self._generators: dict[int, tuple[Any, Any]] = {}
         self._slotted: list[tuple[Any, str, Any]] = []
+        self._scripted: list[tuple[Any, str, Any]] = []
         self._classes: dict[type, dict[str, Any]] = {}
         self._globals: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
         self._reach = _Reach(self._keep, self._keep_class, self._keep_global)
@@ -75,6 +76,7 @@ class Snapshot:
             or any(bytes(held) != bytes(before) for held, before in self._arrays.values())
             or any(not same_state(_state_of(one), state) for one, state in self._generators.values())
             or any(getattr(owner, name, None) is not value for owner, name, value in self._slotted)
+            or any(not _same(getattr(owner, name), value) for owner, name, value in self._scripted)
             or any(_differs(_attributes(kind), before) for kind, before in self._classes.items())
             or any(names.get(name, _NONE) is not value for (_, name), (names, value) in self._globals.items())
         )
@@ -100,6 +102,9 @@ class Snapshot:
         for owner, name, value in self._slotted:
             if getattr(owner, name, None) is not value:
                 setattr(owner, name, value)
+        for owner, name, value in self._scripted:
+            if not _same(getattr(owner, name), value):
+                setattr(owner, name, copy.deepcopy(value))
         for kind, attributes in self._classes.items():
             _restore_class(kind, attributes)
         for (_, name), (names, value) in self._globals.items():
@@ -111,9 +116,8 @@ class Snapshot:
     def _keep_module(self, module: nn.Module) -> None:
         self._reach.add_class(type(module))
         home, ignored = vars(module), frozenset[str]()
-        if isinstance(module, torch.jit.ScriptModule):  # of attributes it has those that were asked for
-            for buffer in module.buffers(recurse=False):
-                self._keep(buffer)
+        if isinstance(module, torch.jit.ScriptModule):  # in Python it has what was asked for, no more
+            self._scripted += [(module, name, copy.deepcopy(value)) for name, value in _scripted(module)]
             return
         if isinstance(module, FusedConv2d):  # the model's are hooks, and attributes beside ours
             ignored = _PACKED
@@ -311,6 +315,30 @@ def _slots(value: Any) -> list[str]:
     slots = (vars(kind).get("__slots__", ()) for kind in type(value).__mro__)
     names = (name for these in slots for name in ((these,) if isinstance(these, str) else these))
     return [name for name in names if not name.startswith("__") and hasattr(value, name)]
+
+
+def _scripted(module: Any) -> list[tuple[str, Any]]:
+    """Return the attributes of a scripted module, parameters aside: TorchScript keeps them in C++."""
+    kind = getattr(module, "_concrete_type", None)
+    names = (
+        []
+        if kind is None
+        else [name for name, (_, is_parameter) in kind.get_attributes().items() if not is_parameter]
+    )
+    values = ((name, getattr(module, name)) for name in names if name != "training")
+    return [
+        (name, value) for name, value in values if isinstance(value, Tensor | int | float | str | list | dict)
+    ]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return same_values(a, b)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return type(a) is type(b) and bool(a == b)
 
 
 def _state_of(generator: Any) -> Any:

@@ -72,10 +72,12 @@ for _function in (
 
 
 class _ConvTracer(fx.Tracer):
-    """Traces into everything except torch's own modules and convolutions."""
+    """Traces into everything except torch's own modules, scripted ones, and convolutions."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, nn.Conv2d | torch.jit.ScriptModule) or super().is_leaf_module(
+            m, module_qualified_name
+        )
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)

@@ -154,6 +154,22 @@ def hook_of_a_layer_that_counts() -> nn.Module:
     return model
 
 
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.register_buffer("peak", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.peak.copy_(torch.maximum(self.peak, x.amax()))
+        return x / self.peak * (1.0 if self.calls < 9 else 0.5)
+
+
+def scripted() -> nn.Module:
+    return Body(lambda m, x: m.part(m.body(x)), part=torch.jit.script(Scripted()))
+
+
 STATES: dict[str, Callable[[], nn.Module]] = {
     "an attribute of the class": class_attribute,
     "a list of the class": list_of_the_class,
@@ -167,10 +183,12 @@ STATES: dict[str, Callable[[], nn.Module]] = {
     "a property": property_that_counts,
     "an attribute of a buffer": attribute_of_a_buffer,
     "an attribute of a layer": attribute_of_a_layer,
+    "a scripted part": scripted,
     "a hook of a layer": hook_of_a_layer_that_counts,
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_state_that_code_can_reach_goes_on_as_the_models(state: str, backend: str) -> None:
@@ -182,6 +200,7 @@ def test_state_that_code_can_reach_goes_on_as_the_models(state: str, backend: st
             torch.testing.assert_close(fast(x), twin(x), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("state", STATES)
 def test_state_that_code_can_reach_is_left_as_it_was(state: str) -> None:
     model, twin = made(STATES[state]), made(STATES[state])

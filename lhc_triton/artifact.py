@@ -22,6 +22,7 @@ from lhc_triton.files import StrPath, parse_json, printable, write_beside
 from lhc_triton.planning.network_plan import Plan
 from lhc_triton.runtime.choosing.dispatch import passed_over
 from lhc_triton.runtime.network.accelerated import AcceleratedModel
+from lhc_triton.runtime.network.calling import settled
 from lhc_triton.runtime.network.record import Record
 from lhc_triton.runtime.op.dense import FusedConv2d
 from lhc_triton.runtime.saved.arguments import GraphError, decode, encode
@@ -232,7 +233,8 @@ def load(
     assert network is not None
     network, plan, record = retarget(network, plan, record, str(document["device"]), target)
     _warn_where_slow(network, plan, record, target)
-    fast = AcceleratedModel(network, plan, record, graphs and document["replays"])
+    fixed = None if model is None else settled(model, len(record.inputs))
+    fast = AcceleratedModel(network, plan, record, graphs and document["replays"], settled=fixed)
     fast.attributes = attributes
     return fast
 

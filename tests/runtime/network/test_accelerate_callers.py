@@ -6,6 +6,7 @@ import threading
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,6 +148,17 @@ def test_defaults_may_be_given_or_left_out(backend: str) -> None:
             fast(*arguments, **named)
     with pytest.raises(TypeError, match=r"none of them|'gain'"):
         fast(x, False, (3, 2), None)  # by keyword only, as in the model
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be stored")
+def test_defaults_find_their_places_in_a_loaded_network(tmp_path: Path) -> None:
+    model, x = made(Pooling), image(seed=8)
+    lhc.save(lhc.accelerate(model, image(), tune="off"), tmp_path / "net")
+    fast = lhc.load(tmp_path / "net", made(Pooling))
+    with torch.no_grad():
+        assert_same(fast(x, False, (3, 2)), model(x, False, (3, 2)))
+    with pytest.raises(TypeError, match="argument 2 is none of them"):
+        fast(x, (3, 2))  # the model would take them for ``invert``
 
 
 class Masked(Body):

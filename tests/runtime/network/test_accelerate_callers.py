@@ -150,7 +150,7 @@ def test_defaults_may_be_given_or_left_out(backend: str) -> None:
         fast(x, False, (3, 2), None)  # by keyword only, as in the model
 
 
-@pytest.mark.filterwarnings("ignore:.*could not be stored")
+@pytest.mark.filterwarnings("ignore:the graph cannot be stored")
 def test_defaults_find_their_places_in_a_loaded_network(tmp_path: Path) -> None:
     model, x = made(Pooling), image(seed=8)
     lhc.save(lhc.accelerate(model, image(), tune="off"), tmp_path / "net")

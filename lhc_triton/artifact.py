@@ -23,6 +23,8 @@ from lhc_triton.planning.network_plan import Plan
 from lhc_triton.runtime.choosing.dispatch import passed_over
 from lhc_triton.runtime.network.accelerated import AcceleratedModel
 from lhc_triton.runtime.network.calling import settled
+from lhc_triton.runtime.network.copying import drop_gradients
+from lhc_triton.runtime.network.int8 import connect
 from lhc_triton.runtime.network.record import Record
 from lhc_triton.runtime.op.dense import FusedConv2d
 from lhc_triton.runtime.saved.arguments import GraphError, decode, encode
@@ -42,6 +44,7 @@ from lhc_triton.runtime.saved.layers_file import (
     into_model,
     outline,
     tensors_of,
+    written,
 )
 from lhc_triton.runtime.saved.record_file import DTYPES, read_record, store_record
 from lhc_triton.runtime.saved.retarget import check_device, retarget
@@ -102,8 +105,9 @@ def save(fast: AcceleratedModel, path: StrPath) -> None:
     try:
         modules = {name: store_module(name, module) for name, module in fast.fused_layers().items()}
         document = {**_document(fast, "layers"), "why": printable(why, _LONGEST), "modules": modules}
-        document |= {"outline": outline(fast.network), "formats": formats_of(fast.network)}
-        return _write(path, document, tensors_of(fast.network))
+        passing = written(fast.network, fast.record)
+        document |= {"outline": outline(fast.network, passing), "formats": formats_of(fast.network)}
+        return _write(path, document, tensors_of(fast.network, passing))
     except (GraphError, ArtifactError) as error:
         raise ArtifactError(f"the network cannot be saved: {error}") from error
 
@@ -209,7 +213,7 @@ def load(
         path: the file.
         model: the model that was accelerated, or a fresh one of its class and settings; only needed, and then
             required, where its graph could not be stored. It is copied, and its weights do not matter: the
-            file holds all of them.
+            file holds all of them. What else its modules keep (numbers, closures) has to be equal.
         device: where the network shall run.
         graphs: record calls and replay them; see ``accelerate``.
         verify: compare the file's digest with its content, which finds every damage; False reads on without.
@@ -305,6 +309,8 @@ def _rebuild(
         network = build_graph(document["nodes"], modules, rest)
         check_growth(network, [(shape, DTYPES[dtype]) for shape, dtype in record.inputs])
         _assign(network, tensors)
+        drop_gradients(network)
+        connect(network)
         return network, plan, record
     holder = nn.ModuleDict({str(index): module for index, module in enumerate(modules.values())})
     places = {name: str(index) for index, name in enumerate(modules)}
@@ -314,7 +320,9 @@ def _rebuild(
         if needed:
             raise ArtifactError(f"its graph could not be stored ({document['why']}); give load(..., model=)")
         return None, plan, record
-    return into_model(model, record, modules, rest, lines, formats), plan, record
+    filled = into_model(model, record, modules, rest, lines, formats)
+    connect(filled)
+    return filled, plan, record
 
 
 def _moved(name: str, places: Mapping[str, str]) -> str:

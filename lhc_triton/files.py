@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -30,15 +31,23 @@ def parse_json(text: str) -> Any:
     """Return what JSON text holds.
 
     Raises:
-        ValueError: it is no JSON, holds NaN or infinity, is nested too deep, or has a number of thousands of
-            digits; one line.
+        ValueError: it is no JSON, holds NaN, infinity or a key twice, is nested too deep, or has a number of
+            thousands of digits; one line.
     """
     try:
-        return json.loads(text, parse_constant=_no_number)
+        return json.loads(text, parse_constant=_no_number, object_pairs_hook=_distinct)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except ValueError as error:
         raise ValueError(str(error).partition(":")[0] if "digits" in str(error) else str(error)) from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {printable(repr(twice), 40)} is there twice")
+    return found
 
 
 def _no_number(name: str) -> NoReturn:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .conversion import check_amount, checked_costs, lhc_layers, output_pixels
+from .finite import all_finite
 from .layers import LHCConv2d
 from .topology import pattern_distance
 
@@ -135,6 +136,7 @@ class TopologySchedule:
         self.mac_budget = float(mac_budget)
         self.gradual = gradual
         self.pattern_weight = float(pattern_weight)
+        self._model = model
         self._names = list(layers)
         self._layers = list(layers.values())
         self._pixels = [pixels[name] for name in layers]
@@ -146,8 +148,14 @@ class TopologySchedule:
         self._watch = _Watch()
 
     def start_epoch(self, epoch: int) -> None:
-        """Begin epoch 0, 1, ...: draw which filters use their masks."""
+        """Begin epoch 0, 1, ...: draw which filters use their masks.
+
+        Raises:
+            RuntimeError: the model's LHC layers are no longer those that the schedule was made for.
+            ValueError: effects have NaN or infinity: training has diverged.
+        """
         _check_count("epoch", epoch, 0)
+        self._check_layers()
         self._warn_where_still()
         self._epoch = epoch
         for index, layer in enumerate(self._layers):
@@ -202,6 +210,21 @@ class TopologySchedule:
         if self._epoch == 0 and task_loss is not None:
             self._first_loss = _check_loss(float(task_loss))
         self._warn_where_still()
+
+    def _check_layers(self) -> None:
+        held = dict(zip(self._names, self._layers, strict=True))
+        found = lhc_layers(self._model)
+        other = [n for n in sorted({*held, *found}) if held.get(n) is not found.get(n)]
+        if other:
+            raise RuntimeError(
+                f"layer {other[0]!r} is not the one that the schedule was made for: make a schedule after the"
+                " last change of the model, and load this one's state_dict() into it"
+            )
+        for name, layer in held.items():
+            if not layer.frozen and not all_finite(layer.effects):
+                raise ValueError(
+                    f"layer {name!r} has NaN or infinity in its effects: go back to an earlier checkpoint"
+                )
 
     def _learning(self) -> dict[str, Tensor]:
         """The effects that a penalty should move, by layer."""

@@ -124,6 +124,7 @@ def take_over(conv: nn.Conv2d, layer: nn.Conv2d, leave: Collection[str] = ()) ->
     for name in _pruned(conv):
         prune.remove(conv, name)
     if parametrize.is_parametrized(conv):
+        own_class(conv)
         for name, functions in list(conv.parametrizations.items()):  # type: ignore[union-attr, operator]
             kinds = ", ".join(type(function).__name__ for function in functions)
             with _still(conv):
@@ -153,6 +154,17 @@ def take_over(conv: nn.Conv2d, layer: nn.Conv2d, leave: Collection[str] = ()) ->
                 hooks[key] = type(hook)(hook.hook, layer)
         vars(layer)[name] = hooks
     layer._is_full_backward_hook = conv._is_full_backward_hook
+
+
+def own_class(module: nn.Module) -> None:
+    """Give a parametrised module a class of its own.
+
+    torch makes a class for such a module, which copies of it share. To remove a parametrisation takes the
+    property from the class, and so from all of them.
+    """
+    kind = type(module)
+    own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+    module.__class__ = type(kind.__name__, kind.__bases__, own)
 
 
 def _pruned(conv: nn.Module) -> dict[str, prune.BasePruningMethod]:

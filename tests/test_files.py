@@ -182,10 +182,11 @@ def test_json_is_read_as_it_is_written() -> None:
         ('{"a": NaN}', "NaN is not a number that JSON has"),
         ("[-Infinity]", "-Infinity is not a number"),
         ("1" * 5000, "Exceeds the limit"),
+        ('{"a": [{"b\\u001b": 1, "c": 2, "b\\u001b": 1}]}', r"the key 'b\\x1b' is there twice"),
         ("", "Expecting value"),
         ("{'a': 1}", "Expecting property name"),
     ],
-    ids=["deep", "nan", "infinity", "digits", "empty", "quotes"],
+    ids=["deep", "nan", "infinity", "digits", "twice", "empty", "quotes"],
 )
 def test_text_that_is_no_json_is_one_line(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said) as caught:

@@ -32,7 +32,7 @@ def call_factory(source: str) -> nn.Module:
         sys.path.insert(0, folder)
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # the module's code is not ours: whatever it raises becomes one line
+    except (Exception, SystemExit) as error:  # its code is not ours: whatever it raises becomes one line
         raise ValueError(f"{source}: importing {module_name} failed: {one_line(error)}") from error
     for part in path.split("."):
         if not hasattr(found, part):
@@ -49,7 +49,7 @@ def call_factory(source: str) -> nn.Module:
         )
     try:
         made = found()
-    except Exception as error:  # as above
+    except (Exception, SystemExit) as error:  # as above
         raise ValueError(f"{source} raised {one_line(error)}{_wants(found)}") from error
     if not isinstance(made, nn.Module):
         raise ValueError(f"{source} gave a {type(made).__name__}, not a torch.nn.Module")

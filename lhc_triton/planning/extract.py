@@ -74,7 +74,8 @@ def read_model(
 
     Raises:
         ValueError: if the model has no convolution, does not run on the example, or has NaN in the weight of
-            a convolution; if there is no cost model for the device, or for the type of the weights.
+            a convolution; if the example is empty; if there is no cost model for the device, or for the type
+            of the weights.
         TypeError: if an argument has another type.
     """
     if not isinstance(model, nn.Module):
@@ -85,6 +86,8 @@ def read_model(
         raise TypeError(
             f"example_input is a {type(example_input).__name__}: give a tensor or a tuple of them"
         )
+    if any(value.numel() == 0 for value in tensors):
+        raise ValueError("example_input is empty: give at least one image")
     convs = {name: m for name, m in model.named_modules() if isinstance(m, _ConvNd)}
     if not any(isinstance(conv, nn.Conv2d) for conv in convs.values()):
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to plan")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
+
+from lhc_triton.files import parse_json
 
 from .backends import runs
 from .cost import ITEMSIZES
@@ -75,8 +76,8 @@ def parse_plan(text: str) -> Any:
     if len(text) > MAX_TEXT:
         raise ValueError(f"the plan has {len(text)} characters; at most {MAX_TEXT} are read")
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # also a number with thousands of digits
+        return parse_json(text)
+    except ValueError as error:
         raise ValueError(f"the plan is not JSON: {error}") from None
 
 
@@ -177,7 +178,7 @@ def _pairs(topology: LayerTopology) -> int:
 
 def _geometry(fields: dict[str, Any], where: str) -> ConvGeometry:
     sizes: dict[str, Any] = {
-        key: _whole(fields.get(key), f"{where}: {key}", 0 if key == "batch" else 1)
+        key: _whole(fields.get(key), f"{where}: {key}", 1)
         for key in ("batch", "in_channels", "out_channels", "height", "width")
     }
     lists: dict[str, Any] = {}

@@ -97,8 +97,18 @@ def open_network(
     if batch is not None:
         shapes = tuple((batch, *shape[1:]) for shape in shapes)
     inputs = random_inputs(shapes, device, dtype)
-    model = model if isinstance(model, AcceleratedModel) else model.to(device, dtype)
-    return Network(source, model.eval(), inputs, random)
+    if not isinstance(model, AcceleratedModel):
+        _place(model, source, device, dtype)
+    return Network(source, model, inputs, random)
+
+
+def _place(model: nn.Module, source: str, device: torch.device | str, dtype: torch.dtype | None) -> None:
+    """Put a network of somebody's on a device, in eval mode; ValueError if it does not go there."""
+    try:
+        model.to(device, dtype)
+        model.eval()
+    except Exception as error:  # foreign code
+        raise ValueError(f"{source} cannot run on {device}: {one_line(error)}") from error
 
 
 Opened = tuple[nn.Module, tuple[tuple[int, ...], ...] | None, bool]

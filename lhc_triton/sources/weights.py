@@ -88,7 +88,8 @@ def fit_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Pat
     A mask "X_mask" or "X.mask" of a weight's shape beside a weight that the model has is applied to it.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape; the first of each is named.
+        ValueError: a tensor is missing, unknown, of another shape, or holds integers or complex numbers where
+            the model has real ones; the first of each is named.
     """
     expected = model.state_dict()
     given = _unprefixed(tensors, expected)
@@ -110,9 +111,19 @@ def fit_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Pat
             for name, tensor in expected.items()
             if name in given and given[name].shape != tensor.shape
         ][:1]
+    if not problems:
+        problems = [
+            f"{printable(name, 100)} is {given[name].dtype}, the network's {tensor.dtype}"
+            for name, tensor in expected.items()
+            if name in given and _kind(given[name]) != _kind(tensor)
+        ][:1]
     if problems:
         raise ValueError(f"{path}: its weights do not fit {type(model).__name__}: {', '.join(problems)}")
     model.load_state_dict(given, strict=False)
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _unprefixed(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -168,6 +168,8 @@ def test_several_inputs(run):
     ("arguments", "said"),
     [
         (("zoo.mine:raises", "--input", SHAPE), "zoo.mine:raises raised RuntimeError: no such checkpoint"),
+        (("zoo.mine:leaves", "--input", SHAPE), "zoo.mine:leaves raised SystemExit: 3"),
+        (("zoo.mine:on_meta", "--input", SHAPE), "zoo.mine:on_meta cannot run on cpu: NotImplementedError: "),
         (("zoo.mine:needs", "--input", SHAPE), "it needs width: give a function of no arguments"),
         (("zoo.mine:gives_text", "--input", SHAPE), "gave a str, not a torch.nn.Module"),
         (("zoo.mine:NUMBER", "--input", SHAPE), "is a int; give a function or class"),
@@ -207,6 +209,14 @@ def fit(run, tmp_path, change):
         (lambda s: s.update(extra=torch.zeros(1)), "unexpected extra"),
         (lambda s: s.update(more=s.pop("norm.bias")), "missing norm.bias, unexpected more"),
         (lambda s: s.update({"body.bias": torch.zeros(3)}), "body.bias is (3,), the network's (64,)"),
+        (
+            lambda s: s.update({"tail.weight": s["tail.weight"].int()}),
+            "tail.weight is torch.int32, the network's torch.float32",
+        ),
+        (
+            lambda s: s.update({"body.bias": s["body.bias"].to(torch.complex64)}),
+            "body.bias is torch.complex64, the network's torch.float32",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_name_the_first_that_does_not(run, tmp_path, change, said):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lhc_triton.conversion import convert, freeze, lhc_layers
+from lhc_triton.pruning import to_dense
 from lhc_triton.schedule import TopologySchedule
 from lhc_triton.topology import LHCConfig
 
@@ -501,3 +502,36 @@ def test_a_resumed_run_is_watched_anew():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train_epochs(model, again, model.parameters(), range(4, 8))
+
+
+def put(model, name, layer):
+    model[int(name)] = layer
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda model: put(model, "4", network(seed=1)[4]), "'4'"),
+        (lambda model: put(model, "2", nn.Identity()), "'2'"),
+        (lambda model: model.append(network(seed=2)[2]), None),
+        (to_dense, "'2'"),
+    ],
+    ids=["another", "removed", "added", "dense"],
+)
+def test_a_schedule_of_layers_that_the_model_no_longer_has_is_refused(change, named):
+    model = network()
+    schedule = started(model, 0)
+    named = named or f"'{len(model)}'"
+    change(model)
+    with pytest.raises(RuntimeError, match=f"layer {named} is not the one that the schedule was made for"):
+        schedule.start_epoch(1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_effects_that_diverged_are_named_at_the_next_epoch(value):
+    model = network()
+    schedule = started(model, 1)
+    with torch.no_grad():
+        lhc_layers(model)["4"].effects.view(-1)[3] = value
+    with pytest.raises(ValueError, match="layer '4' has NaN or infinity in its effects"):
+        schedule.start_epoch(2)

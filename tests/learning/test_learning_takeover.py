@@ -326,3 +326,14 @@ def test_a_forward_replaced_on_the_instance_stays_dense():
     assert float(model[:3](x).detach().min()) > 0
     with pytest.raises(ValueError, match="the convolution has a forward of its own"):
         LHCConv2d.from_conv(model[2], CONFIG)
+
+
+def test_converting_a_copy_leaves_the_original_s_parametrisation_alone():
+    """Torch keeps the computed weight as a property of a class that copies share."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), parametrizations.weight_norm(nn.Conv2d(8, 8, 3)))
+    x = torch.randn(1, 3, 8, 8)
+    expected = model(x)
+    with pytest.warns(UserWarning, match="a convolution's weight was computed"):
+        convert(copy.deepcopy(model), LHCConfig(in_block=4, out_block=4))
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)

@@ -212,6 +212,8 @@ def test_wrong_arguments_are_refused():
         plan(small_network(), None)
     with pytest.raises(ValueError, match="backend 'fast' is not known"):
         plan(small_network(), X, backend="fast")
+    with pytest.raises(ValueError, match="example_input is empty: give at least one image"):
+        plan(small_network(), X[:0])
     with pytest.raises(ValueError, match=r"Linear has no nn\.Conv2d: there is nothing to plan"):
         plan(nn.Linear(3, 3), torch.randn(1, 3))
     with pytest.raises(ValueError, match="no cost model for device 'meta'; supported: cpu, cuda"):

@@ -83,3 +83,12 @@ def stripes():
         nn.Flatten(),
         nn.Linear(16, 10),
     )
+
+
+def leaves() -> nn.Module:
+    raise SystemExit(3)
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return Mine()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from lhc_triton.files import read_regular, write_beside
+from lhc_triton.files import parse_json, read_regular, write_beside
 from lhc_triton.planning.schema import LayerPlan
 
 STORE_VERSION = 2
@@ -207,10 +207,7 @@ class TimingStore:
             OSError: the file cannot be read.
             ValueError: it is damaged, too large, or no store of this version.
         """
-        try:
-            return _checked(json.loads(read_regular(self.path, MAX_BYTES)))
-        except RecursionError:
-            raise ValueError("nested too deep") from None
+        return _checked(parse_json(read_regular(self.path, MAX_BYTES).decode()))
 
 
 def _checked(document: Any) -> dict[str, dict[str, Measured]]:

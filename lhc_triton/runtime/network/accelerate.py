@@ -21,7 +21,9 @@ from lhc_triton.runtime.network.agreeing import agreeing, check_replays
 from lhc_triton.runtime.network.arguments import check_inputs, check_names
 from lhc_triton.runtime.network.building import Built, Choices
 from lhc_triton.runtime.network.calling import settled
+from lhc_triton.runtime.network.copying import uncompiled
 from lhc_triton.runtime.network.int8 import Int8Conv2d
+from lhc_triton.runtime.network.left_out import left_layers
 from lhc_triton.runtime.network.quantising import check_dtype, quantised
 from lhc_triton.runtime.network.reading import Case, read
 from lhc_triton.runtime.network.record import LayerRow, Record, make_row
@@ -87,12 +89,13 @@ def accelerate(
     inputs = check_inputs(model, example_input)
     check_dtype(dtype, model, backend)
     tune = "off" if deterministic() else tune
-    case = read(model, inputs, plan, tune, backend)
-    if case.slower is not None:
-        warnings.warn(_left_out(case.slower), stacklevel=2)
-    built = agreeing(case, choose(case))  # builds and verifies, from the fastest network down
-    if dtype == "int8":
-        case, built = quantised(case, built, own_plan=plan is None)
+    with uncompiled():
+        case = read(model, inputs, plan, tune, backend)
+        if case.slower is not None:
+            warnings.warn(_left_out(case.slower), stacklevel=2)
+        built = agreeing(case, choose(case))  # builds and verifies, from the fastest network down
+        if dtype == "int8":
+            case, built = quantised(case, built, own_plan=plan is None)
     pure = built.traced or not (case.observed.varies or case.observed.stateful)
     fast = AcceleratedModel(
         built.network,
@@ -130,7 +133,7 @@ def report(case: Case, built: Built) -> Record:
         _rows(case, built),
         tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in case.inputs),
         built.error,
-        (*case.remarks, *slower, *built.notes),
+        (*case.remarks, *left_layers(case.work, case.plan, built.sites), *slower, *built.notes),
     )
 
 

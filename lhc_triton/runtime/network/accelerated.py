@@ -62,9 +62,6 @@ class AcceleratedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        for parameter in network.parameters():
-            if parameter.is_leaf:
-                parameter.requires_grad_(False)
         self.plan = plan
         self.record = record
         self.attributes = dict(attributes or {})

@@ -77,6 +77,10 @@ def _dense(case: Case, built: Built) -> Built:
 def _as_it_is(case: Case, built: Built) -> Built:
     """Return the model's copy itself; ValueError if that differs from the model."""
     verdict = case.judge.verdict(case.work)
+    if verdict.problem is not None:  # where its forward asks for gradients, it keeps them
+        for parameter in case.trainable:
+            parameter.requires_grad_(True)
+        verdict = case.judge.verdict(case.work)
     if verdict.problem is not None:
         raise ValueError(unlike_its_copy(case.work, verdict.problem))
     built = built.noted(after=(f"even with dense layers {built.problem}: the model runs as it is",))

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 
 from lhc_triton.runtime.choosing.dispatch import Decision
-from lhc_triton.runtime.network.copying import carry_hooks, has_hooks
+from lhc_triton.runtime.network.copying import carry_hooks, drop_gradients, has_hooks
 from lhc_triton.runtime.network.fusion import fuse, swapped
 from lhc_triton.runtime.network.outputs import differences, outcome
 from lhc_triton.runtime.network.reading import Case
@@ -72,6 +73,8 @@ def put_back(choice: Decision, problem: str) -> Decision:
 
 def why_not_traced(case: Case) -> str | None:
     """Say why the model's own code has to run, where a graph would miss part of what it does."""
+    if "forward" in vars(case.work) or _calls_otherwise(case.work):
+        return "the model is called by other code than its class's forward"
     hooked = [name for name, module in case.work.named_modules() if name and has_hooks(module)]
     if hooked:
         return f"module {hooked[0]!r} has forward hooks, which are kept"
@@ -80,6 +83,10 @@ def why_not_traced(case: Case) -> str | None:
     if case.observed.varies:
         return "two runs of the model on one input differ, by state that it keeps"
     return "forward switches autocast on" if case.observed.autocast else None
+
+
+def _calls_otherwise(model: nn.Module) -> bool:
+    return type(model).__call__ is not nn.Module.__call__ and not isinstance(model, fx.GraphModule)
 
 
 def trace_case(case: Case) -> Traced:
@@ -124,11 +131,6 @@ def build(case: Case, choices: Choices, traced: Traced | None) -> Built:
     findings = compare(modules)
     notes = []
     if traced is None:
-        notes = [
-            f"layer {site.layer!r} is left as it is: not called on the example"
-            for site in sites
-            if site.module not in findings.pixels
-        ]
         sites = tuple(site for site in sites if site.module in findings.pixels)
     back = _put_back(case, choices, sites, findings)
     if back:
@@ -146,6 +148,7 @@ def build(case: Case, choices: Choices, traced: Traced | None) -> Built:
         carry_hooks(case.work, network)
     else:
         network = swapped(case.work, modules)
+    drop_gradients(network)  # before it is judged: forward may ask
     return Built(network, traced is not None, sites, choices, findings, tuple(notes))
 
 

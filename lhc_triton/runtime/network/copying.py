@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import types
+import warnings
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lhc_triton.errors import first_line
 from lhc_triton.layers import attributes_of_others
+from lhc_triton.takeover import own_class
 
 _PRE_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 _HOOKS = (
@@ -30,35 +36,113 @@ _DEPTH = 8  # of containers inside each other
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return what torch.compile, DataParallel or DistributedDataParallel wrapped; else the module itself."""
-    while True:
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            module = module.module
-        elif isinstance(inner := dict(module.named_children()).get("_orig_mod"), nn.Module):
-            module = inner  # torch.compile keeps the module under this name
-        else:
-            return module
+    """Return what torch.compile, DataParallel or DistributedDataParallel wrapped; else the module itself.
+
+    A wrapper that has hooks is more than that, and stays.
+    """
+    while (name := _wrapped_as(module)) is not None:
+        module = getattr(module, name)
+    return module
+
+
+def _wrapped_as(module: nn.Module) -> str | None:
+    """Return the name under which a wrapper holds what it wraps; None for any other module."""
+    if has_hooks(module):
+        return None
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return "module"
+    return "_orig_mod" if "_orig_mod" in module._modules else None  # torch.compile's
+
+
+def drop_gradients(network: nn.Module) -> None:
+    """Leave a network's parameters without gradients, but for scripted ones that torch computes anew."""
+    for parameter in network.parameters():
+        if parameter.is_leaf:
+            parameter.requires_grad_(False)
+
+
+class _Unwrapped(nn.Module):
+    """Stands where a wrapper was, so that names, and what the model reads through the wrapper, stay."""
+
+    def __init__(self, wrapper: nn.Module) -> None:
+        super().__init__()
+        self._inner = str(_wrapped_as(wrapper))
+        self.add_module(self._inner, getattr(wrapper, self._inner))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._modules[self._inner](*args, **kwargs)  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            inner = self._modules.get(vars(self).get("_inner", ""))
+            if inner is None:
+                raise
+            return getattr(inner, name)
+
+
+def path_to_unwrapped(module: nn.Module) -> str:
+    """Return how names inside ``unwrapped(module)`` start in the module itself, as in "module."."""
+    inner = unwrapped(module)
+    return "" if inner is module else f"{next(n for n, m in module.named_modules() if m is inner)}."
 
 
 def wrappers(model: nn.Module) -> list[str]:
-    """Return the names of the modules inside a model that ``working_copy`` unwraps."""
-    return [name for name, m in model.named_modules() if name and unwrapped(m) is not m and not has_hooks(m)]
+    """Return the names of the modules at which ``working_copy`` leaves something out; "" for the model."""
+    start = path_to_unwrapped(model)
+    inside = [
+        name for name, m in unwrapped(model).named_modules() if unwrapped(m) is not m or _is_compiled(m)
+    ]
+    return [""] * bool(start) + inside
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Return whether torch.compile works on a module in place, or on functions that were set on it."""
+    mine = vars(module)
+    if "_orig_mod" in module._modules:  # one that wraps, and has hooks: it stays
+        return False
+    return mine.get("_compiled_call_impl") is not None or any(_uncompiled(v) is not v for v in mine.values())
+
+
+def _uncompiled(function: Any) -> Any:
+    """Return the function that torch.compile made another of; anything else as it is."""
+    if isinstance(function, types.FunctionType) and not hasattr(function, "_torchdynamo_disable"):
+        return getattr(function, "_torchdynamo_orig_callable", function)
+    return function
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what torch.compile has made as it was before, so that its caches see nothing of what is tried."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and to load it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using `torch.compile")  # beside hooks on all modules, such as ours
+        yield
 
 
 def working_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Return a copy of the model in eval mode; a bare convolution comes wrapped, as layer "0".
 
-    What wraps modules without computing anything (``unwrapped``) is left out. Weights that are computed from
-    others (torch.nn.utils.prune, parametrizations, weight and spectral norm) are copied as they stand, and no
-    longer computed. Forward hooks are kept; those that refer to the model refer to its copy in the copy.
+    What wraps modules without computing anything (``unwrapped``) is left out, as is torch.compile in all its
+    forms but a decorator in the model's class. Weights that are computed from others (torch.nn.utils.prune,
+    parametrizations, weight and spectral norm) are copied as they stand, and no longer computed. Forward
+    hooks are kept; those that refer to the model refer to its copy in the copy.
 
     Args:
         model: it is left as it is.
         memo: receives what was copied, by the id of the original.
 
     Raises:
-        ValueError: the model cannot be copied.
+        ValueError: the model has lazy layers that have not seen an input, or cannot be copied.
     """
+    for name, module in model.named_modules():
+        if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
+            raise ValueError(
+                f"layer {name!r} is a {type(module).__name__} without weights: run the model once"
+            )
     try:
         work = duplicate(unwrapped(model), {} if memo is None else memo)
     except Exception as error:  # a model may hold anything, and any of it may refuse
@@ -66,8 +150,8 @@ def working_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mod
     for module in work.modules():
         _fix_computed_weights(module)
         for key, child in list(module._modules.items()):
-            if child is not None and not has_hooks(child) and unwrapped(child) is not child:
-                module._modules[key] = unwrapped(child)
+            if child is not None and unwrapped(child) is not child:
+                module._modules[key] = _Unwrapped(child)
     if isinstance(work, nn.Conv2d):
         work = nn.Sequential(work)
     work.eval()  # its result is not used: a model's own eval may return nothing
@@ -98,9 +182,16 @@ def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
                 getattr(twin, name).update(_rebound(dict(getattr(module, name)), memo))
             for name in attributes_of_others(module) - vars(twin).keys() - {"forward"}:
                 vars(twin)[name] = _rebound(copy.deepcopy(vars(module)[name], memo), memo)
+        elif id(module) in memo:
+            for name in _HOOKS:  # torch.compile's modules lose theirs in a copy
+                held = getattr(memo[id(module)], name)
+                held.update({k: hook for k, hook in getattr(module, name).items() if k not in held})
     taken = set(map(id, given.values()))
     for twin in [twin for twin in memo.values() if isinstance(twin, nn.Module) and id(twin) not in taken]:
         vars(twin).update({name: _rebound(value, memo) for name, value in vars(twin).items()})
+        forward = vars(twin).get("forward")
+        if isinstance(forward, types.MethodType) and forward == types.MethodType(type(twin).forward, twin):
+            del vars(twin)["forward"]  # it was compiled, and is the class's own again
     return made
 
 
@@ -149,7 +240,11 @@ def _rebound(value: Any, memo: dict[int, Any], depth: int = 0) -> Any:
 
 
 def _bound(value: Any, memo: dict[int, Any]) -> Any:
-    """Return a function or a weak reference to copies of what it refers to; what was not copied it shares."""
+    """Return a function or a weak reference to copies of what it refers to; what was not copied it shares.
+
+    A function that torch.compile made is what it was made of.
+    """
+    value = _uncompiled(value)
     if isinstance(value, types.MethodType):
         return types.MethodType(value.__func__, memo.get(id(value.__self__), value.__self__))
     if isinstance(value, functools.partial):
@@ -198,9 +293,6 @@ def _fix_computed_weights(module: nn.Module) -> None:
         elif isinstance(hook, SpectralNorm):
             remove_spectral_norm(module, hook.name)
     if parametrize.is_parametrized(module):
-        # torch makes a class for the module, which the copy shares, and removes the property from the class
-        kind = type(module)
-        own = {key: v for key, v in vars(kind).items() if key not in ("__dict__", "__weakref__")}
-        module.__class__ = type(kind.__name__, kind.__bases__, own)
+        own_class(module)
         for name in list(module.parametrizations):  # type: ignore[arg-type]
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)

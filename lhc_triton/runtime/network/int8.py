@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.network.grouped import GroupedConv2d
@@ -27,11 +27,13 @@ class Int8Conv2d(GroupedConv2d):
         in_step: [], what 1 stands for in the input.
         out_step: [] or None, what 1 stands for in the output: of the layers that read it. A layer that adds
             a residual has none.
+        reads_int8: whether another layer of its kind may hand it int8; see `connect`.
     """
 
     scale: Tensor
     in_step: Tensor
     out_step: Tensor | None
+    reads_int8 = False
 
     def __init__(
         self,
@@ -90,8 +92,8 @@ class Int8Conv2d(GroupedConv2d):
         return super().dense_weight() * (self.scale / self.in_step).view(-1, 1, 1, 1)
 
     def takes(self, dtype: torch.dtype) -> bool:
-        """Return whether inputs may have this type."""
-        return dtype in (torch.float32, torch.int8)
+        """Return whether inputs may have this type: int8 from such a layer alone, in steps of ``in_step``."""
+        return dtype == torch.float32 or (dtype == torch.int8 and self.reads_int8)
 
     def check_move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raise ValueError if the backend could not run int8 on this device, or floats become others."""
@@ -114,3 +116,23 @@ class Int8Conv2d(GroupedConv2d):
 
     def _steps(self) -> tuple[Tensor | None, Tensor | None]:
         return self.scale, self.out_step
+
+
+def int8_of(network: fx.GraphModule, node: fx.Node) -> Int8Conv2d | None:
+    """Return the int8 layer that a node calls, or None."""
+    module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module if isinstance(module, Int8Conv2d) else None
+
+
+def connect(network: nn.Module) -> None:
+    """Let the int8 layers of a graph take int8 where another one writes it, and nowhere else."""
+    for module in network.modules():
+        if isinstance(module, Int8Conv2d):
+            module.reads_int8 = False
+    if not isinstance(network, fx.GraphModule):
+        return
+    for node in network.graph.nodes:
+        writer = int8_of(network, node)
+        if writer is not None and writer.out_step is not None:
+            for reader in filter(None, (int8_of(network, user) for user in node.users)):
+                reader.reads_int8 = True

@@ -22,7 +22,7 @@ from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.choosing.calibration import cost_model
 from lhc_triton.runtime.choosing.dispatch import auto_backend, decide, passed_over
 from lhc_triton.runtime.network.building import Built
-from lhc_triton.runtime.network.int8 import Int8Conv2d
+from lhc_triton.runtime.network.int8 import Int8Conv2d, connect, int8_of
 from lhc_triton.runtime.network.reading import Case
 from lhc_triton.runtime.network.snapshots import preserved
 from lhc_triton.runtime.network.verify import Findings, Judge
@@ -258,11 +258,15 @@ def keep_int8(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, Int8Conv2d):
             module.out_step = None
-    if not isinstance(network, fx.GraphModule):
-        return
+    if isinstance(network, fx.GraphModule):
+        _let_write_int8(network)
+    connect(network)
+
+
+def _let_write_int8(network: fx.GraphModule) -> None:
     steps: dict[Int8Conv2d, list[Tensor | None]] = {}
     for node in network.graph.nodes:
-        writer = _int8_of(network, node)
+        writer = int8_of(network, node)
         if writer is not None:
             steps.setdefault(writer, []).append(_step_of_readers(network, node))
     for writer, found in steps.items():
@@ -271,18 +275,13 @@ def keep_int8(network: nn.Module) -> None:
             writer.out_step = first
 
 
-def _int8_of(network: fx.GraphModule, node: fx.Node) -> Int8Conv2d | None:
-    module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return module if isinstance(module, Int8Conv2d) else None
-
-
 def _step_of_readers(network: fx.GraphModule, node: fx.Node) -> Tensor | None:
     """Return the step that all readers of an int8 layer's output share; None where one needs floats."""
     if len(node.args) > 1 or not node.users:  # a residual may turn out to be broadcast, after the operator
         return None
     steps = []
     for user in node.users:
-        reader = _int8_of(network, user)
+        reader = int8_of(network, user)
         if reader is None or user.args[0] is not node or node in user.args[1:]:
             return None
         steps.append(reader.in_step)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lhc_triton.planning.cost import CostModel, itemsize_of
 from lhc_triton.planning.extract import Reading, read_model
@@ -16,11 +18,12 @@ from lhc_triton.planning.schema import LayerPlan
 from lhc_triton.runtime.choosing.calibration import cost_model
 from lhc_triton.runtime.choosing.dispatch import passed_over
 from lhc_triton.runtime.network.arguments import check_convs, fitting_plan
-from lhc_triton.runtime.network.copying import unwrapped, working_copy, wrappers
+from lhc_triton.runtime.network.copying import path_to_unwrapped, unwrapped, working_copy, wrappers
+from lhc_triton.runtime.network.left_out import remarks, watched
 from lhc_triton.runtime.network.sites import is_fusible
 from lhc_triton.runtime.network.smaller import smaller
 from lhc_triton.runtime.network.snapshots import Snapshot, preserved
-from lhc_triton.runtime.network.trials import Observed, observe_model
+from lhc_triton.runtime.network.trials import Observed, observe, observe_model
 from lhc_triton.runtime.network.verify import Judge
 from lhc_triton.runtime.op.accuracy import network_tolerance
 
@@ -38,6 +41,7 @@ class Case:
         plan: of the convolutions.
         tune, requested: what ``accelerate`` was asked for.
         remarks: what people should know before any choice is made, one line each.
+        trainable: its parameters that have gradients, in the model and so at first in the copy.
         slower: why the device's fastest sparse kernel is not to be had, or None.
     """
 
@@ -51,6 +55,7 @@ class Case:
     requested: str
     remarks: tuple[str, ...]
     slower: str | None
+    trainable: tuple[nn.Parameter, ...]
 
 
 def read(model: nn.Module, inputs: tuple[Tensor, ...], plan: Plan | None, tune: str, requested: str) -> Case:
@@ -88,13 +93,33 @@ def read(model: nn.Module, inputs: tuple[Tensor, ...], plan: Plan | None, tune: 
                 convs = check_convs(work)
         plan = planned.plan
     else:
-        plan = fitting_plan(plan, convs)
+        plan = fitting_plan(_without(path_to_unwrapped(given), plan), convs)
     slower = None
     if requested == "auto" and plan.layers:
         first = next(iter(convs.values())).weight
         slower = passed_over(first.dtype, first.device)
-    remarks = (*_remarks(work, plan, wrappers(given)), *removed)
-    return Case(work, convs, inputs, observed, judge, plan, tune, requested, remarks, slower)
+    with preserved(work), watched(work) as elsewhere:
+        observe(work, observed.trials[-1:])
+    left = any(isinstance(m, _ConvNd) and not is_fusible(m) for m in work.modules())
+    told = (*remarks(plan, wrappers(given), elsewhere.calls, left), *removed)
+    trainable = tuple(p for p in work.parameters() if p.requires_grad and p.is_leaf)
+    return Case(work, convs, inputs, observed, judge, plan, tune, requested, told, slower, trainable)
+
+
+def _without(prefix: str, plan: Any) -> Any:
+    """Return a plan with the names of what was wrapped: one that was made for the wrapper has longer ones."""
+    if not isinstance(plan, Plan) or not prefix:
+        return plan
+
+    def inner(name: str) -> str:
+        return f"{name}.".removeprefix(prefix).removesuffix(".")
+
+    layers = []
+    for layer in plan.layers:
+        topology = dataclasses.replace(layer.topology, name=inner(layer.name))
+        layers.append(dataclasses.replace(layer, topology=topology))
+    skipped = tuple((inner(name), why) for name, why in plan.skipped)
+    return dataclasses.replace(plan, layers=tuple(layers), skipped=skipped)
 
 
 @dataclass(frozen=True)
@@ -155,19 +180,3 @@ def unlike_its_copy(model: nn.Module, problem: str) -> str:
         f"a copy of {type(model).__name__} does not do what the model does: {problem}; it may keep state "
         "outside of itself (a closure, a global, another object), which has to become its own"
     )
-
-
-def _remarks(work: nn.Module, plan: Plan, unwrapped_names: Sequence[str]) -> tuple[str, ...]:
-    """Say which convolutions are left as they are, and whether any could run sparse at all."""
-    skipped = dict(plan.skipped)
-    notes = [
-        f"what wraps module {name!r} (torch.compile, DataParallel) is left out" for name in unwrapped_names
-    ]
-    notes += [
-        f"layer {name!r} is left as it is: {skipped.get(name, f'a {type(module).__name__}')}"
-        for name, module in work.named_modules()
-        if isinstance(module, nn.Conv2d) and not is_fusible(module)
-    ]
-    if all(layer.topology.density == 1 for layer in plan.layers):
-        notes.append("no convolution has a topology or structured zeros: everything runs dense")
-    return tuple(notes)

@@ -17,6 +17,9 @@ from lhc_triton.runtime.op.epilogue import ACTIVATIONS, POOLS, Epilogue, result_
 MOST_PRODUCTS = 2**17 - 1
 """Of int8 in one sum: each is at most 2**14, and int32 ends at 2**31 - 1."""
 
+MOST_VALUES = 2**60
+"""Of any tensor that a call may ask for: what computers address, and 64-bit products hold."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -138,6 +141,18 @@ class Call:
         weights = self.weight.shape[0] * self.in_block * self.tile_width
         return 2 * weights * self.geometry.out_pixels
 
+    def check_padded(self) -> None:
+        """Raise ValueError where no memory could hold the input with its border, or the result."""
+        geometry = self.geometry
+        top, bottom, left, right = geometry.padding
+        padded = (geometry.height + top + bottom) * (geometry.width + left + right)
+        channels = max(self.in_blocks * self.in_block, geometry.out_channels)
+        if geometry.batch * padded * channels > MOST_VALUES or geometry.taps > MOST_VALUES:
+            raise ValueError(
+                f"grouped_conv2d: padding={list(geometry.padding)} and kernel_size={list(geometry.kernel)} "
+                f"ask for more than {MOST_VALUES} values"
+            )
+
     def without(self, **defaults: Any) -> Call:
         """Return the same call with these fields of its epilogue at other values: for what the op does."""
         return dataclasses.replace(self, epilogue=dataclasses.replace(self.epilogue, **defaults))
@@ -178,6 +193,9 @@ def _check_tables(tables: Sequence[Tensor], weight: Tensor, tile_width: int) -> 
     tile_ptr, entries, filters = tables
     if any(t.dtype != torch.int32 for t in tables):
         raise TypeError(f"grouped_conv2d: the tables are {[t.dtype for t in tables]}, expected int32")
+    strangers = {t.device.type for t in tables} - {"cpu", weight.device.type}
+    if strangers:
+        raise ValueError(f"grouped_conv2d: a table is on {strangers.pop()}, the weight on {weight.device}")
     if (
         tile_ptr.dim() != 1
         or entries.shape != (weight.shape[0] + 1,)
@@ -198,6 +216,14 @@ def _check_epilogue(x: Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> No
     for name, vector in (("bias", epilogue.bias), ("scale", epilogue.scale)):
         if vector is not None and vector.shape != (filters,):
             raise ValueError(f"grouped_conv2d: {name} has shape {tuple(vector.shape)}, expected ({filters},)")
+    expected_type = result_dtype(x.dtype)
+    operands = {"bias": epilogue.bias, "residual": epilogue.residual, "scale": epilogue.scale}
+    for name, operand in operands.items():
+        if operand is not None and (operand.dtype, operand.device) != (expected_type, x.device):
+            raise TypeError(
+                f"grouped_conv2d: {name} is {operand.dtype} on {operand.device}, expected {expected_type} on "
+                f"x's {x.device}"
+            )
     oh, ow = geometry.out_size
     least = 2 if epilogue.pool == "max2x2" else 1
     if oh < least or ow < least:

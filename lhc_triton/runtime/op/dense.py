@@ -82,11 +82,12 @@ class FusedConv2d(nn.Module):
             TypeError: ``input`` is no tensor.
             ValueError: ``input`` has other dimensions, another number of channels, or another type.
         """
-        x = input
+        x: Any = input
         if not isinstance(x, Tensor):
-            raise TypeError(
-                f"the input is a {type(x).__name__}, expected a tensor [N, {self.in_channels}, H, W]"
-            )
+            expected = f"a tensor [N, {self.in_channels}, H, W] of {self.dtype}"
+            raise TypeError(f"the input is a {type(x).__name__}, expected {expected}")
+        if x.layout != torch.strided:
+            raise ValueError(f"the input is {x.layout}, expected torch.strided: call to_dense() on it")
         if x.dim() == 3:
             with_batch = None if residual is None else residual.unsqueeze(0)
             return self.forward(x.unsqueeze(0), with_batch).squeeze(0)

@@ -14,7 +14,6 @@ from torch import Tensor
 from lhc_triton.planning.backends import Backend
 from lhc_triton.planning.cost import NATIVE
 from lhc_triton.runtime.op.call import Call
-from lhc_triton.runtime.op.epilogue import result_dtype
 from lhc_triton.runtime.op.packing import check_tables
 
 
@@ -26,15 +25,7 @@ def run(call: Call) -> Tensor:
 
 
 def refuse(call: Call) -> NoReturn:
-    """Raise TypeError or ValueError that says why the kernel does not take a call."""
-    x, epilogue, expected = call.x, call.epilogue, result_dtype(call.x.dtype)
-    vectors = {"bias": epilogue.bias, "residual": epilogue.residual, "scale": epilogue.scale}
-    for name, tensor in vectors.items():
-        if tensor is not None and (tensor.dtype != expected or tensor.device != x.device):
-            raise TypeError(
-                f"grouped_conv2d: {name} is {tensor.dtype} on {tensor.device}, expected {expected} on x's "
-                f"{x.device}"
-            )
+    """Raise ValueError that says why the kernel does not take a call."""
     tile_ptr, entries, filters = (table.tolist() for table in call.tables)
     check_tables(tile_ptr, entries, filters, call.entries, call.geometry.out_channels)
     raise ValueError(

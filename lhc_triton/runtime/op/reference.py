@@ -22,6 +22,7 @@ def run(call: Call) -> Tensor:
     Returns:
         [N, O, OH, OW] in x's type, float32 for int8 (halved sizes with pooling).
     """
+    call.check_padded()
     x, weight, geometry = call.x, call.weight, call.geometry
     sums = torch.float64 if x.dtype in (torch.float64, torch.int8) else torch.float32
     (_, kw), (sh, sw), (dh, dw) = geometry.kernel, geometry.stride, geometry.dilation

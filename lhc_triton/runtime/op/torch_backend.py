@@ -37,6 +37,7 @@ def run(call: Call) -> Tensor:
 
     Half types are computed in float32 and rounded once, at the end.
     """
+    call.check_padded()
     x, geometry, epilogue = call.x, call.geometry, call.epilogue
     sums = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.device.type == "cpu" and not math.isfinite(call.weight.sum(dtype=torch.float64)):

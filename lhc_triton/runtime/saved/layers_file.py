@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,27 +12,35 @@ from torch import Tensor, fx, nn
 
 from lhc_triton.errors import first_line
 from lhc_triton.files import printable
-from lhc_triton.runtime.network.copying import carry_hooks, working_copy
+from lhc_triton.runtime.network.copying import carry_hooks, drop_gradients, working_copy
 from lhc_triton.runtime.network.fusion import swapped
 from lhc_triton.runtime.network.record import Record
 from lhc_triton.runtime.network.sites import find_sites, rewrite
 from lhc_triton.runtime.network.tracing import Shapes, TraceError, record_shapes, trace
 from lhc_triton.runtime.op.dense import FusedConv2d
 from lhc_triton.runtime.saved.arguments import GraphError
+from lhc_triton.runtime.saved.keepsakes import kept_values, tensors_kept, written_by_calls
 from lhc_triton.runtime.saved.record_file import DTYPES
 
 MAX_OUTLINE = 100_000  # lines
 MAX_LINE = 500
 MAX_EXAMPLE = 2**22  # values of the inputs that the model is run on where their sizes do not suffice
 _FORMATS = {"contiguous", "channels_last", "input", "image"}
+_WRITTEN = ", which calls write to"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def tensors_of(network: nn.Module) -> dict[str, Tensor]:
+def written(network: nn.Module, record: Record) -> frozenset[str]:
+    """Return what calls write to; see `written_by_calls`."""
+    return written_by_calls(network, [(shape, DTYPES[name]) for shape, name in record.inputs])
+
+
+def tensors_of(network: nn.Module, without: Collection[str] = ()) -> dict[str, Tensor]:
     """Return every tensor of a network by name, but for those that its fused layers pack from others.
 
-    Beside parameters and buffers, persistent or not, these are the tensors that modules keep as plain
-    attributes: a fresh instance of the model's class would have its own.
+    Beside parameters and buffers, persistent or not, these are the tensors that modules keep as attributes,
+    in lists or in dicts: a fresh instance of the model's class would have its own. What calls put there (see
+    `written`) is left out.
     """
     fused = {
         f"{name}.{key}": tensor
@@ -40,38 +48,32 @@ def tensors_of(network: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, FusedConv2d)
         for key, tensor in module.state_dict().items()
     }
-    return {**{name: tensor for name, _, _, tensor in _others(network)}, **fused}
+    return {
+        **{place.name: place.tensor for place in tensors_kept(network) if place.name not in without},
+        **fused,
+    }
 
 
-def _others(network: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
-    """Yield (name, where it is kept, under which key, tensor) of the tensors outside fused layers."""
-    for prefix, module in network.named_modules():
-        if isinstance(module, FusedConv2d):
-            continue
-        for kept in (module._parameters, module._buffers, vars(module)):
-            for key, tensor in kept.items():
-                if isinstance(tensor, Tensor):
-                    yield f"{prefix}.{key}" if prefix else key, kept, key, tensor
+def outline(network: nn.Module, without: Collection[str] = ()) -> list[str]:
+    """Describe what a network computes beside its fused layers, a line for each module, step and attribute.
 
-
-def outline(network: nn.Module) -> list[str]:
-    """Describe what a network computes beside its fused layers, a line for each module, hook and step.
-
-    Numbers that forward takes from elsewhere (a slope, a factor) are in it, so that a model with others is
-    known to be another one.
+    Numbers that forward takes from elsewhere (a slope, a factor) are in it, and what modules keep, so that a
+    model with others is known to be another one. Of what calls write to, ``without``, the name alone counts.
     """
     lines = []
     for name, module in network.named_modules():
         if name and not isinstance(module, FusedConv2d):
             lines.append(f"{name}: {type(module).__name__}({module.extra_repr()})")
-        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        lines += [f"{name}: hook {getattr(hook, '__qualname__', type(hook).__name__)}" for hook in hooks]
     if isinstance(network, fx.GraphModule):
         lines += [
             f"{node.name} = {_target(node)} {node.args} {dict(node.kwargs)}"
             for node in network.graph.nodes
             if node.op != "placeholder"
         ]
+    for label, text in kept_values(network).items():
+        lines.append(label + _WRITTEN if label in without else f"{label} = {text}")
+    if not isinstance(network, fx.GraphModule):
+        lines.append(f"a {type(network).__name__}")
     return [printable(_ADDRESS.sub("", line), MAX_LINE) for line in lines]
 
 
@@ -130,11 +132,14 @@ def into_model(
         raise GraphError(f"model= {first_line(error)}") from error
     _check_sites(work, record, modules)
     network = _traced(work, record, modules, formats) if record.traced else swapped(work, modules)
-    for mine, theirs in zip(outline(network), lines, strict=False):
+    without = frozenset(line.removesuffix(_WRITTEN) for line in lines if line.endswith(_WRITTEN))
+    for mine, theirs in zip(outline(network, without), lines, strict=False):
         if mine != theirs:
             raise GraphError(f"model= is another model: it has {mine[:120]!r}, the file {theirs[:120]!r}")
     _fill(network, tensors)
-    if outline(network) != lines:
+    if record.sites:  # else the model runs as it is, and may ask for gradients
+        drop_gradients(network)
+    if outline(network, without) != lines:
         raise GraphError("model= is another model: it has other modules or steps than the file")
     return network
 
@@ -192,25 +197,22 @@ def _shapes(work: nn.Module, traced: fx.GraphModule, record: Record) -> Shapes:
 
 def _fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a network outside its fused layers the tensors of a file, in the file's types."""
-    places = {name: (kept, key, tensor) for name, kept, key, tensor in _others(network)}
+    places = {place.name: place for place in tensors_kept(network) if not place.held or place.name in tensors}
     missing, unknown = sorted(places.keys() - tensors.keys()), sorted(tensors.keys() - places.keys())
     if missing or unknown:
         name = (missing or unknown)[0][:80]
         what = f"the file has no tensor {name!r}" if missing else f"it has no tensor {name!r}"
         raise GraphError(f"model= is another model: {what}")
-    for name, (_, _, old) in places.items():
-        if old.shape != tensors[name].shape or old.is_floating_point() != tensors[name].is_floating_point():
+    made: dict[int, Tensor] = {}
+    for name, place in places.items():
+        old, new = place.tensor, tensors[name]
+        if old.shape != new.shape or old.is_floating_point() != new.is_floating_point():
             raise GraphError(
                 f"model= is another model: its tensor {name[:80]!r} is {old.dtype} {tuple(old.shape)}, the "
-                f"file's {tensors[name].dtype} {tuple(tensors[name].shape)}"
+                f"file's {new.dtype} {tuple(new.shape)}"
             )
-    made: dict[int, Tensor] = {}
-    for name, (kept, key, old) in places.items():
         # One object under several names (tied weights) stays one; what is kept is another tensor, for a
         # model may be on another device or in another type.
-        new = made.get(id(old))
-        if new is None:
-            new = tensors[name]
-            new = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
-            made[id(old)] = new
-        kept[key] = new
+        if isinstance(old, nn.Parameter) and id(old) not in made:
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        place.kept[place.key] = made.setdefault(id(old), new)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from runtime_networks import image
-from test_accelerate_silent import BACKENDS, Body, accelerated, assert_same, made, several, sparse, told
+from test_accelerate_silent import BACKENDS, Body, accelerated, assert_same, made, several, sparse
 from torch import Tensor, nn
 
 import lhc_triton as lhc
@@ -320,56 +321,6 @@ def test_a_model_that_cannot_be_copied_is_refused_in_one_line() -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-class Renamed(nn.Conv2d):
-    """The same convolution under another name."""
-
-
-class Scaled(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def test_a_subclass_without_a_forward_of_its_own_is_accelerated() -> None:
-    def build(kind: type[nn.Conv2d]) -> nn.Module:
-        return Body(mid=kind(32, 48, 3, padding=1))
-
-    assert sparse(accelerated(lambda: build(Renamed), *several(), backend="torch")) == 2
-    assert sparse(accelerated(lambda: build(Scaled), *several(), backend="torch")) == 1
-
-
-def test_layers_called_by_forward_are_accelerated() -> None:
-    forward = lambda m, x: m.last.forward(F.relu(m.mid.forward(F.relu(m.stem.forward(x)))))  # noqa: E731
-    assert sparse(accelerated(lambda: Body(forward), *several(), backend="torch")) == 2
-
-
-def test_a_layer_that_the_example_does_not_reach_is_named() -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
-        h = m.mid(m.stem(x))
-        return m.last(h) if float(x.mean()) > 50 else h
-
-    fast = accelerated(lambda: Body(forward), *several(), image() + 100)
-    assert "'last'" in told(fast)
-    assert "not called" in told(fast)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_data_parallel_part_is_taken_for_what_it_wraps(backend: str) -> None:
-    def build() -> nn.Module:
-        inner = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
-        return nn.Sequential(nn.DataParallel(inner), nn.Flatten(1))
-
-    fast = accelerated(build, image(), image(seed=2), backend=backend)
-    assert sparse(fast) == 1
-
-
-def test_a_compiled_model_is_taken_for_what_it_wraps() -> None:
-    model = made(Body)
-    fast = lhc.accelerate(torch.compile(model, backend="eager"), image(), tune="off", backend="torch")
-    assert sparse(fast) == 2
-    with torch.no_grad():
-        assert_same(fast(image(seed=5)), model(image(seed=5)))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8])
 def test_an_input_of_another_type_is_one_clear_line(dtype: torch.dtype, backend: str) -> None:
@@ -392,6 +343,48 @@ WEIGHT_READS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 def test_a_weight_that_forward_reads_does_not_make_everything_dense(read: str) -> None:
     fast = accelerated(lambda: Body(WEIGHT_READS[read]), *several(), backend="torch")
     assert sparse(fast) == 2
+
+
+GRADIENT_READS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "of a layer": lambda m, x: m.body(x) * (3 if m.mid.weight.requires_grad else 1),
+    "of any": lambda m, x: m.body(x) * (3 if any(p.requires_grad for p in m.parameters()) else 1),
+    "of what stays": lambda m, x: m.norm(m.body(x)) * (3 if m.norm.weight.requires_grad else 1),
+    "in the graph": lambda m, x: m.body(x) * (1 + m.norm.weight.requires_grad),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("read", GRADIENT_READS)
+def test_a_forward_that_asks_for_gradients_gets_the_models_answer(
+    read: str, branches: bool, frozen: bool, tmp_path: Path
+) -> None:
+    """The network has none, and is judged like that."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return GRADIENT_READS[read](m, x) if not branches or float(x.sum()) < 1e9 else x
+
+    def build() -> nn.Module:
+        model = Body(forward, norm=nn.GroupNorm(4, 32))
+        return model.requires_grad_(not frozen)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast = accelerated(build, *several())
+        lhc.save(fast, tmp_path / "net")
+        again = lhc.load(tmp_path / "net", made(build))
+    with torch.no_grad():
+        assert torch.equal(again(image(seed=5)), fast(image(seed=5)))
+    if frozen:
+        assert sparse(fast) == 2
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_an_input_that_is_not_dense_is_one_clear_line(dtype: Any) -> None:
+    fast = lhc.accelerate(made(Body), image(), tune="off", dtype=dtype)
+    with pytest.raises(ValueError, match=r"the input is torch\.sparse_coo, expected") as caught:
+        fast(image().to_sparse())
+    assert str(caught.value).isprintable()
 
 
 def test_layers_of_several_types() -> None:

@@ -472,3 +472,11 @@ def test_a_caller_may_write_to_outputs(backend: str) -> None:
         assert all(map(torch.equal, found, expected))
         for value in found:
             value.mul_(-7)
+
+
+@pytest.mark.parametrize(
+    "odd", [torch.empty(3, device="meta"), torch.eye(3).to_sparse()], ids=["meta", "sparse"]
+)
+def test_tensors_without_values_or_strides_may_lie_about(odd: Tensor) -> None:
+    fast = accelerated(lambda: Body(odd=nn.Buffer(odd.clone())), *several(), backend="torch")
+    assert sparse(fast) == 2

@@ -322,3 +322,16 @@ def test_a_half_model_is_refused():
         ValueError, match=r"quantises float32 models, not torch\.bfloat16: call model\.float\(\) first"
     ):
         in_int8(vgg().bfloat16(), x=image().bfloat16())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_integers_of_the_callers_are_no_steps_of_the_layers(backend, loaded, tmp_path):
+    """An image in int8 is in nobody's steps, whether a layer may read another's int8 or not."""
+    fast = in_int8(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)).eval(), backend, tune="off")
+    if loaded:
+        lhc.save(fast, tmp_path / "net")
+        fast = lhc.load(tmp_path / "net")
+    x = (image() * 20).to(torch.int8)
+    with pytest.raises(ValueError, match=r"the input is torch\.int8, the layer computes in torch\.float32"):
+        fast(x)

@@ -86,6 +86,40 @@ def test_a_tensor_whose_storage_was_freed_is_named(backend, which):
 
 
 @pytest.mark.parametrize("backend", ["native", "torch", "reference"])
+@pytest.mark.parametrize("which", ["x", "weight", "bias", "residual", "scale", 0, 1, 2])
+def test_an_operand_without_values_gives_no_result(backend, which):
+    """One on the meta device would make the operator's shape function answer, with memory as it lies."""
+    case = Problem(GEOMETRY, in_block=4, has_residual=True, has_scale=True)
+    arguments = case.arguments(backend)
+    if isinstance(which, int):
+        arguments["tables"][which] = arguments["tables"][which].to("meta")
+    else:
+        arguments[which] = arguments[which].to("meta")
+    with pytest.raises((ValueError, TypeError), match="on meta"):
+        torch.ops.lhc.grouped_conv2d(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
+@pytest.mark.parametrize("which", ["bias", "residual", "scale"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int8])
+def test_an_operand_of_another_type_is_named(backend, which, dtype):
+    arguments = Problem(GEOMETRY, in_block=4, has_residual=True, has_scale=True).arguments(backend)
+    with pytest.raises(TypeError, match=f"{which} is {dtype} on cpu, expected torch.float32 on x's cpu"):
+        torch.ops.lhc.grouped_conv2d(**{**arguments, which: arguments[which].to(dtype)})
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize(
+    "padding", [[2**62, 0, 0, 0], [2**31, 2**31, 2**31, 0], [0, 2**63 - 1, 0, 2**63 - 1]]
+)
+def test_a_border_that_no_memory_holds_is_one_clear_line(backend, padding):
+    arguments = Problem(GEOMETRY, in_block=4).arguments(backend)
+    with pytest.raises(ValueError, match=r"ask for more than .* values") as caught:
+        torch.ops.lhc.grouped_conv2d(**{**arguments, "padding": padding})
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 @pytest.mark.parametrize("shape", [(3, 0, 4), (3, 4, 0)])
 def test_blocks_of_no_size_are_refused(backend, shape):
     arguments = Problem(GEOMETRY, in_block=4).arguments(backend)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +239,142 @@ def test_a_graph_that_reads_strides_is_made_again_as_it_was(tmp_path: Path) -> N
     assert torch.equal(run(again, x), run(fast, x))
     assert norm_error(run(again, x), run(model.double(), x.double())) < 1e-5
     assert again.network.code == fast.network.code
+
+
+class Keeping(Branching):
+    """Keeps a value that its forward reads; ``get`` finds it."""
+
+    def __init__(self, keep: Callable[[], Any], get: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.kept, self.get = keep(), get
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = self.get(self.kept)
+        y = super().forward(x)
+        return read(y) if callable(read) else y * read
+
+
+@dataclass
+class Settings:
+    gain: Any
+
+
+def closed_over(value: Any) -> Callable[[Tensor], Tensor]:
+    return lambda y: y * value
+
+
+def at(*path: Any) -> Callable[[Any], Any]:
+    return lambda kept: reduce(lambda value, key: value[key], path, kept)
+
+
+def head() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
+
+
+REPLACED: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "a list": (lambda: [torch.rand(5)], at(0)),
+    "a dict in a list": (lambda: [1, {"gain": [torch.rand(5), "text"]}], at(1, "gain", 0)),
+    "a list that is kept twice": (lambda: (lambda one: [one, {"a": one}])([torch.rand(5)]), at(1, "a", 0)),
+    "a parameter in a dict": (lambda: {3: nn.Parameter(torch.rand(5))}, at(3)),
+    "a module in a list": (lambda: [head()], at(0)),
+    "a module in a dict": (lambda: {"head": [head()]}, at("head", 0)),
+}
+
+
+@pytest.mark.parametrize("kind", REPLACED)
+def test_what_lists_and_dicts_hold_is_the_files(kind: str, tmp_path: Path) -> None:
+    build = lambda: Keeping(*REPLACED[kind])  # noqa: E731
+    fast = save_layers(fresh(build, 1), tmp_path / "net")
+    other = fresh(build, 2)
+    before, x = run(other, image(seed=3)), image(seed=3)
+    assert torch.equal(run(load(tmp_path / "net", other), x), run(fast, x))
+    assert torch.equal(run(other, x), before)
+
+
+DESCRIBED: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "a number": (lambda: float(torch.rand(())), lambda kept: kept),
+    "a tuple": (lambda: (0, torch.rand(5)), at(1)),
+    "an array": (lambda: torch.rand(5).numpy(), torch.from_numpy),
+    "an object": (lambda: Settings([torch.rand(5)]), lambda kept: kept.gain[0]),
+    "a closure": (lambda: closed_over(torch.rand(5)), lambda kept: kept),
+    "a partial": (lambda: partial(torch.mul, torch.rand(5)), lambda kept: kept),
+    "a module in a tuple": (lambda: (nn.Linear(5, 5),), at(0)),
+    "a long list": (lambda: torch.rand(500).tolist(), at(499)),
+}
+
+
+@pytest.mark.parametrize("kind", DESCRIBED)
+def test_an_instance_that_keeps_other_values_is_another_model(kind: str, tmp_path: Path) -> None:
+    build = lambda: Keeping(*DESCRIBED[kind])  # noqa: E731
+    model = fresh(build, 1)
+    fast = save_layers(model, tmp_path / "net")
+    for same in (model, fresh(build, 1)):
+        assert torch.equal(run(load(tmp_path / "net", same), image(seed=3)), run(fast, image(seed=3)))
+    with pytest.raises(ArtifactError, match=r"model= is another model: it has .: kept = ") as caught:
+        load(tmp_path / "net", fresh(build, 2))
+    assert str(caught.value).isprintable()
+
+
+def test_what_a_hook_closes_over_counts(tmp_path: Path) -> None:
+    def build(where: str) -> nn.Module:
+        model, factor = Branching(), float(torch.rand(()))
+        model.get_submodule(where).register_forward_hook(lambda module, args, output: output * factor)
+        return model
+
+    for where in ("body", "head", ""):
+        fast = save_layers(fresh(partial(build, where), 1), tmp_path / "net")
+        again = load(tmp_path / "net", fresh(partial(build, where), 1))
+        assert torch.equal(run(again, image(seed=3)), run(fast, image(seed=3)))
+        with pytest.raises(ArtifactError, match=r"model= is another model: it has .*hook"):
+            load(tmp_path / "net", fresh(partial(build, where), 2))
+
+
+def test_another_class_of_the_same_layers_is_another_model(tmp_path: Path) -> None:
+    class Doubled(Branching):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    save_layers(fresh(Branching, 1), tmp_path / "net")
+    with pytest.raises(ArtifactError, match="it has 'a Doubled', the file 'a Branching'"):
+        load(tmp_path / "net", Doubled())
+
+
+class Watched(Branching):
+    """Keeps features of the last call in all the ways people do, and counts its calls."""
+
+    def __init__(self, counts: bool = False) -> None:
+        super().__init__()
+        self.features: dict[str, Any] = {}
+        self.last: list[Tensor] = []
+        self.settings = Settings(None)
+        self.calls, self.counts = 0, counts
+        closed: dict[str, Tensor] = {}
+        self.body.register_forward_hook(lambda module, args, output: closed.update(body=output))
+        self.norm.register_forward_hook(lambda module, args, output: self.features.update(norm=output))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last[:] = [x]
+        self.settings.gain = x.mean()
+        self.calls += self.counts
+        return super().forward(x)
+
+
+def test_what_calls_leave_behind_is_no_part_of_the_model(tmp_path: Path) -> None:
+    fast = quick(fresh(Watched, 1))
+    run(fast, image(seed=6))
+    with pytest.warns(UserWarning, match="the graph cannot be stored"):
+        save(fast, tmp_path / "net")
+    called = fresh(Watched, 3)
+    run(called, image(batch=5, size=9))
+    for given in (fresh(Watched, 2), called):
+        assert torch.equal(run(load(tmp_path / "net", given), image(seed=3)), run(fast, image(seed=3)))
+
+
+def test_a_count_of_calls_is_part_of_the_model(tmp_path: Path) -> None:
+    """It may decide what a call returns."""
+    fast = save_layers(fresh(partial(Watched, True), 1), tmp_path / "net")
+    run(fast, image())
+    with pytest.warns(UserWarning, match="the graph cannot be stored"):
+        save(fast, tmp_path / "net")
+    with pytest.raises(ArtifactError, match="it has ': calls = 0', the file ': calls = 1'"):
+        load(tmp_path / "net", Watched(True))

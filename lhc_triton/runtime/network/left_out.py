@@ -1,0 +1,102 @@
+"""What accelerate leaves as it is, and how it says so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lhc_triton.planning.network_plan import Plan
+from lhc_triton.runtime.network.sites import Site, is_fusible
+
+_CONVOLUTION = re.compile(r"conv(?!ert)|conv_")
+
+
+class Elsewhere(TorchDispatchMode):
+    """Counts the convolutions that run outside the convolution layers of a model; see `watched`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.inside = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if not self.inside and _CONVOLUTION.search(func._schema.name):
+            self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[Elsewhere]:
+    """Count the convolutions that a model runs meanwhile, but for those of its convolution layers."""
+    elsewhere = Elsewhere()
+
+    def telling(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            elsewhere.inside += 1
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                elsewhere.inside -= 1
+
+        return inside
+
+    # Not by hooks: a network may call ``layer.forward(x)``.
+    own = {m: vars(m).get("forward") for m in model.modules() if isinstance(m, _ConvNd)}
+    for conv in own:
+        vars(conv)["forward"] = telling(conv.forward)
+    try:
+        with elsewhere:
+            yield elsewhere
+    finally:
+        for conv, forward in own.items():
+            vars(conv).pop("forward")
+            if forward is not None:
+                vars(conv)["forward"] = forward
+
+
+def left_layers(work: nn.Module, plan: Plan, sites: Sequence[Site]) -> tuple[str, ...]:
+    """Say which convolution layers were not replaced, and why, one line each."""
+    replaced, skipped = {site.layer for site in sites}, dict(plan.skipped)
+    left = {n: m for n, m in work.named_modules() if isinstance(m, _ConvNd) and n not in replaced}
+
+    def reason(name: str, module: nn.Module) -> str:
+        if is_fusible(module):
+            return "not called on the example"
+        return skipped.get(name, f"a {type(module).__name__}").removeprefix("is ")
+
+    return tuple(f"layer {name!r} is left as it is: {reason(name, module)}" for name, module in left.items())
+
+
+def remarks(plan: Plan, unwrapped_names: Sequence[str], elsewhere: int, left: bool) -> tuple[str, ...]:
+    """Say what people should know before any choice is made, one line each.
+
+    Args:
+        plan: of the convolutions.
+        unwrapped_names: of modules, "" for the model, at which the copy leaves something out.
+        elsewhere: convolutions that one run calls outside the model's layers.
+        left: whether some of the model's convolutions are not for us to run.
+    """
+    notes = [
+        f"what wraps {f'module {name!r}' if name else 'the model'} (torch.compile, DataParallel) is left out"
+        for name in unwrapped_names
+    ]
+    if elsewhere:
+        calls = (
+            "1 convolution runs as it is" if elsewhere == 1 else f"{elsewhere} convolutions run as they are"
+        )
+        notes.append(
+            f"{calls}, outside the model's layers: as a function, in scripted code, or in a module that is "
+            "not the model's"
+        )
+    if all(layer.topology.density == 1 for layer in plan.layers):
+        which = " that can be replaced" if left or elsewhere else ""
+        notes.append(f"no convolution{which} has a topology or structured zeros: everything runs dense")
+    return tuple(notes)

@@ -62,17 +62,13 @@ def check_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
     """Return the convolutions that can be replaced, by name.
 
     Raises:
-        ValueError: there is no convolution at all, one has no weights yet, NaN or infinity, or one is still
-            in its mask warm-up.
+        ValueError: there is no convolution at all, one has NaN or infinity, or one is still in its mask
+            warm-up.
     """
     everything = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     if not everything:
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to accelerate")
     for name, conv in everything.items():
-        if isinstance(conv.weight, nn.UninitializedParameter):
-            raise ValueError(
-                f"layer {name!r} is lazy and has no weights yet; call the model on an image first"
-            )
         for what, value in (("weight", conv.weight), ("bias", conv.bias)):
             if value is not None and not all_finite(value):
                 raise ValueError(f"layer {name!r} has NaN or infinity in its {what}; repair the model first")

@@ -141,7 +141,7 @@ def working_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mod
     for name, module in model.named_modules():
         if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
             raise ValueError(
-                f"layer {name!r} is a {type(module).__name__} without weights: run the model once"
+                f"layer {name!r} is lazy and has no weights yet; call the model on an image first"
             )
     try:
         work = duplicate(unwrapped(model), {} if memo is None else memo)

@@ -220,7 +220,7 @@ def test_what_stands_in_for_forward_is_not_traced_past() -> None:
     assert "other code than its class's forward" in told(fast)
 
 
-def test_lazy_layers_are_named() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyConv2d(8, 3))
-    with pytest.raises(ValueError, match=r"layer '1' is a LazyConv2d without weights: run the model once"):
-        lhc.accelerate(model, image())
+@pytest.mark.parametrize("lazy", [lambda: nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d])
+def test_lazy_layers_of_any_kind_are_named(lazy: Callable[[], nn.Module]) -> None:
+    with pytest.raises(ValueError, match=r"layer '1' is lazy and has no weights yet; call the model on an"):
+        lhc.accelerate(nn.Sequential(nn.Conv2d(3, 8, 3), lazy()), image())

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import fx, nn
 
 from lhc_triton.runtime.choosing.dispatch import Decision

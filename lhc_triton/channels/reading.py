@@ -359,11 +359,9 @@ class _Reader(fx.Interpreter):
         constants = self._constants(value)
         if module.groups == 1:
             live = (weight != 0).flatten(2).any(2).cpu().numpy()
-            sums = weight.sum((2, 3), dtype=torch.float64).cpu().numpy()
             found = self._mixed(name, value, live, result, constants, folds)
         elif module.groups == module.in_channels == module.out_channels:
             live = np.diag((weight != 0).flatten(1).any(1).cpu().numpy())
-            sums = np.diag(weight.sum((1, 2, 3), dtype=torch.float64).cpu().numpy())
             self.layers.append(Layer(name, value.atoms))
             found = self._unknown(value.atoms, result)
         else:
@@ -371,6 +369,11 @@ class _Reader(fx.Interpreter):
         # A filter is constant where all that it reads is, and no border of zeros tells positions apart.
         varying = np.isnan(constants) | ((constants != 0) & (not folds))
         known = np.asarray(~live[:, varying].any(1))
+        if not known.any():
+            return found
+        sums = weight.sum((2, 3), dtype=torch.float64).cpu().numpy()
+        if module.groups > 1:
+            sums = np.diag(sums[:, 0])
         shift = 0.0 if module.bias is None else module.bias.detach().double().cpu().numpy()
         sums = np.where(known[:, None] & live, sums, 0.0) @ np.nan_to_num(constants) + shift
         filled = torch.from_numpy(np.where(known, sums, np.nan)).to(found.constants)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lhc_triton.planning.network_plan import Plan
 from lhc_triton.runtime.network.sites import Site, is_fusible
 
-_CONVOLUTION = re.compile(r"conv(?!ert)|conv_")
+_CONVOLUTION = re.compile(r"conv(?!ert)")
 
 
 class Elsewhere(TorchDispatchMode):

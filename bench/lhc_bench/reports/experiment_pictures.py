@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ COST_UNITS = {"live_weights": 1e3, "live_macs": 1e6}
 SPEED_AXIS = "times as fast as dense"
 LINE = 0.235  # inches for a layer
 SHAPES_SHOWN = 14
+LEGEND_WIDTH = 72  # characters, of the narrowest figure with a legend below
 BIGGEST_GLYPH = 0.42
 SHOWN_SHARE = 0.5  # percent; less rounds to nothing
 
@@ -55,7 +57,7 @@ def accuracy_figure(found: Sequence[Experiment], against: Sequence[str]) -> Figu
     density, costs = list(against) == ["density"], set(against) <= COSTS.keys()
     wide, tall, gap = (6.4 if density else 4.3), 3.6, 0.3
     width = 0.85 + (wide + gap) * len(against)
-    legend_lines = len(found) + len(dense_twins(found))
+    legend_lines = len(dense_twins(found)) + sum(1 + _wrapped(one.label).count("\n") for one in found)
     bottom = 0.7 + canvas.LEGEND_LINE * legend_lines
     what = "density" if density else "weights and MACs of the whole network" if costs else "speed-up"
     title = f"Accuracy against {what}"
@@ -104,7 +106,7 @@ def _scatter(axis: Axes, found: Sequence[Experiment], name: str) -> None:
             [x], [100 * y], xerr=(experiment.spread(name) or 0) / unit,
             yerr=100 * (experiment.spread("lhc_accuracy") or 0),
             color=color, marker=marker, markersize=7, alpha=0.8, linestyle="none", elinewidth=1,
-            label=experiment.label,
+            label=_wrapped(experiment.label),
         )  # fmt: skip
     if name in COSTS:
         front = [(-x, y) for x, y in pareto([(-x, y) for x, y in means])]
@@ -122,6 +124,10 @@ def _scatter(axis: Axes, found: Sequence[Experiment], name: str) -> None:
     axis.grid(color="#e3e3e3", linewidth=0.6)
     axis.set_axisbelow(True)
     canvas.clean(axis)
+
+
+def _wrapped(label: str) -> str:
+    return textwrap.fill(label, LEGEND_WIDTH)
 
 
 def _cost_ticks(xs: Sequence[float]) -> list[float]:

@@ -39,7 +39,7 @@ class Reading:
         skipped: (name, reason) of the others.
         dense: those of the skipped that merely have no zeros, as topologies in which every block lives.
         others: what else the network computes, by kind, not priced; empty unless it was asked for.
-        geometries: of every nn.Conv2d that was called, by name.
+        geometries: of every nn.Conv2d with groups=1 that was called, by name.
         cost: the cost model of the input's device kind, or the one given.
         dtype: of the weights, as in "float32".
     """
@@ -118,9 +118,8 @@ def read_model(
     others: tuple[OtherWork, ...] = ()
     if remainder is not None:
         others = remainder.works(without={topology.name for topology in topologies})
-    return Reading(
-        tuple(topologies), tuple(skipped), cost, dtype, tuple(dense), others, _geometries(convs, seen)
-    )
+    geometries = _geometries({name: conv for name, conv in convs.items() if conv.groups == 1}, seen)
+    return Reading(tuple(topologies), tuple(skipped), cost, dtype, tuple(dense), others, geometries)
 
 
 def call_geometries(model: nn.Module, example_input: Any) -> dict[str, ConvGeometry]:
@@ -140,7 +139,7 @@ def _geometries(
     return {
         name: _geometry(conv, shape)
         for name, shape in shapes.items()
-        if isinstance(conv := convs[name], nn.Conv2d)
+        if isinstance(conv := convs.get(name), nn.Conv2d)
     }
 
 

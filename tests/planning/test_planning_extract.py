@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations, prune
 
 from lhc_triton import LHCConfig, LHCConv2d
 from lhc_triton.planning import CostModel, plan
-from lhc_triton.planning.extract import read_model
+from lhc_triton.planning.extract import call_geometries, read_model
 
 
 def lhc_layer(in_channels, out_channels, seed=0, config=None, **options):
@@ -55,6 +55,18 @@ def test_a_network_is_read_in_calling_order_with_its_geometry():
         y = conv(torch.randn(geometry.batch, geometry.in_channels, geometry.height, geometry.width))
         assert (geometry.out_channels, geometry.out_height, geometry.out_width) == tuple(y.shape[1:])
         np.testing.assert_array_equal(topology.block_mask(), conv.block_mask().bool().numpy())
+
+
+def test_geometries_are_of_all_called_convolutions_that_mix_all_channels():
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=16), lhc_layer(16, 32, stride=2), nn.Flatten()
+    )
+    model.add_module("idle", nn.Identity())
+    model[4].conv = nn.Conv2d(8, 8, 1)  # never called
+    x = torch.randn(2, 3, 19, 17)
+    every = call_geometries(model, x)
+    assert list(every) == ["0", "1", "2"]
+    assert read_model(model, x).geometries == {name: every[name] for name in ("0", "2")}
 
 
 def test_the_model_is_left_as_it_was():

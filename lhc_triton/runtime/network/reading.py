@@ -129,7 +129,7 @@ class _Planned:
 
     @property
     def predicted_us(self) -> float:
-        """Of all convolutions. (One with groups is no dense one, but keeps its channels and so its price.)"""
+        """Of all convolutions with groups=1, those that stay dense among them."""
         layers = {layer.name: layer for layer in self.plan.layers}
         itemsize = itemsize_of(self.reading.dtype)
         return sum(

@@ -123,7 +123,7 @@ def merge_by_savings(rows: np.ndarray, sizes: np.ndarray, entry_us: np.ndarray, 
         table[keep, :] = table[:, keep] = row
         stale = (partner == keep) | (partner == gone)
         stale[keep] = stale[gone] = True
-        better = (row > best) & ~stale
+        better = ~stale & ((row > best) | ((row == best) & (keep < partner)))
         partner[better], best[better] = keep, row[better]
         again = np.flatnonzero(stale)
         partner[again] = table[again].argmax(axis=1)

@@ -61,6 +61,14 @@ def test_the_incremental_matrix_merges_as_a_full_recomputation_does(problem):
     assert merge_by_savings(*problem) == greedy(*problem)
 
 
+def test_a_merged_tile_that_ties_with_a_later_partner_takes_its_place():
+    rows = np.zeros((7, 12), dtype=bool)
+    for row, entries in enumerate(((), (2, 5), (1, 4, 7, 11), (3, 6, 7, 8, 9), (1, 10), (8, 11), ())):
+        rows[row, list(entries)] = True
+    problem = rows, np.array([1, 1, 1, 1, 2, 1, 1]), np.array([1.125, 1.25, 1.375, 1.375]), 0.125
+    assert merge_by_savings(*problem) == greedy(*problem) == [[0, 3, 5], [1], [2, 4], [6]]
+
+
 def price(parts, rows, sizes, entry_us, tile_us):
     """What a partition costs, part by part; infinite where one has no room."""
     groups = [int(sizes[part].sum()) for part in parts]

@@ -17,7 +17,9 @@ LEARN = {
     f"lhc_triton.{name}"
     for name in ("topology", "takeover", "layers", "conversion", "handcrafted", "schedule")
 }
-ANYWHERE = {f"lhc_triton.{name}" for name in ("files", "errors", "tables", "tf32", "interrupts", "finite")}
+ANYWHERE = {
+    f"lhc_triton.{name}" for name in ("files", "errors", "tables", "tf32", "interrupts", "finite", "watching")
+}
 BELOW = ANYWHERE | {"lhc_triton.topology", "lhc_triton.takeover"}
 ROOM = "lhc_triton.runtime"
 # The list of operations is below what is recorded by it, and saved.
@@ -37,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "lhc_triton.tables": set(),
     "lhc_triton.tf32": set(),
     "lhc_triton.finite": set(),
+    "lhc_triton.watching": set(),
     "lhc_triton.interrupts": set(),
     "lhc_triton.topology": ANYWHERE,
     "lhc_triton.takeover": ANYWHERE,
@@ -213,5 +216,18 @@ def test_importing_the_package_loads_no_kernel_no_plotting_and_no_device():
         "heavy = {'triton', 'matplotlib', 'typer', 'rich', 'lhc_kernels', 'lhc_bench'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert not torch.cuda.is_initialized()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_planning_and_accelerating_load_no_compiler():
+    code = (
+        "import sys, torch, lhc_triton as lhc\n"
+        "from torch import nn\n"
+        "model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)), torch.rand(1, 3, 8, 8)\n"
+        "lhc.plan(model, x)\n"
+        "lhc.accelerate(model, x, tune='off')(x)\n"
+        "heavy = {'torch._dynamo', 'torch._inductor', 'sympy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)

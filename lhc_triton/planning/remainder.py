@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lhc_triton.watching import Watch
 
 from .schema import OtherWork
 
@@ -21,7 +22,7 @@ PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "convolution": 0}  # an
 CONVOLVED, ACTIVATED = 2, 1  # how much more an epilogue may take in: all, or a 2x2 pooling
 
 
-class Remainder(TorchDispatchMode):
+class Remainder(Watch):
     """Counts the work of every operator that runs outside a convolution while the mode is on.
 
     An accelerated network folds batch norm into a convolution, and adds, activates and pools 2x2 in its

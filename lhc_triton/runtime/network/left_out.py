@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lhc_triton.planning.network_plan import Plan
 from lhc_triton.runtime.network.sites import Site, is_fusible
+from lhc_triton.watching import Watch
 
 _CONVOLUTION = re.compile(r"conv(?!ert)")
 
 
-class Elsewhere(TorchDispatchMode):
+class Elsewhere(Watch):
     """Counts the convolutions that run outside the convolution layers of a model; see `watched`."""
 
     def __init__(self) -> None:

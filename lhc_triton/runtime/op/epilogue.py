@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._prims_common import suggest_memory_format
 
 
 @dataclass(frozen=True)
@@ -131,12 +130,20 @@ def format_of(tensor: Tensor) -> str:
 def is_channels_last(tensor: Tensor) -> bool:
     """Return whether torch's convolutions take a tensor for channels_last, and answer in that format.
 
-    That is a question of strides alone: a slice of a channels_last tensor is taken for one, and an image of
-    one channel is not.
+    That is a question of strides alone (``c10::is_channels_last_strides_2d``): a slice of a channels_last
+    tensor is taken for one, and an image of one channel is not.
     """
     if torch.jit.is_tracing():  # sizes are tensors then
         return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-    return suggest_memory_format(tensor) == torch.channels_last
+    if tensor.dim() != 4 or tensor.layout != torch.strided or tensor.stride(1) == 0:
+        return False
+    least = 0
+    for axis in (1, 3, 2, 0):
+        size, stride = tensor.shape[axis], tensor.stride(axis)
+        if size == 0 or stride < least or (axis == 0 and least == tensor.stride(1)):
+            return False
+        least = stride * size
+    return True
 
 
 def like_format(value: Tensor, other: Tensor) -> Tensor:

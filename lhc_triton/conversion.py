@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
@@ -303,13 +305,25 @@ def checked_costs(costs: Mapping[str, float], layers: Mapping[str, LHCConv2d]) -
 
 
 @contextmanager
+def generators_kept(gpus: Sequence[int] = ()) -> Iterator[None]:
+    """Put the common random generators (Python's, NumPy's, torch's) back afterwards."""
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and no_grad; training flags and random states are put back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     devices = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
     try:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), generators_kept(devices):
             yield
     finally:
         for module, training in flags:

@@ -224,7 +224,8 @@ def test_planning_and_accelerating_load_no_compiler():
     code = (
         "import sys, torch, lhc_triton as lhc\n"
         "from torch import nn\n"
-        "model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)), torch.rand(1, 3, 8, 8)\n"
+        "model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))\n"
+        "x = torch.rand(1, 3, 8, 8)\n"
         "lhc.plan(model, x)\n"
         "lhc.accelerate(model, x, tune='off')(x)\n"
         "heavy = {'torch._dynamo', 'torch._inductor', 'sympy'} & set(sys.modules)\n"

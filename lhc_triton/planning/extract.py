@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from lhc_triton.finite import has_nan
 from lhc_triton.layers import LHCConv2d, convolves_plainly
 from lhc_triton.takeover import weight_in_force
 from lhc_triton.tf32 import tf32_allowed
+from lhc_triton.watching import Watch
 
 from .cost import CostModel, itemsize_of
 from .patterns import infer_blocks
@@ -40,6 +41,7 @@ class Reading:
         dense: those of the skipped that merely have no zeros, as topologies in which every block lives.
         others: what else the network computes, by kind, not priced; empty unless it was asked for.
         geometries: of every nn.Conv2d with groups=1 that was called, by name.
+        shapes: of every convolution's first input, by name, in calling order.
         cost: the cost model of the input's device kind, or the one given.
         dtype: of the weights, as in "float32".
     """
@@ -51,6 +53,7 @@ class Reading:
     dense: tuple[LayerTopology, ...] = ()
     others: tuple[OtherWork, ...] = ()
     geometries: Mapping[str, ConvGeometry] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def read_model(
@@ -59,6 +62,8 @@ def read_model(
     cost: CostModel | None = None,
     backend: str = "auto",
     whole: bool = False,
+    watch: Watch | None = None,
+    run: Callable[..., Any] | None = None,
 ) -> Reading:
     """Run a network once and read the topology of every convolution.
 
@@ -71,6 +76,8 @@ def read_model(
         cost: prices the choices; by default the model of ``backend`` on the example's device kind.
         backend: who will run the plan.
         whole: look at everything else that the network computes, too.
+        watch: looks on instead, in a reading that is not of the whole.
+        run: is called in the model's place, and calls its convolutions.
 
     Raises:
         ValueError: if the model has no convolution, does not run on the example, or has NaN in the weight of
@@ -93,7 +100,40 @@ def read_model(
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to plan")
     cost = cost or CostModel.for_device(tensors[0].device.type, backend, tf32_allowed())
     remainder = Remainder(inputs) if whole else None
-    seen = _input_shapes(model, convs, inputs, remainder)
+    reading = _read_convs(model, convs, _input_shapes(model, convs, inputs, remainder or watch, run), cost)
+    if remainder is None:
+        return reading
+    others = remainder.works(without={topology.name for topology in reading.topologies})
+    return replace(reading, others=others)
+
+
+def reread_model(model: nn.Module, earlier: Reading) -> Reading:
+    """Read a network again that has lost filters and channels since: it is not run, and ``others`` is empty.
+
+    Args:
+        model: calls the same convolutions as before, on images of the same size.
+        earlier: what was read of it then; layers that kept all of their channels are taken from there.
+
+    Raises:
+        ValueError: see `read_model`.
+    """
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, _ConvNd)}
+    shapes = {}
+    for name, shape in earlier.shapes.items():
+        place = len(shape) - 1 - len(convs[name].kernel_size)
+        shapes[name] = (*shape[:place], convs[name].in_channels, *shape[place + 1 :])
+    return _read_convs(model, convs, shapes, earlier.cost, earlier)
+
+
+def _read_convs(
+    model: nn.Module,
+    convs: Mapping[str, _ConvNd],
+    shapes: Mapping[str, tuple[int, ...]],
+    cost: CostModel,
+    earlier: Reading | None = None,
+) -> Reading:
+    """Read the topologies of convolutions from the shapes of their first inputs."""
+    known = {} if earlier is None else {one.name: one for one in (*earlier.topologies, *earlier.dense)}
     topologies: list[LayerTopology] = []
     skipped: list[tuple[str, str]] = []
     dense: list[LayerTopology] = []
@@ -101,13 +141,15 @@ def read_model(
         dtypes = {name: str(conv.weight.dtype).removeprefix("torch.") for name, conv in convs.items()}
         dtype = next(dtypes[name] for name, conv in convs.items() if isinstance(conv, nn.Conv2d))
         itemsize_of(dtype)
-        for name in [*seen, *(name for name in convs if name not in seen)]:
-            if name not in seen:
+        for name in [*shapes, *(name for name in convs if name not in shapes)]:
+            if name not in shapes:
                 found: LayerTopology | str = "not called on the example input"
             elif dtypes[name] != dtype:
                 found = f"its weight is {dtypes[name]}, the plan is for {dtype}"
+            elif name in known and _has_channels_of(convs[name], known[name]):
+                found = known[name]
             else:
-                found = _read_layer(name, convs[name], seen[name])
+                found = _read_layer(name, convs[name], shapes[name])
             if isinstance(found, str):
                 skipped.append((name, found))
             elif found.density == 1 and not isinstance(convs[name], LHCConv2d):
@@ -115,22 +157,38 @@ def read_model(
                 dense.append(found)
             else:
                 topologies.append(found)
-    others: tuple[OtherWork, ...] = ()
-    if remainder is not None:
-        others = remainder.works(without={topology.name for topology in topologies})
-    geometries = _geometries({name: conv for name, conv in convs.items() if conv.groups == 1}, seen)
-    return Reading(tuple(topologies), tuple(skipped), cost, dtype, tuple(dense), others, geometries)
+    mixing = {name: conv for name, conv in convs.items() if conv.groups == 1}
+    geometries = _geometries(mixing, shapes)
+    return Reading(
+        tuple(topologies), tuple(skipped), cost, dtype, tuple(dense), geometries=geometries, shapes=shapes
+    )
 
 
-def call_geometries(model: nn.Module, example_input: Any) -> dict[str, ConvGeometry]:
+def _has_channels_of(conv: _ConvNd, topology: LayerTopology) -> bool:
+    geometry = topology.geometry
+    return (conv.in_channels, conv.out_channels) == (geometry.in_channels, geometry.out_channels)
+
+
+def call_geometries(
+    model: nn.Module,
+    example_input: Any,
+    watch: Watch | None = None,
+    run: Callable[..., Any] | None = None,
+) -> dict[str, ConvGeometry]:
     """Run a network once and return the shapes of each nn.Conv2d's first call, in calling order.
+
+    Args:
+        model: the network.
+        example_input: a tensor, or a tuple of the positional arguments.
+        watch: looks on.
+        run: is called in the model's place, and calls its convolutions.
 
     Raises:
         ValueError: the model does not run on the example.
     """
     inputs = example_input if isinstance(example_input, tuple | list) else (example_input,)
-    convs: dict[str, _ConvNd] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    return _geometries(convs, _input_shapes(model, convs, inputs))
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, _ConvNd)}
+    return _geometries(convs, _input_shapes(model, convs, inputs, watch, run))
 
 
 def _geometries(
@@ -144,9 +202,13 @@ def _geometries(
 
 
 def _input_shapes(
-    model: nn.Module, convs: dict[str, _ConvNd], inputs: Sequence[Any], remainder: Remainder | None = None
+    model: nn.Module,
+    convs: dict[str, _ConvNd],
+    inputs: Sequence[Any],
+    watch: Watch | None = None,
+    run: Callable[..., Any] | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each convolution's first input, in calling order; ``remainder`` looks on."""
+    """Return the shape of each convolution's first input, in calling order; ``watch`` looks on."""
     seen: dict[str, tuple[int, ...]] = {}
 
     def recording(name: str, conv: _ConvNd) -> Callable[..., Any]:
@@ -156,11 +218,11 @@ def _input_shapes(
             value = args[0] if args else kwargs.get("input")
             if isinstance(value, Tensor):
                 seen.setdefault(name, tuple(value.shape))
-            if remainder is None:
+            if watch is None:
                 return original(*args, **kwargs)
-            with remainder.convolution():
+            with watch.convolution():
                 output = original(*args, **kwargs)
-            remainder.convolved(name, conv, value, output)
+            watch.convolved(name, conv, value, output)
             return output
 
         return forward
@@ -170,8 +232,8 @@ def _input_shapes(
     for name, conv in convs.items():
         vars(conv)["forward"] = recording(name, conv)
     try:
-        with evaluating(model), remainder or nullcontext():
-            model(*inputs)
+        with evaluating(model), watch or nullcontext():
+            (run or model)(*inputs)
     except Exception as error:  # the model's code is not ours: whatever it raises becomes one line
         shapes = ", ".join(str(tuple(value.shape)) for value in inputs if isinstance(value, Tensor))
         line = first_line(error)

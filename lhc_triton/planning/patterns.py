@@ -104,7 +104,12 @@ def _cheapest(live: np.ndarray, sizes: list[int]) -> Blocks:
 
 def _merge(live: np.ndarray, count: int, axis: int) -> np.ndarray:
     """Join runs of ``count`` along an axis: a block lives if one of its parts does."""
-    return np.logical_or.reduceat(live, np.arange(0, live.shape[axis], count), axis=axis)
+    parts = np.moveaxis(live, axis, 0)
+    merged = parts[::count].copy(order="K")
+    for place in range(1, count):  # several times faster than reduceat
+        part = parts[place::count]
+        merged[: len(part)] |= part
+    return np.moveaxis(merged, 0, axis)
 
 
 def _adjacent_filters(rows: np.ndarray, shape: tuple[int, ...], in_block: int) -> tuple[int, np.ndarray]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -35,7 +34,6 @@ class Remainder(Watch):
         super().__init__()
         self._found: dict[str, OtherWork] = {}
         self._convolutions: dict[str, OtherWork] = {}
-        self._inside = 0
         self._open: dict[int, int] = {}  # results of convolutions and of what follows, by address
         for tensor in inputs:
             if isinstance(tensor, Tensor) and _is_map(tensor):
@@ -51,15 +49,6 @@ class Remainder(Watch):
             sum(work.moved_bytes for work in left),
         )
         return tuple(work for work in (convolutions, *self._found.values()) if work.calls)
-
-    @contextmanager
-    def convolution(self) -> Iterator[None]:
-        """Leave out what runs meanwhile: a convolution, and what computes its weight."""
-        self._inside += 1
-        try:
-            yield
-        finally:
-            self._inside -= 1
 
     def convolved(self, name: str, conv: _ConvNd, given: Any, output: Any) -> None:
         """Tell what a convolution has made of its input."""
@@ -83,7 +72,7 @@ class Remainder(Watch):
         stages = [self._open.get(home, 0) for home in homes]
         result = func(*args, **(kwargs or {}))
         outputs = _floats(result)
-        if inputs and outputs and not self._inside:
+        if inputs and outputs and not self.inside:
             name = func._schema.name.removeprefix("aten::")
             if _home(outputs[0]) in homes and not name.endswith("_"):
                 self._view(inputs[homes.index(_home(outputs[0]))], outputs[0])

@@ -9,7 +9,8 @@ from torch.nn.utils import parametrizations, prune
 
 from lhc_triton import LHCConfig, LHCConv2d
 from lhc_triton.planning import CostModel, plan
-from lhc_triton.planning.extract import call_geometries, read_model
+from lhc_triton.planning.extract import call_geometries, read_model, reread_model
+from lhc_triton.watching import Watch
 
 
 def lhc_layer(in_channels, out_channels, seed=0, config=None, **options):
@@ -67,6 +68,48 @@ def test_geometries_are_of_all_called_convolutions_that_mix_all_channels():
     every = call_geometries(model, x)
     assert list(every) == ["0", "1", "2"]
     assert read_model(model, x).geometries == {name: every[name] for name in ("0", "2")}
+
+
+def test_a_network_that_lost_channels_is_read_again_without_a_run():
+    model = small_network()
+    model.append(nn.ConvTranspose2d(24, 8, 2)).append(nn.Conv2d(8, 8, 1))
+    earlier = read_model(model, X)
+
+    fewer = copy.deepcopy(model)
+    fewer[0] = nn.Conv2d(3, 8, 3, padding=1)
+    fewer[1] = nn.BatchNorm2d(8)
+    fewer[3] = lhc_layer(8, 32, seed=5, stride=2, padding=1)
+    expected = read_model(fewer, X)
+    fewer.forward = None  # it cannot be
+    again = reread_model(fewer, earlier)
+    assert again == expected
+    assert [topology.geometry.in_channels for topology in again.topologies] == [8, 32]
+    assert again.topologies[1] is earlier.topologies[1]
+    assert again.shapes["0"] == (2, 3, 20, 18)
+
+
+def test_what_runs_in_a_models_place_and_who_watches_are_asked():
+    class Lookout(Watch):
+        def __init__(self):
+            super().__init__()
+            self.seen = {True: [], False: []}
+            self.told = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen[self.inside > 0].append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+        def convolved(self, name, conv, given, output):
+            self.told.append((name, tuple(given.shape), tuple(output.shape)))
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    watch, runs = Lookout(), []
+    found = call_geometries(model, X, watch, lambda *inputs: runs.append(model(*inputs).shape))
+    assert found == call_geometries(model, X)
+    assert runs == [(2, 4, 18, 16)]
+    assert watch.told == [("0", (2, 3, 20, 18), (2, 8, 18, 16)), ("2", (2, 8, 18, 16), (2, 4, 18, 16))]
+    assert sum("convolution" in name for name in watch.seen[True]) == 2
+    assert [name for name in watch.seen[False] if name.startswith("aten::relu")] == ["aten::relu"]
 
 
 def test_the_model_is_left_as_it_was():

@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from lhc_triton.conversion import generators_kept
 from lhc_triton.planning.network_plan import Plan
 from lhc_triton.planning.planner import BackendName
 from lhc_triton.runtime.choosing.dispatch import Decision, Tune, decide
@@ -27,6 +28,7 @@ from lhc_triton.runtime.network.left_out import left_layers
 from lhc_triton.runtime.network.quantising import check_dtype, quantised
 from lhc_triton.runtime.network.reading import Case, read
 from lhc_triton.runtime.network.record import LayerRow, Record, make_row
+from lhc_triton.runtime.network.trials import gpus_of
 
 
 def accelerate(
@@ -89,7 +91,8 @@ def accelerate(
     inputs = check_inputs(model, example_input)
     check_dtype(dtype, model, backend)
     tune = "off" if deterministic() else tune
-    with uncompiled():
+    gpus = gpus_of(inputs)
+    with uncompiled(), generators_kept(gpus):
         case = read(model, inputs, plan, tune, backend)
         if case.slower is not None:
             warnings.warn(_left_out(case.slower), stacklevel=2)
@@ -106,7 +109,8 @@ def accelerate(
         public_names(case.work),
         settled(case.work, len(case.inputs)),
     )
-    check_replays(fast, case)
+    with generators_kept(gpus):
+        check_replays(fast, case)
     return fast
 
 

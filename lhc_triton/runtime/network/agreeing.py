@@ -12,7 +12,6 @@ from lhc_triton.runtime.network.building import (
     judged,
     put_back,
     trace_case,
-    why_not_traced,
 )
 from lhc_triton.runtime.network.reading import Case, unlike_its_copy
 from lhc_triton.runtime.network.snapshots import preserved
@@ -48,13 +47,10 @@ def agreeing(case: Case, choices: Choices) -> Built:
 
 def _traced(case: Case, choices: Choices) -> Built | str:
     """Return the traced network if it does what the model does, else why there is none that does."""
-    problem = why_not_traced(case)
-    if problem is not None:
-        return problem
     try:
         built = judged(case, build(case, choices, trace_case(case)))
     except TraceError as failure:
-        return f"torch.fx could not trace the model ({failure})"
+        return str(failure)
     return built if built.problem is None else built.problem
 
 

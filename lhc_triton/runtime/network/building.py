@@ -15,7 +15,7 @@ from lhc_triton.runtime.network.outputs import differences, outcome
 from lhc_triton.runtime.network.reading import Case
 from lhc_triton.runtime.network.sites import Site, find_sites, rewrite
 from lhc_triton.runtime.network.snapshots import preserved
-from lhc_triton.runtime.network.tracing import TraceError, record_formats, record_shapes, trace
+from lhc_triton.runtime.network.tracing import TraceError, record_formats
 from lhc_triton.runtime.network.trials import is_large
 from lhc_triton.runtime.network.verify import Findings, compare_calls, compare_sites
 from lhc_triton.runtime.op.dense import FusedConv2d
@@ -70,40 +70,26 @@ def put_back(choice: Decision, problem: str) -> Decision:
     return Decision("dense", f"put back from {choice.backend}: {problem}")
 
 
-def why_not_traced(case: Case) -> str | None:
-    """Say why the model's own code has to run, where a graph would miss part of what it does."""
-    if "forward" in vars(case.work) or _calls_otherwise(case.work):
-        return "the model is called by other code than its class's forward"
-    hooked = [name for name, module in case.work.named_modules() if name and has_hooks(module)]
-    if hooked:
-        return f"module {hooked[0]!r} has forward hooks, which are kept"
-    if case.observed.random:
-        return "forward draws random numbers"
-    if case.observed.varies:
-        return "two runs of the model on one input differ, by state that it keeps"
-    return "forward switches autocast on" if case.observed.autocast else None
-
-
-def _calls_otherwise(model: nn.Module) -> bool:
-    return type(model).__call__ is not nn.Module.__call__ and not isinstance(model, fx.GraphModule)
-
-
 def trace_case(case: Case) -> Traced:
-    """Trace the model; TraceError if it cannot be, or the graph is another computation."""
-    traced = trace(case.work, len(case.inputs))
+    """Return the model's graph; TraceError if it has none, or that is another computation."""
+    graph, shapes = case.run.graph, case.run.shapes
+    if graph is None:
+        raise TraceError(case.run.untraced or "")
     # Small images shrink to one pixel on the way, and of that no strides tell the format.
     other = case.observed.trials[-1].inputs if is_large(case.inputs) else case.inputs
-    with preserved(traced):  # the graph writes to buffers that the network starts from
-        shapes, output = record_shapes(traced, case.inputs)
-        formats = record_formats(traced, shapes, case.inputs, other)
+    with preserved(graph):  # it writes to buffers that the network starts from
+        formats = record_formats(graph, shapes, case.inputs, other)
     # The graph has the model's own operators yet: what differs by more than a bit or two is another
     # computation, however little it shows on the example. (The model's hooks are not in the graph.)
     tolerance = _SAME_OPERATORS * case.judge.tolerance
-    found = differences(outcome(output), case.observed.outcomes[0], tolerance)
+    found = differences(outcome(case.run.output), case.observed.outcomes[0], tolerance)
     values = [one.what for one in found if one.values and one.flipped is None]
     if values and not has_hooks(case.work):
-        raise TraceError(f"its graph is another computation: on the example {values[0]}")
-    return Traced(traced, find_sites(traced, shapes), formats)
+        raise TraceError(
+            "torch.fx could not trace the model (its graph is another computation: "
+            f"on the example {values[0]})"
+        )
+    return Traced(graph, find_sites(graph, shapes), formats)
 
 
 def build(case: Case, choices: Choices, traced: Traced | None) -> Built:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -18,12 +17,15 @@ _CONVOLUTION = re.compile(r"conv(?!ert)")
 
 
 class Elsewhere(Watch):
-    """Counts the convolutions that run outside the convolution layers of a model; see `watched`."""
+    """Counts the convolutions that run outside the convolution layers of a model.
+
+    Attributes:
+        calls: how many.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
-        self.inside = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -31,35 +33,6 @@ class Elsewhere(Watch):
         if not self.inside and _CONVOLUTION.search(func._schema.name):
             self.calls += 1
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def watched(model: nn.Module) -> Iterator[Elsewhere]:
-    """Count the convolutions that a model runs meanwhile, but for those of its convolution layers."""
-    elsewhere = Elsewhere()
-
-    def telling(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def inside(*args: Any, **kwargs: Any) -> Any:
-            elsewhere.inside += 1
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                elsewhere.inside -= 1
-
-        return inside
-
-    # Not by hooks: a network may call ``layer.forward(x)``.
-    own = {m: vars(m).get("forward") for m in model.modules() if isinstance(m, _ConvNd)}
-    for conv in own:
-        vars(conv)["forward"] = telling(conv.forward)
-    try:
-        with elsewhere:
-            yield elsewhere
-    finally:
-        for conv, forward in own.items():
-            vars(conv).pop("forward")
-            if forward is not None:
-                vars(conv)["forward"] = forward
 
 
 def left_layers(work: nn.Module, plan: Plan, sites: Sequence[Site]) -> tuple[str, ...]:

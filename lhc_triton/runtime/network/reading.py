@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lhc_triton.planning.cost import CostModel, itemsize_of
-from lhc_triton.planning.extract import Reading, read_model
+from lhc_triton.planning.extract import Reading, call_geometries, read_model, reread_model
 from lhc_triton.planning.network_plan import Plan
 from lhc_triton.planning.planner import BackendName, plan_reading
 from lhc_triton.planning.schema import LayerPlan
@@ -19,11 +19,12 @@ from lhc_triton.runtime.choosing.calibration import cost_model
 from lhc_triton.runtime.choosing.dispatch import passed_over
 from lhc_triton.runtime.network.arguments import check_convs, fitting_plan
 from lhc_triton.runtime.network.copying import path_to_unwrapped, unwrapped, working_copy, wrappers
-from lhc_triton.runtime.network.left_out import remarks, watched
+from lhc_triton.runtime.network.following import ExampleRun
+from lhc_triton.runtime.network.left_out import remarks
 from lhc_triton.runtime.network.sites import is_fusible
 from lhc_triton.runtime.network.smaller import smaller
 from lhc_triton.runtime.network.snapshots import Snapshot, preserved
-from lhc_triton.runtime.network.trials import Observed, observe, observe_model
+from lhc_triton.runtime.network.trials import Observed, is_large, observe_model
 from lhc_triton.runtime.network.verify import Judge
 from lhc_triton.runtime.op.accuracy import network_tolerance
 
@@ -38,6 +39,7 @@ class Case:
         inputs: the example.
         observed: what the model itself does.
         judge: holds networks against that.
+        run: of the copy on the example.
         plan: of the convolutions.
         tune, requested: what ``accelerate`` was asked for.
         remarks: what people should know before any choice is made, one line each.
@@ -50,6 +52,7 @@ class Case:
     inputs: tuple[Tensor, ...]
     observed: Observed
     judge: Judge
+    run: ExampleRun
     plan: Plan
     tune: str
     requested: str
@@ -76,13 +79,16 @@ def read(model: nn.Module, inputs: tuple[Tensor, ...], plan: Plan | None, tune: 
     weight = next(m.weight for m in work.modules() if isinstance(m, nn.Conv2d))
     judge = Judge(model, observed, network_tolerance(observed.dtypes or {weight.dtype}, weight.device))
     removed: tuple[str, ...] = ()
+    run = ExampleRun(work, observed)
+    elsewhere = run.elsewhere
     if plan is None:
         cost = cost_model(requested, weight.dtype, weight.device, tune)
-        planned = _plan_copy(work, model, judge, inputs, requested, cost)
+        planned = _plan_copy(work, model, judge, inputs, requested, cost, run)
         # A forced backend is to run the layers as they are.
-        small = smaller(work, inputs) if requested == "auto" else None
+        quick = observed.trials[-1].inputs if is_large(inputs) else inputs
+        small = smaller(work, quick, run.graph) if requested == "auto" else None
         if small is not None:
-            fewer = _plan_copy(small.work, model, judge, inputs, requested, cost, planned.plan.layers)
+            fewer = _planned(reread_model(small.work, planned.reading), requested, planned.plan.layers)
             # Blocks of zeros that no longer lie in line may cost more than a few filters less gain.
             faster = fewer.predicted_us < planned.predicted_us
             # Two trials tell whether it computes the same: the example, and another size in another format.
@@ -90,20 +96,22 @@ def read(model: nn.Module, inputs: tuple[Tensor, ...], plan: Plan | None, tune: 
             ends = (0, len(observed.trials) - 1)
             if faster and judge.verdict(small.work, ends).problem is None:
                 work, removed, planned = small.work, (small.remark,), fewer
-                convs = check_convs(work)
+                convs, run = check_convs(work), ExampleRun(work, observed)
+                with preserved(work):
+                    run(*inputs)
         plan = planned.plan
     else:
         plan = fitting_plan(_without(path_to_unwrapped(given), plan), convs)
+        with preserved(work):
+            call_geometries(work, inputs, elsewhere, run)
     slower = None
     if requested == "auto" and plan.layers:
         first = next(iter(convs.values())).weight
         slower = passed_over(first.dtype, first.device)
-    with preserved(work), watched(work) as elsewhere:
-        observe(work, observed.trials[-1:])
     left = any(isinstance(m, _ConvNd) and not is_fusible(m) for m in work.modules())
     told = (*remarks(plan, wrappers(given), elsewhere.calls, left), *removed)
     trainable = tuple(p for p in work.parameters() if p.requires_grad and p.is_leaf)
-    return Case(work, convs, inputs, observed, judge, plan, tune, requested, told, slower, trainable)
+    return Case(work, convs, inputs, observed, judge, run, plan, tune, requested, told, slower, trainable)
 
 
 def _without(prefix: str, plan: Any) -> Any:
@@ -140,6 +148,10 @@ class _Planned:
         )
 
 
+def _planned(reading: Reading, requested: str, known: Sequence[LayerPlan] = ()) -> _Planned:
+    return _Planned(plan_reading(reading, cast(BackendName, requested), dense=True, known=known), reading)
+
+
 def _plan_copy(
     work: nn.Module,
     model: nn.Module,
@@ -147,7 +159,7 @@ def _plan_copy(
     inputs: Sequence[Tensor],
     requested: str,
     cost: CostModel,
-    known: Sequence[LayerPlan] = (),
+    run: ExampleRun,
 ) -> _Planned:
     """Plan the copy of a model; ValueError if it does not run by itself, as the model did."""
     originals = set(model.modules())
@@ -160,8 +172,9 @@ def _plan_copy(
     handle = nn.modules.module.register_module_forward_hook(look)
     try:
         with preserved(work):
-            reading = read_model(work, tuple(x.clone() for x in inputs), cost, requested)
-        plan = plan_reading(reading, cast(BackendName, requested), dense=True, known=known)
+            given = tuple(x.clone() for x in inputs)
+            reading = read_model(work, given, cost, requested, watch=run.elsewhere, run=run)
+        planned = _planned(reading, requested)
     except ValueError as error:
         problem = judge.verdict(work).problem
         if problem is not None:
@@ -171,7 +184,7 @@ def _plan_copy(
         handle.remove()
     if strangers:
         raise ValueError(unlike_its_copy(model, "it calls the layers of the given model"))
-    return _Planned(plan, reading)
+    return planned
 
 
 def unlike_its_copy(model: nn.Module, problem: str) -> str:

@@ -35,29 +35,30 @@ class Smaller:
         return f"{self.removed.headline} (most weights in {most.layer!r}: lhc.shrink shows every layer)"
 
 
-def smaller(work: nn.Module, inputs: Sequence[Tensor]) -> Smaller | None:
+def smaller(work: nn.Module, inputs: Sequence[Tensor], graph: fx.GraphModule | None) -> Smaller | None:
     """Return a smaller copy of a model, where anything can go; see ``lhc.shrink``.
 
     A network whose graph no file can hold keeps its sizes: what is saved of it has to fit into the model.
 
     Args:
         work: the working copy; it is left as it was.
-        inputs: the example.
+        inputs: what it takes, of any size.
+        graph: its trace, where there is one already.
     """
     if not _has_dead(work) or any(map(has_hooks, work.modules())):
         return None
     try:
-        traced = trace(work, len(inputs))
+        traced = graph or trace(work, len(inputs))
         _check_storable(traced)
         with preserved(traced):
-            graph = read_channels(traced, inputs)
+            channels = read_channels(traced, inputs)
     except (TraceError, GraphError, ChannelError):
         return None
-    kept = needed_channels(graph, work)
+    kept = needed_channels(channels, work)
     if kept.all():
         return None
     small = duplicate(work, {})
-    return Smaller(small, keep_channels(small, graph, kept))
+    return Smaller(small, keep_channels(small, channels, kept))
 
 
 def _check_storable(traced: fx.GraphModule) -> None:

@@ -31,6 +31,8 @@ _NO_STATE = _OURS | {  # of a model's own
     "logging", "threading", "_thread", "io", "_io", "weakref", "re", "concurrent", "multiprocessing", "queue",
 }  # fmt: skip
 _LIBRARIES = _OURS | sys.stdlib_module_names | {"torch", "numpy"}
+_EMPTY: Mapping[Any, Any] = {}  # what most of modules' containers hold: their hooks
+_NOTHING = frozenset[str]()
 _NONE = object()  # stands for a variable that there is not
 _DEPTH = 8  # of containers and plain objects inside each other
 # What a layer of ours finds out once, and the tensors that it packs: nobody sees them change.
@@ -115,7 +117,7 @@ class Snapshot:
 
     def _keep_module(self, module: nn.Module) -> None:
         self._reach.add_class(type(module))
-        home, ignored = vars(module), frozenset[str]()
+        home, ignored = vars(module), _NOTHING
         if isinstance(module, torch.jit.ScriptModule):  # in Python it has what was asked for, no more
             self._scripted += [(module, name, copy.deepcopy(value)) for name, value in _scripted(module)]
             return
@@ -132,8 +134,8 @@ class Snapshot:
         if isinstance(value, Tensor):
             if not isinstance(value, nn.Parameter):
                 self._tensors[id(value)] = (value, value.detach().clone())
-            home = vars(value)  # empty, as a rule
-            self._contents[id(home)] = (home, dict(home), frozenset())
+            home = vars(value)
+            self._contents[id(home)] = (home, dict(home) if home else _EMPTY, _NOTHING)
             for item in home.values():
                 self._keep(item, depth + 1)
         elif isinstance(value, tuple):
@@ -141,8 +143,9 @@ class Snapshot:
                 self._keep(item, depth + 1)
         elif isinstance(value, _CONTAINERS):
             if id(value) not in self._contents:
-                self._contents[id(value)] = (value, copy.copy(value), frozenset())
-                for item in list(value.values() if isinstance(value, dict) else value):
+                items = list(value.values() if isinstance(value, dict) else value) if value else ()
+                self._contents[id(value)] = (value, copy.copy(value) if items else _EMPTY, _NOTHING)
+                for item in items:
                     self._keep(item, depth + 1)
         elif isinstance(value, types.FunctionType):
             self._reach.add_function(value)
@@ -367,7 +370,7 @@ def same_state(a: Any, b: Any) -> bool:
     return bytes(a) == bytes(b) if isinstance(a, np.ndarray) else bool(np.all(np.asarray(a == b)))
 
 
-def _differs(held: Any, before: Any, ignored: frozenset[str] = frozenset()) -> bool:
+def _differs(held: Any, before: Any, ignored: frozenset[str] = _NOTHING) -> bool:
     if ignored:
         held = {name: value for name, value in held.items() if name not in ignored}
     if len(held) != len(before):
@@ -377,7 +380,7 @@ def _differs(held: Any, before: Any, ignored: frozenset[str] = frozenset()) -> b
     return any(a is not b for a, b in zip(held, before, strict=True))
 
 
-def _restore(held: Any, before: Any, ignored: frozenset[str] = frozenset()) -> None:
+def _restore(held: Any, before: Any, ignored: frozenset[str] = _NOTHING) -> None:
     """Give a container its earlier contents; one that still has them is not touched."""
     if not _differs(held, before, ignored):
         return

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lhc_triton.conversion import evaluating
+from lhc_triton.conversion import evaluating, generators_kept
 from lhc_triton.errors import one_line
 from lhc_triton.runtime.network.outputs import Outcome, differences, outcome
 from lhc_triton.runtime.network.snapshots import Snapshot, parameter_values, restore_parameters, same_state
@@ -187,23 +187,19 @@ def _resampled(value: Tensor, shape: Sequence[int], generator: torch.Generator, 
 def seeded(seed: int, gpus: Sequence[int] = ()) -> Iterator[Callable[[], bool]]:
     """Start every common random generator at a seed, and put them back afterwards.
 
-    torch's own are put back by ``evaluating``. What it yields tells whether any has been used since.
+    What it yields tells whether any has been used since.
     """
-    python, arrays = random.getstate(), np.random.get_state()
 
     def states() -> list[Any]:
         mine = [random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()]
         return [*mine, *map(torch.cuda.get_rng_state, gpus)]
 
-    try:
+    with generators_kept(gpus):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
         start = states()
         yield lambda: not all(map(same_state, start, states()))
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
 
 
 def observe_model(
@@ -282,7 +278,7 @@ def observe(network: Callable[..., Any], trials: Sequence[Trial]) -> list[Outcom
         One outcome for each trial, or what went wrong, in one line; nothing after the first that did.
     """
     found: list[Outcome | str] = []
-    with torch.no_grad(), torch.random.fork_rng(devices=_gpus(trials)):
+    with torch.no_grad():
         for seed, trial in enumerate(trials):
             found.append(_call(network, trial, seed))
             if isinstance(found[-1], str):
@@ -294,12 +290,13 @@ def _call(network: Callable[..., Any], trial: Trial, seed: int) -> Outcome | str
     """Return the outcome of one call, or the first line of what it raised."""
     inputs = trial.copies()
     try:
-        with seeded(seed, _gpus([trial])) as used:
+        with seeded(seed, gpus_of(trial.inputs)) as used:
             found = outcome(network(*inputs), trial.inputs, inputs)
             return dataclasses.replace(found, random=used())
     except Exception as error:  # foreign code: whatever it raises becomes one line
         return one_line(error)
 
 
-def _gpus(trials: Sequence[Trial]) -> list[int]:
-    return sorted({x.get_device() for trial in trials for x in trial.inputs if x.is_cuda})
+def gpus_of(inputs: Sequence[Tensor]) -> list[int]:
+    """Return the numbers of the GPUs that inputs are on."""
+    return sorted({x.get_device() for x in inputs if x.is_cuda})

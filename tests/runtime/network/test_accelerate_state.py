@@ -243,6 +243,30 @@ def test_chance_that_hardly_ever_shows_is_not_settled_by_a_trace(kind: str) -> N
         assert any(not fast(image()).any() for _ in range(600))
 
 
+@pytest.mark.parametrize("seen", ["traced", "as it is"])
+@pytest.mark.parametrize("run", ["accelerate", "plan"])
+def test_common_generators_go_on_where_they_were(run: str, seen: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if seen == "as it is" and float(x.sum()) < -1e30:
+            return x
+        noise = float(torch.rand(())) + random.random() + np.random.rand()
+        return m.body(x) + 0 * noise
+
+    model = made(lambda: Body(forward))
+
+    def numbers(meanwhile: Callable[[], object]) -> list[float]:
+        torch.manual_seed(5)
+        random.seed(5)
+        np.random.seed(5)
+        meanwhile()
+        return [float(torch.rand(())), random.random(), float(np.random.rand())]
+
+    def call() -> object:
+        return lhc.plan(model, image()) if run == "plan" else lhc.accelerate(model, image(), tune="off")
+
+    assert numbers(call) == numbers(lambda: None)
+
+
 def test_iterators_that_a_copy_shares_do_not_stop_it() -> None:
     class Numbered(Body):
         numbers = count()

@@ -133,6 +133,29 @@ def test_forward_takes_one_image_without_a_batch(config):
 
 
 @both
+@pytest.mark.parametrize("channels", [(7, 10), (6, 8)], ids=["cropped blocks", "whole blocks"])
+@pytest.mark.parametrize("how", ["written", "loaded", "assigned", "copied"])
+def test_what_becomes_of_the_mixture_rules_the_next_call(config, channels, how):
+    layer = layer_of(config, in_channels=channels[0], out_channels=channels[1])
+    x = torch.randn(2, channels[0], 6, 5, generator=seeded(1), dtype=torch.float64)
+    full = layer(x)
+    mixed = copy.deepcopy(layer)
+    mixed.masked_filters[1::2] = False
+    expected = mixed(x)
+    assert not torch.equal(full, expected)
+    if how == "written":
+        layer.masked_filters[1::2] = False
+    elif how == "copied":
+        layer = copy.deepcopy(mixed)
+    else:
+        layer.load_state_dict(mixed.state_dict(), assign=how == "assigned")
+    assert torch.equal(layer(x), expected)
+    layer.masked_filters.fill_(True)
+    torch.testing.assert_close(layer(x), full)
+    assert torch.equal(layer(x), layer.train(False)(x))
+
+
+@both
 def test_filters_outside_the_mixture_run_dense(config):
     layer = layer_of(config)
     layer.masked_filters.copy_(torch.arange(10) % 3 == 0)
@@ -145,18 +168,21 @@ def test_filters_outside_the_mixture_run_dense(config):
 
 @both
 @pytest.mark.parametrize("mixture", [False, True], ids=["all masked", "mixture"])
-def test_gradients_are_those_of_the_method(config, mixture):
-    layer = layer_of(config, seed=5, stride=(2, 1), dilation=(1, 2), padding=(1, 2))
+@pytest.mark.parametrize("channels", [(7, 10), (6, 12)], ids=["cropped blocks", "whole blocks"])
+def test_gradients_are_those_of_the_method(config, mixture, channels):
+    inputs, filters = channels
+    sizes = {"in_channels": inputs, "out_channels": filters}
+    layer = layer_of(config, seed=5, **sizes, stride=(2, 1), dilation=(1, 2), padding=(1, 2))
     if mixture:
-        layer.masked_filters.copy_(torch.arange(10) % 2 == 0)
-    x = torch.randn(3, 7, 9, 8, generator=seeded(6), dtype=torch.float64)
+        layer.masked_filters.copy_(torch.arange(filters) % 2 == 0)
+    x = torch.randn(3, inputs, 9, 8, generator=seeded(6), dtype=torch.float64)
     y = layer(x)
     coefficients = torch.randn(y.shape, generator=seeded(7), dtype=torch.float64)
     (y * coefficients).sum().backward()
 
     # By hand: the gradient of the weight that convolves is the correlation of patches and coefficients.
     patches = F.unfold(x, (3, 3), dilation=(1, 2), padding=(1, 2), stride=(2, 1))
-    g_used = torch.einsum("nop,nkp->ok", coefficients.flatten(2), patches).view(10, 7, 3, 3)
+    g_used = torch.einsum("nop,nkp->ok", coefficients.flatten(2), patches).view(filters, inputs, 3, 3)
     mask, weight, effects = mask_by_loops(layer), layer.weight.detach(), layer.effects.detach()
     used = layer.masked_filters.view(-1, 1, 1, 1)
     torch.testing.assert_close(layer.weight.grad, torch.where(used, g_used * mask, g_used))

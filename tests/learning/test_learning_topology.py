@@ -314,3 +314,27 @@ def test_apply_mask_is_the_product_in_the_weights_memory_format(case, channels_l
     expected = weight * mask_by_loops(block_mask, out_channels, in_channels, in_block, out_block)
     assert torch.equal(result, expected)
     assert result.is_contiguous(memory_format=form)
+
+
+@quick
+@given(
+    st.tuples(*[st.integers(1, 4)] * 6), st.integers(0, 2**16), st.booleans(), st.booleans(), st.booleans()
+)
+def test_a_product_with_a_learned_mask_has_the_gradients_of_one_with_the_masks_of_all_weights(
+    sizes, seed, weight_last, pull_last, weight_learns
+):
+    groups, blocks, in_block, out_block, *kernel = sizes
+    filters, channels = groups * out_block, blocks * in_block
+    forms = [torch.channels_last if last else torch.contiguous_format for last in (weight_last, pull_last)]
+    weight = effects_of((filters, channels), kernel, seed).to(memory_format=forms[0])
+    weight.requires_grad_(weight_learns)
+    mask = (effects_of((groups, blocks), kernel, seed + 1) > 0).double().requires_grad_()
+    pull = effects_of((filters, channels), kernel, seed + 2).to(memory_format=forms[1])
+    result = apply_mask(weight, mask, in_block, out_block)
+    assert result.is_contiguous(memory_format=forms[0])
+    wanted = [weight, mask] if weight_learns else [mask]
+    found = torch.autograd.grad(result, wanted, pull)
+    whole = weight * expand_mask(mask, filters, channels, in_block, out_block)
+    assert torch.equal(result, whole)
+    for mine, expected in zip(found, torch.autograd.grad(whole, wanted, pull), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from .topology import (
     block_grid,
     block_means,
     count_weights,
+    effect_spread,
     expand_mask,
     free_mask,
     ordered_effects,
@@ -202,7 +202,7 @@ class LHCConv2d(nn.Conv2d):
             means = block_means(self.weight.square(), self.config.in_block, self.config.out_block)
             self.effects.copy_(ordered_effects(means, self.rigid))
         else:
-            self.effects.normal_(0.0, math.sqrt(2.0 / self.effects[0].numel()))
+            self.effects.normal_(0.0, effect_spread(self.effects))
         self._set_frozen(False)
         self._refresh_topology()
 

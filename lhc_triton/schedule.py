@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from .conversion import check_amount, checked_costs, lhc_layers, output_pixels
 from .finite import all_finite
 from .layers import LHCConv2d
-from .topology import pattern_distance
+from .topology import effect_spread, pattern_distance
 
 # The method's constants (arXiv 2301.05440, authors' code): the MACs' share of R, the height of the ramp.
 MAC_SHARE = 0.01
 RAMP_TOP = 4.0
 # Ours: the filters that should have a pattern in common where the penalty aims for fewer patterns.
 SHARED_FILTERS = 64
+# Ours: by how many of their first spreads the penalty moves effects while its ramp rises (`effect_rate`).
+SPREADS = 3.0
 # Ours: epochs with a penalty after which effects that learn have moved. One may hold no optimiser step.
 _EPOCHS_TO_MOVE = 2
 # What a state that was kept before there were these has for them.
@@ -165,6 +167,39 @@ class TopologySchedule:
             draws = np.random.default_rng([self.seed, epoch, index]).random(layer.out_channels)
             layer.masked_filters.copy_(torch.from_numpy(draws < epoch / self.warmup_epochs))
 
+    def effect_rate(self, steps: int, task_loss: float, momentum: float = 0.0) -> float:
+        """Return a learning rate for the effects, after the network, its blocks and the length of training.
+
+        With it the penalty alone moves an effect by three times the spread that effects start with while its
+        ramp rises, on the average over all entries: so far that nearly each can change sides. One step moves
+        an effect by its block's share of all weights: where blocks are small, the network wide or epochs
+        short, a rate that suits another run leaves too much alive. The rule is ours; see docs/training.md.
+
+        Args:
+            steps: steps of the optimiser in an epoch.
+            task_loss: mean of epoch 0 or about that: the logarithm of the classes for cross-entropy.
+            momentum: of SGD.
+
+        Raises:
+            ValueError: an argument is out of its range.
+            TypeError: one has another type.
+        """
+        _check_count("steps", steps, 1)
+        check_amount("task_loss", task_loss)
+        check_amount("momentum", momentum)
+        if task_loss == 0 or momentum >= 1:
+            raise ValueError(
+                f"task_loss={task_loss}, momentum={momentum} are not supported: give more than 0, less than 1"
+            )
+        spreads = 0.0
+        for layer, weights in zip(self._layers, self._weights, strict=True):
+            block = min(layer.config.in_block, layer.in_channels) * min(
+                layer.config.out_block, layer.out_channels
+            )
+            spreads += weights / block * effect_spread(layer.effects)
+        pull = (1 - self.mac_share) * task_loss / self._highest * self.penalty_epochs * RAMP_TOP / 2
+        return SPREADS * spreads * (1 - momentum) / (pull * steps)
+
     def penalty(self) -> Tensor:
         """Return what to add to the task loss: a float32 scalar, differentiable in the effects.
 
@@ -295,10 +330,13 @@ class TopologySchedule:
     @property
     def scale(self) -> float | None:
         """The penalty's scale, or None while the task loss of epoch 0 is unknown or without a target."""
-        if self.target is None or self._first_loss is None:
-            return None
-        highest = self.mac_share + (1 - self.mac_share) * max(self.target, 1 - self.target)
-        return self._first_loss / highest
+        return None if self.target is None or self._first_loss is None else self._first_loss / self._highest
+
+    @property
+    def _highest(self) -> float:
+        """What the regulariser can be at most."""
+        gap = 1.0 if self.target is None else max(self.target, 1 - self.target)
+        return self.mac_share + (1 - self.mac_share) * gap
 
     @property
     def warming_up(self) -> bool:

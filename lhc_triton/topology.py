@@ -323,6 +323,16 @@ def block_means(values: Tensor, in_block: int, out_block: int) -> Tensor:
     return tiles.sum(dim=(1, 3), dtype=torch.float64) / (filters[:, None] * channels)[:, :, None, None]
 
 
+def effect_spread(effects: Tensor) -> float:
+    """Return the standard deviation of He-normal effects: sqrt(2 / fan_in).
+
+    Args:
+        effects: [Go, Gi, kh, kw] for free shapes, [Go, Gi, S] for rigid ones; fan_in is what a filter group
+            has of them.
+    """
+    return math.sqrt(2.0 / effects[0].numel())
+
+
 def ordered_effects(scores: Tensor, shapes: Tensor | None = None) -> Tensor:
     """Return effects that follow the blocks' scores: the He-normal distribution's quantiles, in their order.
 
@@ -340,9 +350,8 @@ def ordered_effects(scores: Tensor, shapes: Tensor | None = None) -> Tensor:
         scores = torch.einsum("gbrc,src->gbs", scores - scores.median(), shapes.to(scores.dtype))
     count = scores.numel()
     places = (torch.arange(count, dtype=torch.float64, device=scores.device) + 0.5) / count
-    deviation = math.sqrt(2.0 / scores[0].numel())
     effects = torch.empty_like(places)
-    effects[scores.flatten().argsort(stable=True)] = deviation * torch.special.ndtri(places)
+    effects[scores.flatten().argsort(stable=True)] = effect_spread(scores) * torch.special.ndtri(places)
     return effects.view(scores.shape)
 
 

@@ -190,7 +190,12 @@ class TrainConfig:
     coarse_floor: Annotated[float, Setting("cosine: the coarse stage ends at this share of lr", 0, 1)] = 0.1
     fine_lr: Annotated[float, Setting("highest learning rate of the fine stage", 0, 10)] = 0.05
     effect_lr: Annotated[
-        float, Setting("multiplies the rate of the effects; 1: the paper, more for short runs", 0, 1000)
+        float | None,
+        Setting(
+            "multiplies the rate of the effects; none: after network, blocks and epochs; 1: the paper",
+            0,
+            1000,
+        ),
     ] = 1.0
     lr_schedule: Annotated[
         Literal["cosine", "plateau"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from lhc_triton.consolidation import consolidate
@@ -76,7 +77,7 @@ def start_of(run: Run, stage: StageName, rows: list[EpochMetrics]) -> Trainee:
             consolidate(model, share=config.share)
     if config.sync_batchnorm:
         run.world.synchronise_batch_norm(model)
-    schedule = None
+    schedule, effect_rate = None, None
     if stage != "dense":
         example = run.example()
         warmup = config.warmup if config.topology == "learned" else 0
@@ -92,9 +93,12 @@ def start_of(run: Run, stage: StageName, rows: list[EpochMetrics]) -> Trainee:
             gradual=config.gradual,
             pattern_weight=config.pattern_weight if config.target is not None else 0.0,
         )
+        if stage == "coarse" and config.effect_lr is None:
+            steps, loss = len(run.training) // config.batch_size, math.log(len(run.data.format.classes))
+            effect_rate = schedule.effect_rate(steps, loss, config.momentum)
     average = None if config.ema is None else WeightAverage(model, config.ema)
     pixels = output_pixels(model, run.example(), (LHCConv2d,))
-    trainee = Trainee(model, make_optimiser(model, config), schedule, average, pixels)
+    trainee = Trainee(model, make_optimiser(model, config, effect_rate), schedule, average, pixels)
     if begun:
         # Read again: what was read to find the run's place would stay in memory until here, and longer.
         last = load_checkpoint(run.out / LAST, run.identity)

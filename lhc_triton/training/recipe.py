@@ -25,15 +25,26 @@ def stage_epochs(config: TrainConfig, stage: StageName) -> int:
     return epochs.get(stage, config.coarse_epochs + config.fine_epochs)
 
 
-def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with Nesterov momentum; weight decay for weights of convolutions and linear layers only."""
+def make_optimiser(
+    model: nn.Module, config: TrainConfig, effect_rate: float | None = None
+) -> torch.optim.SGD:
+    """SGD with Nesterov momentum; weight decay for weights of convolutions and linear layers only.
+
+    Args:
+        model: the network.
+        config: the run.
+        effect_rate: highest rate of the effects, where config.effect_lr leaves it open.
+    """
+    factor = config.effect_lr
+    if factor is None:
+        factor = 1.0 if effect_rate is None or config.lr == 0 else effect_rate / config.lr
     effects = [layer.effects for layer in lhc_layers(model).values()]
     known = {id(effect) for effect in effects}
     others = [p for p in model.parameters() if id(p) not in known]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay, "factor": 1.0},
         {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0, "factor": 1.0},
-        {"params": effects, "weight_decay": 0.0, "factor": config.effect_lr},
+        {"params": effects, "weight_decay": 0.0, "factor": factor},
     ]
     groups = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True)

@@ -321,3 +321,46 @@ def test_a_state_goes_back_into_a_schedule_of_the_same_additions_only():
     for other in ({}, {"entry_costs": costs}, {"entry_costs": COSTS, "pattern_weight": 0.25}):
         with pytest.raises(ValueError, match="make the schedule with the same arguments"):
             TopologySchedule(model, EXAMPLE, **other).load_state_dict(state)
+
+
+@pytest.mark.parametrize("out_block", [4, 16])
+@pytest.mark.parametrize(("momentum", "steps", "mac_share"), [(0.0, 7, 0.01), (0.9, 30, 0.3)])
+def test_at_the_effects_rate_the_penalty_moves_them_by_three_spreads_while_its_ramp_rises(
+    out_block, momentum, steps, mac_share
+):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 96, 3), nn.Conv2d(96, 128, 3))
+    convert(model, LHCConfig(0.001, 8, out_block))
+    schedule = TopologySchedule(model, torch.zeros(1, 3, 9, 9), 0, 20, mac_share=mac_share, mac_budget=1.0)
+    layers = list(lhc_layers(model).values())
+    rate = schedule.effect_rate(steps, task_loss=2.0, momentum=momentum)
+    optimiser = torch.optim.SGD([layer.effects for layer in layers], lr=rate, momentum=momentum)
+    start = [layer.effects.detach().clone() for layer in layers]
+    for epoch in range(20):
+        schedule.start_epoch(epoch)
+        for _ in range(steps if epoch else 0):
+            optimiser.zero_grad()
+            schedule.penalty().backward()
+            optimiser.step()
+        schedule.end_epoch(task_loss=2.0)
+    moved = [float((b - layer.effects.detach()).mean()) for b, layer in zip(start, layers, strict=True)]
+    spreads = [math.sqrt(2 / layer.effects[0].numel()) for layer in layers]
+    entries = [layer.effects.numel() for layer in layers]
+    mean = [
+        sum(n * x for n, x in zip(entries, values, strict=True)) / sum(entries) for values in (moved, spreads)
+    ]
+    assert mean[0] / mean[1] == pytest.approx(3.0, rel=0.12)
+
+
+def test_a_rate_of_effects_needs_steps_a_loss_and_a_momentum():
+    schedule = TopologySchedule(network(), EXAMPLE)
+    usual = schedule.effect_rate(10, 2.0)
+    assert schedule.effect_rate(20, 2.0) == pytest.approx(usual / 2)
+    assert schedule.effect_rate(10, 2.0, 0.75) == pytest.approx(usual / 4)
+    assert TopologySchedule(network(None), EXAMPLE).effect_rate(10, 2.0) > 0
+    for arguments in ((0, 2.0), (10, 0.0), (10, math.nan), (10, 2.0, 1.0), (10, 2.0, -0.1)):
+        with pytest.raises(ValueError, match="give"):
+            schedule.effect_rate(*arguments)
+    for arguments in ((1.5, 2.0), (10, "2"), (10, 2.0, None)):
+        with pytest.raises(TypeError):
+            schedule.effect_rate(*arguments)

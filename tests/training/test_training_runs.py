@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,8 +14,11 @@ from tiny_runs import CONFIG, lines_of, one_thread, tiny_data
 
 from lhc_triton.conversion import lhc_layers
 from lhc_triton.models import load_network, small_vgg
+from lhc_triton.schedule import TopologySchedule
 from lhc_triton.training import EpochMetrics, ImageSet, TrainConfig, epochs, train
+from lhc_triton.training.data.fashion import FORMAT
 from lhc_triton.training.distributed import joined
+from lhc_triton.training.networks import apply_topology, build_network
 from lhc_triton.training.recipe import make_optimiser
 from lhc_triton.training.stage import EpochPlan, Trainee, train_epoch
 
@@ -248,6 +252,23 @@ def test_a_stage_ends_where_the_accuracy_has_stalled(tmp_path):
     assert all(later > earlier for earlier, later in pairwise(dense[:-1]))
     assert dense[-1] <= max(dense[:-1])
     assert train(config, tmp_path, progress=False, data=tiny_data()) == result
+
+
+def test_effects_that_are_given_no_rate_get_the_schedules(tmp_path):
+    open_, given = (dataclasses.replace(CONFIG, effect_lr=rate, dense_twin="none") for rate in (None, 1.0))
+    model = build_network(given, FORMAT)
+    apply_topology(model, given)
+    schedule = TopologySchedule(model, torch.zeros(1, 1, 28, 28), given.warmup, given.warmup)
+    rate = schedule.effect_rate(5, math.log(10), given.momentum)  # 100 images to train on, 20 a step
+    assert not 0.9 < rate / given.lr < 1.1
+    given = dataclasses.replace(given, effect_lr=rate / given.lr)
+    for name, config in (
+        ("open", open_),
+        ("given", given),
+        ("usual", dataclasses.replace(given, effect_lr=1.0)),
+    ):
+        train(config, tmp_path / name, progress=False, data=tiny_data())
+    assert lines_of(tmp_path / "open") == lines_of(tmp_path / "given") != lines_of(tmp_path / "usual")
 
 
 def test_costs_steer_their_own_share_to_the_target(tmp_path):

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from lhc_bench.files import write_text
+from lhc_triton.files import parse_json
 from lhc_triton.runtime.choosing.doctor import cpu_name, package_versions
 from lhc_triton.runtime.choosing.timing import geometric_mean
 
@@ -227,8 +228,8 @@ def write_document(
 def suite_of(path: str | Path) -> str | None:
     """Return which suite a JSON file says it is of; None if it does not say, or cannot be read."""
     try:
-        suite = json.loads(Path(path).read_text(encoding="utf-8"))["env"]["suite"]
-    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        suite = parse_json(Path(path).read_text(encoding="utf-8"))["env"]["suite"]
+    except (OSError, ValueError, TypeError, KeyError):
         return None
     return suite if isinstance(suite, str) else None
 
@@ -261,10 +262,10 @@ def read_document(path: str | Path, check: Callable[[dict[str, Any]], R]) -> R:
     if not path.is_file():
         raise FileNotFoundError(f"no results file at {path}; `lhc-triton bench` writes one")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
         _check_parts(found)
         return check(found)
-    except (ValueError, RecursionError) as error:  # broken JSON and broken UTF-8 are ValueErrors as well
+    except ValueError as error:  # broken JSON and broken UTF-8 are ValueErrors as well
         raise ValueError(f"{path} is not a results file of `lhc-triton bench`: {error}") from None
 
 

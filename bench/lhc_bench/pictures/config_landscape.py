@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lhc_bench.files import write_figure
+from lhc_triton.files import parse_json
 from lhc_triton.runtime.choosing.launch_configs import config_of, key_parts
 from lhc_triton.runtime.choosing.timing import geometric_mean
 from lhc_triton.runtime.choosing.timing_store import Measured, TimingStore
@@ -57,8 +57,8 @@ class Landscape:
 def is_store(path: Path) -> bool:
     """Return whether a JSON file looks like a store of measurements; False if it cannot be read."""
     try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+        document = parse_json(path.read_text())
+    except (OSError, ValueError):
         return False
     return isinstance(document, dict) and "records" in document
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lhc_bench.reports.meaning import idle_settings
+from lhc_triton.files import parse_json
 from lhc_triton.training import TrainConfig, read_config
 from lhc_triton.training.identity import TOPOLOGY_ONLY
 
@@ -174,8 +174,8 @@ def _twin_epochs(folder: Path, config: TrainConfig) -> tuple[Mapping[str, Any], 
 def _result(path: Path) -> dict[str, Any]:
     """The checked fields of result.json that a Run has."""
     try:
-        found = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
+        found = parse_json(_text(path))
+    except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds no JSON object")

@@ -60,7 +60,7 @@ def test_a_file_from_before_the_later_columns_is_read(tmp_path):
     ("change", "message"),
     [
         ({"speedup": 0.0}, "row 0: speedup is 0.0, expected a number above 0"),
-        ({"time_us": float("nan")}, "row 0: time_us is nan, expected a finite number"),
+        ({"time_us": float("nan")}, "NaN is not a number that JSON has"),
         ({"batch": 1.5}, "row 0: batch is 1.5, expected an integer"),
         ({"density": 1.5}, r"row 0: density is 1.5, expected a share in \(0, 1\]"),
         ({"backend": None}, "row 0: backend is None, expected a text"),
@@ -83,6 +83,13 @@ def test_a_row_that_lacks_a_field_or_broken_json_is_refused(tmp_path):
     broken.write_text('{"env": ')
     with pytest.raises(ValueError, match=r"broken\.json is not a results file"):
         rows.read_results(broken)
+    for text, problem in (
+        ('{"env": {}, "env": {}}', "'env' is there twice"),
+        ("[" * 10**5, "nested too deep"),
+    ):
+        broken.write_text(text)
+        with pytest.raises(ValueError, match=problem):
+            rows.read_results(broken)
 
 
 def test_the_environment_names_device_versions_and_commit():

@@ -232,8 +232,9 @@ def _input_shapes(
     for name, conv in convs.items():
         vars(conv)["forward"] = recording(name, conv)
     try:
+        given = [value.clone() if isinstance(value, Tensor) else value for value in inputs]  # to write to
         with evaluating(model), watch or nullcontext():
-            (run or model)(*inputs)
+            (run or model)(*given)
     except Exception as error:  # the model's code is not ours: whatever it raises becomes one line
         shapes = ", ".join(str(tuple(value.shape)) for value in inputs if isinstance(value, Tensor))
         line = first_line(error)

@@ -46,7 +46,7 @@ class ExampleRun:
         self.graph, self.untraced = None, f"torch.fx could not trace the model ({failure})"
 
     def __call__(self, *inputs: Tensor) -> None:
-        """Run on the example."""
+        """Run on copies of the example, to which the model may write."""
         if self.graph is not None:
             try:
                 self.shapes, self.output = record_shapes(self.graph, inputs)
@@ -54,7 +54,7 @@ class ExampleRun:
             except TraceError as failure:
                 self._give_up(failure)
                 self.elsewhere.calls = 0
-        self._work(*inputs)
+        self._work(*(value.clone() for value in inputs))
 
 
 def why_not_traced(work: nn.Module, observed: Observed) -> str | None:

@@ -172,8 +172,7 @@ def _plan_copy(
     handle = nn.modules.module.register_module_forward_hook(look)
     try:
         with preserved(work):
-            given = tuple(x.clone() for x in inputs)
-            reading = read_model(work, given, cost, requested, watch=run.elsewhere, run=run)
+            reading = read_model(work, tuple(inputs), cost, requested, watch=run.elsewhere, run=run)
         planned = _planned(reading, requested)
     except ValueError as error:
         problem = judge.verdict(work).problem

@@ -91,6 +91,22 @@ def test_two_names_of_one_value_see_the_same_writes(form: str, backend: str) -> 
     accelerated(ALIASES[form], *several(), backend=backend)
 
 
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("traceable", [False, True])
+def test_a_model_that_writes_to_its_input_leaves_the_example_alone(traceable: bool, planned: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x.mul_(2)
+        return x if not traceable and float(x.sum()) < -1e30 else m.body(x)
+
+    model, example = made(lambda: Body(forward)), image()
+    plan = lhc.plan(model, example) if planned else None
+    fast = lhc.accelerate(model, example, plan, tune="off")
+    assert fast.report()["traced"] == traceable
+    assert torch.equal(example, image())
+    with torch.no_grad():
+        assert_same(fast(image(seed=4)), model(image(seed=4)))
+
+
 class Optional(Body):
     def forward(self, picture: Tensor, gain: float = 0.25, invert: bool = False) -> Tensor:
         y = self.body(picture) * gain

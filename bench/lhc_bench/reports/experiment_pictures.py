@@ -36,8 +36,9 @@ SPEEDS = {
 COSTS = {
     "live_weights": "weights that are left, in thousands",
     "live_macs": "MACs that are left for one image, in millions",
+    "time_us": "measured time, in ms",
 }
-COST_UNITS = {"live_weights": 1e3, "live_macs": 1e6}
+COST_UNITS = {"live_weights": 1e3, "live_macs": 1e6, "time_us": 1e3}
 SPEED_AXIS = "times as fast as dense"
 LINE = 0.235  # inches for a layer
 SHAPES_SHOWN = 14
@@ -59,11 +60,11 @@ def accuracy_figure(found: Sequence[Experiment], against: Sequence[str]) -> Figu
     width = 0.85 + (wide + gap) * len(against)
     legend_lines = len(dense_twins(found)) + sum(1 + _wrapped(one.label).count("\n") for one in found)
     bottom = 0.7 + canvas.LEGEND_LINE * legend_lines
-    what = "density" if density else "weights and MACs of the whole network" if costs else "speed-up"
+    what = "density" if density else "what the whole network costs" if costs else "speed-up"
     title = f"Accuracy against {what}"
     caption = ["Large: mean over the seeds, bars one standard deviation; small: each run."]
     if not density:
-        caption[0] += f" Line: nothing is both {'smaller' if costs else 'faster'} and more accurate."
+        caption[0] += f" Line: nothing is both {'cheaper' if costs else 'faster'} and more accurate."
     figure = canvas.frame(width, bottom + tall + (0.5 if density else 0.7), title, caption)
     axes: list[Axes] = []
     for index, name in enumerate(against):
@@ -84,7 +85,11 @@ def _scatter(axis: Axes, found: Sequence[Experiment], name: str) -> None:
     density, unit = name == "density", COST_UNITS.get(name, 1.0)
     xs, means = [], []
     for number, (label, twin) in enumerate(dense_twins(found).items()):
-        x = {"live_weights": twin.weights / unit, "live_macs": twin.macs / unit}.get(name, 1.0)
+        costs = {"live_weights": twin.weights, "live_macs": twin.macs, "time_us": twin.time_us}
+        cost = costs.get(name, 1.0)
+        if cost is None:  # a twin's time that was not measured
+            continue
+        x = cost / unit
         xs.append(x)
         means.append((x, 100 * twin.accuracy))
         axis.plot([x], [100 * twin.accuracy], color=DENSE, marker=DENSE_MARKERS[number % 4], markersize=10,

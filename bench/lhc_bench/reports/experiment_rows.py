@@ -111,6 +111,7 @@ class RunRow:
             "live_macs": float(self.live_macs),
             **{f"predicted_{device}": timed.speedup for device, timed in self.predicted.items()},
             "measured": None if self.measured is None else self.measured.speedup,
+            "time_us": None if self.measured is None else self.measured.lhc_us,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -254,11 +255,13 @@ class DenseTwin:
     Attributes:
         accuracy: mean share of test images put into their class, over the seeds.
         weights, macs: of the whole network for one image.
+        time_us: mean time of the whole network; None if not measured.
     """
 
     accuracy: float
     weights: int
     macs: int
+    time_us: float | None
 
 
 def dense_twins(found: Sequence[Experiment]) -> dict[str, DenseTwin]:
@@ -278,6 +281,7 @@ def dense_twins(found: Sequence[Experiment]) -> dict[str, DenseTwin]:
         for experiment in twins
     ]
     accuracies: dict[str, dict[int, float]] = {}
+    times: dict[str, list[float]] = {}
     sizes = {}
     for difference, experiment in zip(_differences(settings), twins, strict=True):
         name = f"dense twin, {difference}" if difference else "dense twin"
@@ -285,8 +289,15 @@ def dense_twins(found: Sequence[Experiment]) -> dict[str, DenseTwin]:
         for row in experiment.rows:
             if row.run.dense_accuracy is not None:
                 accuracies.setdefault(name, {})[row.run.config.seed] = row.run.dense_accuracy
+                if row.measured is not None:
+                    times.setdefault(name, []).append(row.measured.dense_us)
     return {
-        name: DenseTwin(statistics.fmean(seeds.values()), *sizes[name]) for name, seeds in accuracies.items()
+        name: DenseTwin(
+            statistics.fmean(seeds.values()),
+            *sizes[name],
+            statistics.fmean(times[name]) if name in times else None,
+        )
+        for name, seeds in accuracies.items()
     }
 
 

@@ -140,7 +140,8 @@ def _overview(report: Report, out: Path) -> Section:
     pictures = []
     for data, found in by_data.items():
         speeds = [name for name in SPEEDS if all(experiment.values(name) for experiment in found)]
-        for kind, against in (("density", ["density"]), ("cost", list(COSTS)), ("speedup", speeds)):
+        costs = [name for name in COSTS if all(experiment.values(name) for experiment in found)]
+        for kind, against in (("density", ["density"]), ("cost", costs), ("speedup", speeds)):
             path = out / f"accuracy_{kind}{'' if len(by_data) == 1 else f'_{data}'}.png"
             canvas.save(accuracy_figure(found, against), path)
             pictures.append(Picture(path, f"{data}: test accuracy against {kind}"))

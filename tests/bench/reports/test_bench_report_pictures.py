@@ -13,7 +13,7 @@ from lhc_bench.reports.experiment_pictures import (
     shapes_figure,
     training_figure,
 )
-from lhc_bench.reports.experiment_rows import dense_twins, describe, experiments, labels
+from lhc_bench.reports.experiment_rows import Timed, dense_twins, describe, experiments, labels
 from lhc_bench.reports.report import make_report
 from lhc_bench.reports.runs import read_run
 
@@ -89,6 +89,23 @@ def test_accuracy_is_drawn_against_what_the_whole_network_costs(made):
         assert means == pytest.approx([sum(values) / len(values) / unit for values in live])
         low, high = axis.get_xlim()
         assert all(low < x < high for x in [*means, *drawn.values()])
+
+
+def test_measured_time_is_what_a_network_costs_too(made):
+    times = ((4e3, 1e3), (6e3, 3e3), (9e3, 9e3))
+    plain = made({}, {"out_block": 16}, {"out_block": 32, "with_twin": False})
+    found = [
+        replace(one, rows=(replace(one.first, measured=Timed("cpu", "float32", 8, *both, "")),))
+        for one, both in zip(plain, times, strict=True)
+    ]
+    assert [experiment.mean("time_us") for experiment in found] == [1e3, 3e3, 9e3]
+    (twin,) = dense_twins(found).values()
+    assert twin.time_us == 5e3, "what stands for a twin where there is none is no twin"
+    axis = accuracy_figure(found, ["live_weights", "live_macs", "time_us"]).axes[2]
+    assert [line.get_xdata()[0] for line in axis.lines if line.get_label() == "dense twin"] == [5.0]
+    assert [container.lines[0].get_xdata()[0] for container in axis.containers] == [1.0, 3.0, 9.0]
+    (unmeasured,) = dense_twins(plain[:1]).values()
+    assert unmeasured.time_us is None
 
 
 @pytest.mark.parametrize("figure", [training_figure, layers_figure, shapes_figure])

@@ -258,7 +258,7 @@ def _warn_where_far(layers: Mapping[str, LHCConv2d], costs: Mapping[str, float] 
     if found is None or learned is None:
         return
     gap, learned_gap = (density - target for density, target in (found, learned))
-    allowed = max(_FAR_SHARE * found[1], _FAR_LEAST)
+    allowed = far_from(found[1])
     if min(abs(gap), abs(learned_gap)) > allowed and (gap > 0) == (learned_gap > 0):
         warnings.warn(
             f"the density at freeze() is {found[0]:.3f}, far from its target {found[1]:.3f}. Likely causes:"
@@ -266,6 +266,27 @@ def _warn_where_far(layers: Mapping[str, LHCConv2d], costs: Mapping[str, float] 
             " blocks so large that the one entry each filter group keeps is above the target",
             stacklevel=3,
         )
+
+
+def far_from(target: float) -> float:
+    """Return the distance from a density target that is worth a warning."""
+    return max(_FAR_SHARE * target, _FAR_LEAST)
+
+
+def least_density(layers: Mapping[str, LHCConv2d], costs: Mapping[str, float] | None = None) -> float:
+    """Return the live share of weights, or of their costs, below which layers cannot come.
+
+    Each filter group keeps an entry: at least the last input block, which may be smaller. What is frozen
+    stays as it is.
+    """
+    least = whole = 0.0
+    for name, layer in layers.items():
+        cost = 1.0 if costs is None else costs[name]
+        channels = layer.in_channels % layer.config.in_block or min(layer.config.in_block, layer.in_channels)
+        kept = layer.density * layer.weight.numel() if layer.frozen else layer.out_channels * channels
+        least += cost * kept
+        whole += cost * layer.weight.numel()
+    return least / whole
 
 
 def _density_and_target(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .conversion import check_amount, checked_costs, lhc_layers, output_pixels
+from .conversion import check_amount, checked_costs, far_from, least_density, lhc_layers, output_pixels
 from .finite import all_finite
 from .layers import LHCConv2d
 from .topology import effect_spread, pattern_distance
@@ -59,8 +59,9 @@ class TopologySchedule:
         loss = task_loss + schedule.penalty()
         schedule.end_epoch(task_loss=mean_loss)
 
-    A warning says so, once, where the effects have not moved at all over the first two epochs with a penalty:
-    no optimiser has them. Most often it was made before `convert`.
+    A warning says so where the blocks do not let the density come to its target, since each filter group
+    keeps an entry; and, once, where the effects have not moved at all over the first two epochs with a
+    penalty: no optimiser has them. Most often it was made before `convert`.
 
     Args:
         model: a converted network.
@@ -148,6 +149,7 @@ class TopologySchedule:
         self._epoch: int | None = None
         self._first_loss: float | None = None
         self._watch = _Watch()
+        self._warn_where_out_of_reach(layers)
 
     def start_epoch(self, epoch: int) -> None:
         """Begin epoch 0, 1, ...: draw which filters use their masks.
@@ -260,6 +262,17 @@ class TopologySchedule:
                 raise ValueError(
                     f"layer {name!r} has NaN or infinity in its effects: go back to an earlier checkpoint"
                 )
+
+    def _warn_where_out_of_reach(self, layers: Mapping[str, LHCConv2d]) -> None:
+        if self.target is None or all(layer.frozen for layer in self._layers):
+            return
+        least = least_density(layers, self.entry_costs)
+        if least > self.target + far_from(self.target):
+            warnings.warn(
+                f"the density target {self.target:g} is out of reach: each filter group keeps one entry, and"
+                f" in these blocks that is {least:.3f} in all. Take smaller blocks (in_block, out_block)",
+                stacklevel=3,
+            )
 
     def _learning(self) -> dict[str, Tensor]:
         """The effects that a penalty should move, by layer."""

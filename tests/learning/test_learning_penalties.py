@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -364,3 +365,33 @@ def test_a_rate_of_effects_needs_steps_a_loss_and_a_momentum():
     for arguments in ((1.5, 2.0), (10, "2"), (10, 2.0, None)):
         with pytest.raises(TypeError):
             schedule.effect_rate(*arguments)
+
+
+def test_a_target_that_the_blocks_do_not_allow_is_told_before_anything_is_trained():
+    def chain(target, **blocks):
+        model = nn.Sequential(nn.Conv2d(3, 40, 1), nn.Conv2d(40, 64, 1), nn.Conv2d(64, 64, 3))
+        return convert(model, LHCConfig(target, **blocks))
+
+    def least(model):
+        """The live share with one entry in each filter group, the last block's where that is smaller."""
+        for layer in lhc_layers(model).values():
+            mask = torch.zeros_like(layer.topology)
+            mask[:, -1, 0, 0] = True
+            layer.set_topology(mask)
+        return sum(live_by_hand(model).values()) / sum(weights_of(model).values())
+
+    example = torch.zeros(1, 3, 8, 8)
+    with pytest.warns(
+        UserWarning, match=r"the density target 0\.02 is out of reach: .* that is 0\.0"
+    ) as caught:
+        TopologySchedule(chain(0.02, in_block=32, out_block=16), example)
+    found = float(str(caught[0].message).split(" that is ")[1].split()[0])
+    assert found > 0.05
+    assert found == pytest.approx(least(chain(0.02, in_block=32, out_block=16)), abs=6e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TopologySchedule(chain(0.02, in_block=4, out_block=4), example)
+        TopologySchedule(chain(None, in_block=64, out_block=64), example)
+        frozen = chain(0.02, in_block=32, out_block=16)
+        least(frozen)
+        TopologySchedule(frozen, example)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .errors import first_line
 from .finite import all_finite
+from .generators import generators_kept
 from .layers import LHCConv2d
 from .tables import aligned
 from .takeover import own_forward, weight_in_force
@@ -273,22 +272,6 @@ def far_from(target: float) -> float:
     return max(_FAR_SHARE * target, _FAR_LEAST)
 
 
-def least_density(layers: Mapping[str, LHCConv2d], costs: Mapping[str, float] | None = None) -> float:
-    """Return the live share of weights, or of their costs, below which layers cannot come.
-
-    Each filter group keeps an entry: at least the last input block, which may be smaller. What is frozen
-    stays as it is.
-    """
-    least = whole = 0.0
-    for name, layer in layers.items():
-        cost = 1.0 if costs is None else costs[name]
-        channels = layer.in_channels % layer.config.in_block or min(layer.config.in_block, layer.in_channels)
-        kept = layer.density * layer.weight.numel() if layer.frozen else layer.out_channels * channels
-        least += cost * kept
-        whole += cost * layer.weight.numel()
-    return least / whole
-
-
 def _density_and_target(
     layers: Mapping[str, LHCConv2d], costs: Mapping[str, float] | None
 ) -> tuple[float, float] | None:
@@ -323,18 +306,6 @@ def checked_costs(costs: Mapping[str, float], layers: Mapping[str, LHCConv2d]) -
     if not any(costs.values()):
         raise ValueError("entry_costs are all 0: give at least one layer a cost")
     return {name: float(costs[name]) for name in layers}
-
-
-@contextmanager
-def generators_kept(gpus: Sequence[int] = ()) -> Iterator[None]:
-    """Put the common random generators (Python's, NumPy's, torch's) back afterwards."""
-    python, arrays = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=gpus):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
 
 
 @contextmanager

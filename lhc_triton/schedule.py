@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .conversion import check_amount, checked_costs, far_from, least_density, lhc_layers, output_pixels
+from .conversion import check_amount, checked_costs, far_from, lhc_layers, output_pixels
 from .finite import all_finite
 from .layers import LHCConv2d
 from .topology import effect_spread, pattern_distance
@@ -27,6 +27,22 @@ SPREADS = 3.0
 _EPOCHS_TO_MOVE = 2
 # What a state that was kept before there were these has for them.
 _LATER = {"mac_budget": 0.0, "gradual": False}
+
+
+def least_density(layers: Mapping[str, LHCConv2d], costs: Mapping[str, float] | None = None) -> float:
+    """Return the live share of weights, or of their costs, below which layers cannot come.
+
+    Each filter group keeps an entry: at least the last input block, which may be smaller. What is frozen
+    stays as it is.
+    """
+    least = whole = 0.0
+    for name, layer in layers.items():
+        cost = 1.0 if costs is None else costs[name]
+        channels = layer.in_channels % layer.config.in_block or min(layer.config.in_block, layer.in_channels)
+        kept = layer.density * layer.weight.numel() if layer.frozen else layer.out_channels * channels
+        least += cost * kept
+        whole += cost * layer.weight.numel()
+    return least / whole
 
 
 class TopologySchedule:

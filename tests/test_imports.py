@@ -18,7 +18,8 @@ LEARN = {
     for name in ("topology", "takeover", "layers", "conversion", "handcrafted", "schedule")
 }
 ANYWHERE = {
-    f"lhc_triton.{name}" for name in ("files", "errors", "tables", "tf32", "interrupts", "finite", "watching")
+    f"lhc_triton.{name}"
+    for name in ("files", "errors", "tables", "tf32", "interrupts", "finite", "watching", "generators")
 }
 BELOW = ANYWHERE | {"lhc_triton.topology", "lhc_triton.takeover"}
 ROOM = "lhc_triton.runtime"
@@ -40,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "lhc_triton.tf32": set(),
     "lhc_triton.finite": set(),
     "lhc_triton.watching": set(),
+    "lhc_triton.generators": set(),
     "lhc_triton.interrupts": set(),
     "lhc_triton.topology": ANYWHERE,
     "lhc_triton.takeover": ANYWHERE,

@@ -2,17 +2,32 @@
 
 import csv
 import dataclasses
+import math
 
 import pytest
 import torch
 
-from lhc_triton.conversion import convert, lhc_layers
+from lhc_triton.conversion import convert, lhc_layers, output_pixels
+from lhc_triton.layers import LHCConv2d
 from lhc_triton.models import small_vgg
+from lhc_triton.schedule import TopologySchedule, least_density
 from lhc_triton.topology import LHCConfig
 from lhc_triton.training import EpochMetrics, TrainConfig, stage
+from lhc_triton.training.data.source import ImageFormat
 from lhc_triton.training.metrics import best_epoch, write_metrics
+from lhc_triton.training.networks import apply_topology, build_network
 from lhc_triton.training.recipe import Plateau, ends_early, learning_rate, make_optimiser, plateau
 from lhc_triton.training.stage import choose_precision
+
+CIFAR = torch.zeros(1, 3, 32, 32)
+
+
+def converted(config):
+    """The network of a run on CIFAR-10."""
+    format = ImageFormat(3, 32, tuple(map(str, range(10))), mean=(0.5,) * 3, std=(0.25,) * 3)
+    model = build_network(config, format)
+    apply_topology(model, config)
+    return model
 
 
 def test_the_learning_rate_falls_by_half_a_cosine_and_starts_at_half():
@@ -131,3 +146,30 @@ def test_metrics_are_written_as_csv(tmp_path):
         found = list(csv.DictReader(file))
     assert [*found[0]] == [field.name for field in dataclasses.fields(EpochMetrics)]
     assert [(line["warming_up"], line["val_accuracy"]) for line in found] == [("1", "0.5"), ("0", "0.25")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "images", "found"),
+    [
+        ({"mac_share": 0.3, "warmup_epochs": 5}, 45_000, 0.23),
+        ({"mac_share": 0.3, "warmup_epochs": 5, "in_block": 8, "out_block": 4}, 45_000, 1.9),
+        ({"mac_share": 0.3, "warmup_epochs": 5, "width": 0.5}, 45_000, 0.66),
+        ({"mac_share": 0.3, "warmup_epochs": 5, "network": "resnet50"}, 45_000, 0.67),
+        ({"mac_share": 0.2, "warmup_epochs": 4, "density": 0.095}, 10_800, 1.06),
+        ({"mac_share": 0.1, "warmup_epochs": 4, "in_block": 8, "out_block": 4}, 10_800, 7.4),
+    ],
+)
+def test_the_effects_rates_are_those_that_the_documentation_gives(settings, images, found):
+    config = TrainConfig(**{"data": "cifar10", "network": "vgg16", "width": 0.25, **settings})
+    warmup = config.warmup
+    schedule = TopologySchedule(converted(config), CIFAR, warmup, warmup, mac_share=config.mac_share)
+    rate = schedule.effect_rate(images // 128, math.log(10), 0.9) / 0.1
+    assert rate == pytest.approx(found, rel=0.03)
+
+
+def test_a_quarter_of_resnet50_keeps_the_least_that_the_documentation_gives():
+    model = converted(TrainConfig(data="cifar10", network="resnet50", width=0.25))
+    layers = lhc_layers(model)
+    assert least_density(layers) == pytest.approx(0.14, abs=0.005)
+    pixels = output_pixels(model, CIFAR, (LHCConv2d,))
+    assert least_density(layers, pixels) == pytest.approx(0.27, abs=0.005)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lhc_triton.conversion import generators_kept
+from lhc_triton.generators import generators_kept
 from lhc_triton.planning.network_plan import Plan
 from lhc_triton.planning.planner import BackendName
 from lhc_triton.runtime.choosing.dispatch import Decision, Tune, decide

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lhc_triton.conversion import evaluating, generators_kept
+from lhc_triton.conversion import evaluating
 from lhc_triton.errors import one_line
+from lhc_triton.generators import generators_kept
 from lhc_triton.runtime.network.outputs import Outcome, differences, outcome
 from lhc_triton.runtime.network.snapshots import Snapshot, parameter_values, restore_parameters, same_state
 

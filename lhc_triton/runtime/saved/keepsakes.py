@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from lhc_triton.generators import generators_kept
 from lhc_triton.runtime.network.snapshots import preserved
 from lhc_triton.runtime.op.dense import FusedConv2d
 
@@ -123,7 +124,7 @@ def written_by_calls(
     tensors = (*network.parameters(), *network.buffers())
     home = next((tensor.device for tensor in tensors), torch.device("cpu"))
     gpus = [torch.cuda.current_device() if home.index is None else home.index] if home.type == "cuda" else []
-    with preserved(network), torch.random.fork_rng(devices=gpus), torch.no_grad():
+    with preserved(network), generators_kept(gpus), torch.no_grad():
         before = _contents(network)
         try:
             noise = [torch.ones(shape, dtype=dtype, device=home) for shape, dtype in inputs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from itertools import count
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
@@ -243,9 +244,10 @@ def test_chance_that_hardly_ever_shows_is_not_settled_by_a_trace(kind: str) -> N
         assert any(not fast(image()).any() for _ in range(600))
 
 
+@pytest.mark.filterwarnings("ignore:the graph cannot be stored:UserWarning")
 @pytest.mark.parametrize("seen", ["traced", "as it is"])
-@pytest.mark.parametrize("run", ["accelerate", "plan"])
-def test_common_generators_go_on_where_they_were(run: str, seen: str) -> None:
+@pytest.mark.parametrize("run", ["accelerate", "plan", "save"])
+def test_common_generators_go_on_where_they_were(run: str, seen: str, tmp_path: Path) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         if seen == "as it is" and float(x.sum()) < -1e30:
             return x
@@ -261,7 +263,11 @@ def test_common_generators_go_on_where_they_were(run: str, seen: str) -> None:
         meanwhile()
         return [float(torch.rand(())), random.random(), float(np.random.rand())]
 
+    fast = lhc.accelerate(model, image(), tune="off")
+
     def call() -> object:
+        if run == "save":
+            return lhc.save(fast, tmp_path / "net.safetensors")
         return lhc.plan(model, image()) if run == "plan" else lhc.accelerate(model, image(), tune="off")
 
     assert numbers(call) == numbers(lambda: None)

@@ -8,20 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from .finite import all_finite
+from .masking import apply_mask
 from .takeover import added_attributes, own_forward, take_over, why_not_taken_over
 from .topology import (
     Effects,
     LHCConfig,
-    apply_mask,
     block_grid,
     block_means,
     count_weights,
     effect_spread,
     expand_mask,
-    free_mask,
+    learned_mask,
     ordered_effects,
     rescued_groups,
-    rigid_mask,
     rigid_shapes,
 )
 
@@ -219,7 +218,7 @@ class LHCConv2d(nn.Conv2d):
 
     @torch.no_grad()
     def _refresh_topology(self) -> None:
-        self.topology.copy_(self._learned_mask() != 0)
+        self.topology.copy_(learned_mask(self.effects, self.rigid) != 0)
 
     def freeze(self) -> None:
         """Fix the topology that the effects now stand for; all filters use their masks from here on.
@@ -267,16 +266,14 @@ class LHCConv2d(nn.Conv2d):
         self.masked_filters.fill_(True)
         self._set_frozen(True)
 
-    def _learned_mask(self) -> Tensor:
-        return free_mask(self.effects) if self.rigid is None else rigid_mask(self.effects, self.rigid)
-
     def block_mask(self) -> Tensor:
         """Return the block mask in force, zeros and ones of the weight's dtype, [Go, Gi, kh, kw].
 
         Learned and differentiable (straight through to the effects) until frozen; then the topology. The
         warm-up's mixture is not in it.
         """
-        return (self.topology if self._frozen else self._learned_mask()).to(self.weight.dtype)
+        mask = self.topology if self._frozen else learned_mask(self.effects, self.rigid)
+        return mask.to(self.weight.dtype)
 
     def mask(self) -> Tensor:
         """Return the mask in force, zeros and ones of the weight's dtype, [O, I, kh, kw]; no mixture."""
@@ -289,10 +286,17 @@ class LHCConv2d(nn.Conv2d):
         """Return weight * mask, [O, I, kh, kw], in the weight's memory format; no mixture."""
         return apply_mask(self.weight, self.block_mask(), self.config.in_block, self.config.out_block)
 
-    def _mixed_weight(self) -> Tensor:
-        """Return masked_weight(), those filters whole that the warm-up leaves dense."""
+    def _weight_in_force(self) -> Tensor:
+        """Return masked_weight(), those filters whole that the warm-up leaves dense.
+
+        Under autocast it has the type that the convolution would turn it into.
+        """
+        dtype, device = self.weight.dtype, self.weight.device.type
+        if dtype == torch.float32 and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        mixture = None if self._frozen else self.masked_filters
         blocks = self.config.in_block, self.config.out_block
-        return apply_mask(self.weight, self.block_mask(), *blocks, self.masked_filters)
+        return apply_mask(self.weight, self.block_mask(), *blocks, mixture, dtype)
 
     def live_weights(self) -> Tensor:
         """Return the number of live weights (bias not counted) as a differentiable float64 scalar."""
@@ -311,14 +315,13 @@ class LHCConv2d(nn.Conv2d):
     def rescued(self) -> int:
         """Filter groups that the effects alone would have left empty; 0 under a topology set from outside."""
         with torch.no_grad():
-            if self._frozen and not torch.equal(self._learned_mask() != 0, self.topology):
+            if self._frozen and not torch.equal(learned_mask(self.effects, self.rigid) != 0, self.topology):
                 return 0
             return rescued_groups(self.effects, self.rigid)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve input [N, I, H, W] (or [I, H, W]) with the masked weight; the warm-up's mixture holds."""
-        weight = self.masked_weight() if self._frozen else self._mixed_weight()
-        return self._conv_forward(input, weight, self.bias)
+        return self._conv_forward(input, self._weight_in_force(), self.bias)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not self._frozen:
@@ -371,5 +374,5 @@ def convolves_plainly(module: nn.Module) -> bool:
     if not isinstance(module, nn.Conv2d) or own_forward(module):
         return False
     base = LHCConv2d if isinstance(module, LHCConv2d) else nn.Conv2d
-    names = ("__call__", "forward", "_conv_forward", "masked_weight", "mask", "block_mask", "_learned_mask")
+    names = ("__call__", "forward", "_conv_forward", "masked_weight", "mask", "block_mask")
     return all(getattr(type(module), name, None) is getattr(base, name, None) for name in names)

@@ -119,39 +119,16 @@ def rigid_shapes(kernel_size: int | tuple[int, int]) -> Tensor:
     return torch.stack(shapes)
 
 
-class _FreeMask(torch.autograd.Function):
-    """Effects [Go, Gi, kh, kw] -> mask of the same shape; straight-through backward."""
-
+class _LearnedMask(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, effects: Tensor) -> Tensor:
-        ctx.save_for_backward(effects)
-        # The best entry of a group lives if any does: it can be switched on without a look at the others.
-        best = effects.flatten(1).argmax(dim=1, keepdim=True)
-        mask = (effects > 0).flatten(1).scatter_(1, best, True)
-        return mask.view(effects.shape).to(effects.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (effects,) = ctx.saved_tensors
-        return torch.where(effects.abs() < _LINEAR_RANGE, grad, _DAMPING * grad)
-
-
-class _RigidMask(torch.autograd.Function):
-    """Effects [Go, Gi, S] and shapes [S, kh, kw] -> mask [Go, Gi, kh, kw]; straight-through backward."""
-
-    @staticmethod
-    def forward(ctx: Any, effects: Tensor, shapes: Tensor) -> Tensor:
+    def forward(ctx: Any, effects: Tensor, shapes: Tensor | None) -> Tensor:
         ctx.save_for_backward(effects, shapes)
-        return shapes.to(effects.dtype)[_rigid_choice(effects, shapes)]
+        return live_entries(effects, shapes).to(effects.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        effects, shapes = ctx.saved_tensors
-        per_shape = (grad.unsqueeze(2) * shapes.to(grad.dtype)).sum(dim=(-2, -1))
-        distance = (effects - effects.mean(dim=-1, keepdim=True)).abs()
-        return torch.where(distance < _LINEAR_RANGE, per_shape, _DAMPING * per_shape), None
+        return straight_through(grad, *ctx.saved_tensors), None
 
 
 def _rigid_choice(effects: Tensor, shapes: Tensor) -> Tensor:
@@ -166,35 +143,50 @@ def _rigid_choice(effects: Tensor, shapes: Tensor) -> Tensor:
     return torch.where(dead & rescued_block, best_shape, choice)
 
 
-def free_mask(effects: Tensor) -> Tensor:
-    """Return the mask of free shapes: 1 where an effect is above 0, else 0.
+def live_entries(effects: Tensor, shapes: Tensor | None = None) -> Tensor:
+    """Return the mask that effects stand for, bool [Go, Gi, kh, kw].
 
-    A filter group without any effect above 0 keeps the entry with its largest effect.
-
-    Args:
-        effects: float [Go, Gi, kh, kw].
-
-    Returns:
-        The mask, [Go, Gi, kh, kw] of the same dtype. Its gradient reaches the effects straight through:
-        unchanged where ``|E| < 1``, times 0.1 elsewhere.
-    """
-    return _FreeMask.apply(effects)
-
-
-def rigid_mask(effects: Tensor, shapes: Tensor) -> Tensor:
-    """Return the mask of rigid shapes: each block's shape with the largest effect (the first of equals).
-
-    A filter group whose blocks all chose the empty shape gets its best non-empty one.
+    Of free shapes an entry lives where its effect is above 0, and a filter group without any keeps the one
+    with its largest effect. Of rigid shapes each block has the one with the largest effect (the first of
+    equals), and a group whose blocks all chose the empty shape gets its best non-empty one.
 
     Args:
-        effects: float [Go, Gi, S].
-        shapes: bool [S, kh, kw], see `rigid_shapes`.
-
-    Returns:
-        The mask, [Go, Gi, kh, kw] of the effects' dtype. With g its gradient, the effect of shape s gets
-        ``sum(g * shape_s)``, times 0.1 unless it lies within 1 of the mean of its block's effects.
+        effects: [Go, Gi, kh, kw] for free shapes, [Go, Gi, S] for rigid ones.
+        shapes: None for free shapes, else the rigid shapes, bool [S, kh, kw], see `rigid_shapes`.
     """
-    return _RigidMask.apply(effects, shapes)
+    if shapes is not None:
+        return shapes[_rigid_choice(effects, shapes)]
+    # The best entry of a group lives if any does: it can be switched on without a look at the others.
+    rows = effects.flatten(1)
+    live = (rows > 0).scatter_(1, rows.argmax(dim=1, keepdim=True), True)
+    return live.view(effects.shape)
+
+
+def straight_through(grad: Tensor, effects: Tensor, shapes: Tensor | None = None) -> Tensor:
+    """Return the effects' gradient, from that of their mask.
+
+    Free shapes: the entry's own, times 0.1 where ``|E| >= 1``. Rigid ones: ``sum(grad * shape_s)`` for
+    shape s, times 0.1 unless its effect lies within 1 of the mean of its block's.
+
+    Args:
+        grad: of the mask, [Go, Gi, kh, kw].
+        effects: as in `live_entries`.
+        shapes: as in `live_entries`.
+    """
+    if shapes is not None:
+        grad = (grad.unsqueeze(2) * shapes.to(grad.dtype)).sum(dim=(-2, -1))
+        effects = effects - effects.mean(dim=-1, keepdim=True)
+    # The gradient inside, 0 outside, and a tenth of the way back: two operators, where a choice takes four.
+    inside = torch.ops.aten.hardtanh_backward(grad, effects, -_LINEAR_RANGE, _LINEAR_RANGE)
+    return torch.lerp(inside, grad, _DAMPING)
+
+
+def learned_mask(effects: Tensor, shapes: Tensor | None = None) -> Tensor:
+    """Return the mask of `live_entries`, [Go, Gi, kh, kw] of the effects' dtype.
+
+    Its gradient reaches the effects as `straight_through` has it.
+    """
+    return _LearnedMask.apply(effects, shapes)
 
 
 def rescued_groups(effects: Tensor, shapes: Tensor | None = None) -> int:
@@ -222,36 +214,6 @@ def expand_mask(
     in_block, out_block = min(in_block, in_channels), min(out_block, out_channels)
     tiled = block_mask[:, None, :, None].expand(groups, out_block, blocks, in_block, kh, kw)
     return tiled.reshape(groups * out_block, blocks * in_block, kh, kw)[:out_channels, :in_channels]
-
-
-def apply_mask(
-    weight: Tensor, block_mask: Tensor, in_block: int, out_block: int, masked_filters: Tensor | None = None
-) -> Tensor:
-    """Return weight [O, I, kh, kw] times its expanded block mask, in the weight's memory format.
-
-    Differentiable in both. Where the blocks divide the channels, no expanded mask is built.
-
-    Args:
-        weight: [O, I, kh, kw].
-        block_mask: [Go, Gi, kh, kw], zeros and ones of the weight's dtype.
-        in_block: input channels of a full block.
-        out_block: filters of a full group.
-        masked_filters: bool [O], the filters that use their mask, the others stay whole; None for all.
-    """
-    out_channels, in_channels, kh, kw = weight.shape
-    in_block, out_block = min(in_block, in_channels), min(out_block, out_channels)
-    if out_channels % out_block or in_channels % in_block:
-        mask = expand_mask(block_mask, out_channels, in_channels, in_block, out_block)
-        if masked_filters is not None:
-            mask = torch.where(masked_filters.view(-1, 1, 1, 1), mask, 1)
-        return weight * mask
-    groups, blocks = out_channels // out_block, in_channels // in_block
-    tiles = weight.view(groups, out_block, blocks, in_block, kh, kw)
-    mask = block_mask[:, None, :, None]
-    if masked_filters is not None:
-        # Mixed while a block has one number for all of its channels: a choice among weights takes longer.
-        mask = torch.where(masked_filters.view(groups, out_block, 1, 1, 1, 1), mask, 1)
-    return (tiles * mask).reshape(weight.shape)
 
 
 def count_weights(

@@ -15,7 +15,7 @@ OURS = tuple(SOURCES)
 # For every part, the parts it may import beside itself. The longest matching prefix rules.
 LEARN = {
     f"lhc_triton.{name}"
-    for name in ("topology", "takeover", "layers", "conversion", "handcrafted", "schedule")
+    for name in ("topology", "masking", "takeover", "layers", "conversion", "handcrafted", "schedule")
 }
 ANYWHERE = {
     f"lhc_triton.{name}"
@@ -45,7 +45,8 @@ ALLOWED: dict[str, set[str]] = {
     "lhc_triton.interrupts": set(),
     "lhc_triton.topology": ANYWHERE,
     "lhc_triton.takeover": ANYWHERE,
-    "lhc_triton.layers": BELOW,
+    "lhc_triton.masking": {"lhc_triton.topology"},
+    "lhc_triton.layers": BELOW | {"lhc_triton.masking"},
     "lhc_triton.conversion": BELOW | {"lhc_triton.layers"},
     "lhc_triton.handcrafted": BELOW | {"lhc_triton.layers", "lhc_triton.conversion"},
     "lhc_triton.schedule": BELOW | {"lhc_triton.layers", "lhc_triton.conversion"},

@@ -1,22 +1,20 @@
 """Masks from effects, rigid shapes, expansion and counts, against loops and formulas written by hand."""
 
-import itertools
 import math
 
 import pytest
 import torch
+from blocked_masks import blocked_convolutions, effects_of, mask_by_loops
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lhc_triton.topology import (
     LHCConfig,
-    apply_mask,
     block_grid,
     count_weights,
     expand_mask,
-    free_mask,
+    learned_mask,
     rescued_groups,
-    rigid_mask,
     rigid_shapes,
 )
 
@@ -33,26 +31,6 @@ METHOD_SHAPES = """
 def drawn_shapes() -> torch.Tensor:
     rows = [line.split() for line in METHOD_SHAPES.split("\n") if line]
     return torch.tensor([[[c == "X" for c in row[s]] for row in rows] for s in range(15)])
-
-
-def mask_by_loops(block_mask, out_channels, in_channels, in_block, out_block):
-    mask = torch.empty(out_channels, in_channels, *block_mask.shape[2:], dtype=block_mask.dtype)
-    for o in range(out_channels):
-        for i in range(in_channels):
-            mask[o, i] = block_mask[o // out_block, i // in_block]
-    return mask
-
-
-@st.composite
-def blocked_convolutions(draw):
-    """(out_channels, in_channels, in_block, out_block, kernel, seed), blocks dividing or not."""
-    channels, block, tap = st.integers(1, 20), st.integers(1, 24), st.integers(1, 4)
-    kernel = draw(tap), draw(tap)
-    return draw(channels), draw(channels), draw(block), draw(block), kernel, draw(st.integers(0, 2**31))
-
-
-def effects_of(grid, kernel, seed):
-    return torch.randn(*grid, *kernel, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("density", [None, 1e-6, 0.1, 1, 1.0])
@@ -122,14 +100,14 @@ def test_rigid_shapes_refuse_kernels_without_a_centre(kernel):
 
 def test_free_mask_is_one_above_zero_and_zero_elsewhere():
     effects = torch.tensor([0.5, 0.0, -0.0, -0.5, 1e-30, 3.0]).view(1, 6, 1, 1)
-    assert free_mask(effects).flatten().tolist() == [1, 0, 0, 0, 1, 1]
+    assert learned_mask(effects).flatten().tolist() == [1, 0, 0, 0, 1, 1]
 
 
 def test_free_mask_gradient_is_straight_through_inside_one_and_a_tenth_outside():
     effects = torch.tensor([0.0, 0.999, -0.999, 1.0, -1.0, 2.0, -7.0], dtype=torch.float64).view(1, 7, 1, 1)
     effects.requires_grad_()
     g = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]).double().view(1, 7, 1, 1)
-    free_mask(effects).backward(g)
+    learned_mask(effects).backward(g)
     factor = torch.tensor([1, 1, 1, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64).view(1, 7, 1, 1)
     torch.testing.assert_close(effects.grad, g * factor, rtol=1e-15, atol=0)
 
@@ -138,7 +116,7 @@ def test_free_mask_keeps_the_best_entry_of_a_dead_group():
     effects = torch.full((2, 3, 3, 3), -1.0)
     effects[0, 2, 1, 0] = -0.25
     effects[1, 0, 0, 0] = 0.1
-    mask = free_mask(effects)
+    mask = learned_mask(effects)
     assert mask[0].sum() == 1
     assert mask[0, 2, 1, 0] == 1
     assert mask[1].sum() == 1
@@ -147,7 +125,7 @@ def test_free_mask_keeps_the_best_entry_of_a_dead_group():
 
 
 def test_free_mask_rescues_one_entry_of_equals_only():
-    assert free_mask(torch.zeros(3, 4, 3, 3)).flatten(1).sum(1).tolist() == [1, 1, 1]
+    assert learned_mask(torch.zeros(3, 4, 3, 3)).flatten(1).sum(1).tolist() == [1, 1, 1]
     assert rescued_groups(torch.zeros(3, 4, 3, 3)) == 3
 
 
@@ -156,7 +134,7 @@ def test_free_mask_rescues_one_entry_of_equals_only():
 def test_free_masks_never_lose_a_group(case):
     out_channels, in_channels, in_block, out_block, kernel, seed = case
     effects = effects_of(block_grid(out_channels, in_channels, in_block, out_block), kernel, seed) - 1.5
-    mask = free_mask(effects)
+    mask = learned_mask(effects)
     assert ((mask == 0) | (mask == 1)).all()
     assert mask.flatten(1).any(1).all()
     dead = sum(not bool((group > 0).any()) for group in effects)
@@ -168,14 +146,14 @@ def test_rigid_mask_takes_the_shape_of_the_largest_effect():
     shapes = drawn_shapes()
     effects = torch.zeros(3, 5, 15)
     effects.view(15, 15).fill_diagonal_(1.0)
-    assert torch.equal(rigid_mask(effects, shapes).view(15, 3, 3)[1:].bool(), shapes[1:])
+    assert torch.equal(learned_mask(effects, shapes).view(15, 3, 3)[1:].bool(), shapes[1:])
 
 
 def test_rigid_mask_takes_the_first_shape_on_a_tie_and_stays_binary():
     effects = torch.zeros(1, 2, 15)
     effects[0, 0, 2:4] = 1.0
     effects[0, 1, [5, 9, 14]] = 1.0
-    mask = rigid_mask(effects, drawn_shapes())
+    mask = learned_mask(effects, drawn_shapes())
     assert torch.equal(mask[0, 0].bool(), drawn_shapes()[2])
     assert torch.equal(mask[0, 1].bool(), drawn_shapes()[5])
 
@@ -185,7 +163,7 @@ def test_rigid_mask_gives_a_dead_group_its_best_shape_that_is_not_empty():
     effects[..., 0] = 5.0
     effects[0, 1, 7] = 0.5
     effects[1, 2, 3] = 6.0
-    mask = rigid_mask(effects, drawn_shapes()).bool()
+    mask = learned_mask(effects, drawn_shapes()).bool()
     assert torch.equal(mask[0, 1], drawn_shapes()[7])
     assert not mask[0, [0, 2]].any()
     assert torch.equal(mask[1, 2], drawn_shapes()[3])
@@ -198,7 +176,7 @@ def test_rigid_mask_gradient_sums_the_shapes_taps_and_is_damped_far_from_the_blo
     effects = torch.randn(4, 3, 15, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 1.5
     g = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     effects.requires_grad_()
-    rigid_mask(effects, shapes).backward(g)
+    learned_mask(effects, shapes).backward(g)
     damped = 0
     for o in range(4):
         for i in range(3):
@@ -225,7 +203,7 @@ def test_rigid_masks_are_shapes_and_never_lose_a_group(groups, blocks, kh, kw, s
     generator = torch.Generator().manual_seed(seed)
     effects = torch.randn(groups, blocks, len(shapes), generator=generator)
     effects[..., 0] += 2.0
-    mask = rigid_mask(effects, shapes)
+    mask = learned_mask(effects, shapes)
     assert mask.flatten(1).any(1).all()
     assert all(any(torch.equal(m.bool(), s) for s in shapes) for m in mask.flatten(0, 1))
 
@@ -275,66 +253,3 @@ def test_counts_are_exact_with_cropped_blocks_and_their_gradient_is_the_block_si
 def test_counts_stay_exact_where_half_precision_would_round():
     block_mask = torch.ones(16, 16, 3, 3, dtype=torch.float16)
     assert count_weights(block_mask, 255, 253, 16, 16).item() == 255 * 253 * 9
-
-
-@quick
-@given(blocked_convolutions())
-def test_filters_that_do_not_use_their_mask_stay_whole(case):
-    out_channels, in_channels, in_block, out_block, kernel, seed = case
-    grid = block_grid(out_channels, in_channels, in_block, out_block)
-    weight = effects_of((out_channels, in_channels), kernel, seed + 1).requires_grad_()
-    block_mask = (effects_of(grid, kernel, seed) > 0).double().requires_grad_()
-    used = effects_of((out_channels,), (), seed + 2) > 0
-    mask = mask_by_loops(block_mask.detach(), out_channels, in_channels, in_block, out_block)
-    mask = torch.where(used[:, None, None, None], mask, 1)
-    result = apply_mask(weight, block_mask, in_block, out_block, used)
-    assert torch.equal(result, weight * mask)
-    pull = effects_of((out_channels, in_channels), kernel, seed + 3)
-    result.backward(pull)
-    assert torch.equal(weight.grad, pull * mask)
-    products = torch.where(used[:, None, None, None], pull * weight.detach(), 0)
-    for group, block in itertools.product(*map(range, grid)):
-        rows = slice(group * out_block, (group + 1) * out_block)
-        columns = slice(block * in_block, (block + 1) * in_block)
-        expected = products[rows, columns].sum((0, 1))
-        assert torch.allclose(block_mask.grad[group, block], expected, rtol=1e-12, atol=1e-12)
-
-
-@quick
-@given(blocked_convolutions(), st.booleans())
-def test_apply_mask_is_the_product_in_the_weights_memory_format(case, channels_last):
-    out_channels, in_channels, in_block, out_block, kernel, seed = case
-    block_mask = (
-        effects_of(block_grid(out_channels, in_channels, in_block, out_block), kernel, seed) > 0
-    ).double()
-    weight = effects_of((out_channels, in_channels), kernel, seed + 1)
-    form = torch.channels_last if channels_last else torch.contiguous_format
-    weight = weight.to(memory_format=form)
-    result = apply_mask(weight, block_mask, in_block, out_block)
-    expected = weight * mask_by_loops(block_mask, out_channels, in_channels, in_block, out_block)
-    assert torch.equal(result, expected)
-    assert result.is_contiguous(memory_format=form)
-
-
-@quick
-@given(
-    st.tuples(*[st.integers(1, 4)] * 6), st.integers(0, 2**16), st.booleans(), st.booleans(), st.booleans()
-)
-def test_a_product_with_a_learned_mask_has_the_gradients_of_one_with_the_masks_of_all_weights(
-    sizes, seed, weight_last, pull_last, weight_learns
-):
-    groups, blocks, in_block, out_block, *kernel = sizes
-    filters, channels = groups * out_block, blocks * in_block
-    forms = [torch.channels_last if last else torch.contiguous_format for last in (weight_last, pull_last)]
-    weight = effects_of((filters, channels), kernel, seed).to(memory_format=forms[0])
-    weight.requires_grad_(weight_learns)
-    mask = (effects_of((groups, blocks), kernel, seed + 1) > 0).double().requires_grad_()
-    pull = effects_of((filters, channels), kernel, seed + 2).to(memory_format=forms[1])
-    result = apply_mask(weight, mask, in_block, out_block)
-    assert result.is_contiguous(memory_format=forms[0])
-    wanted = [weight, mask] if weight_learns else [mask]
-    found = torch.autograd.grad(result, wanted, pull)
-    whole = weight * expand_mask(mask, filters, channels, in_block, out_block)
-    assert torch.equal(result, whole)
-    for mine, expected in zip(found, torch.autograd.grad(whole, wanted, pull), strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)

@@ -19,7 +19,7 @@ CHECKPOINT_KIND = "training checkpoint"
 CHECKPOINT_VERSION = 3
 
 # Settings that are younger than the version, at what runs without them had.
-_LATER = {"start": "random", "mac_budget": 0.0, "gradual": False, "share": None}
+_LATER = {"start": "random", "mac_budget": 0.0, "gradual": False, "trim": False, "share": None}
 
 _MODEL, _MOMENTUM, _AVERAGE = "model/", "momentum/", "average/"
 

@@ -43,6 +43,7 @@ OF_TARGET: Mapping[str, Any] = {
     "mac_budget": 0.0,
     "gradual": False,
     "pattern_weight": 0.0,
+    "trim": False,
 }
 """Settings that only a learned topology with a density target has, at the values that they have without."""
 
@@ -163,6 +164,13 @@ class TrainConfig:
     pattern_weight: Annotated[
         float, Setting("weight of the aim for fewer patterns in a layer; 0: none", 0, 100)
     ] = 0.0
+    trim: Annotated[
+        bool,
+        Setting(
+            "whether blocks over the density or mac_budget go before the fine stage, by lhc.prune; "
+            "false: the paper"
+        ),
+    ] = False
     share: Annotated[
         int | None,
         Setting(

@@ -23,7 +23,7 @@ from lhc_triton.training.metrics import (
     layer_metrics,
     write_metrics,
 )
-from lhc_triton.training.networks import prune_network
+from lhc_triton.training.networks import prune_network, trim_network
 from lhc_triton.training.recipe import StageName, make_optimiser, plateau, stage_epochs
 from lhc_triton.training.run import Run
 from lhc_triton.training.stage import EpochPlan, Trainee, accuracy, train_epoch
@@ -66,6 +66,8 @@ def start_of(run: Run, stage: StageName, rows: list[EpochMetrics]) -> Trainee:
                 prune_network(model, run.example(), config)
             else:
                 run.load_best("coarse", rows, model)
+                if config.trim:
+                    trim_network(model, run.example(), config)
             if run.between_stages is not None:
                 run.between_stages(model)
         if begun or not run.world.is_main:  # a checkpoint brings the topology; one process warns

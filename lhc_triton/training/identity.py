@@ -38,6 +38,7 @@ TOPOLOGY_ONLY = (
     "mac_budget",
     "gradual",
     "pattern_weight",
+    "trim",
     "share",
     "warmup_epochs",
     "coarse_floor",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lhc_triton.conversion import blocks_by_width, convert, evaluating, lhc_layers, output_pixels
 from lhc_triton.errors import first_line
+from lhc_triton.generators import generators_kept
 from lhc_triton.handcrafted import impose
 from lhc_triton.layers import LHCConv2d
 from lhc_triton.models.architecture import Architecture, OwnArchitecture
@@ -21,7 +22,7 @@ from lhc_triton.models.factory import call_factory, is_factory
 from lhc_triton.models.pretrained import load_initial
 from lhc_triton.models.resnet import WIDTHS
 from lhc_triton.models.vgg import VGG16_WIDTHS, VGG19_WIDTHS, Images
-from lhc_triton.pruning import prune
+from lhc_triton.pruning import Objective, OutOfReachError, prune
 from lhc_triton.topology import Effects
 from lhc_triton.training.config import GIVEN, TrainConfig, is_given
 from lhc_triton.training.data import ImageFormat, expected_format, most_images
@@ -182,13 +183,18 @@ def check_topology(config: TrainConfig, format: ImageFormat, make: Make | None =
     """Refuse a network that its images or its topology do not suit, before anything is trained.
 
     Raises:
-        ValueError: the images are too small for the network, or no convolution can have the topology.
+        ValueError: the images are too small for the network, no convolution can have the topology, or what
+            is to be pruned cannot come down to its budgets.
     """
-    if config.factory is not None:
-        apply_topology(build_network(config, format, make=make), config)
+    pruned = config.topology == "pruned"
+    if config.factory is None and not pruned:
+        with torch.device("meta"):
+            apply_topology(architecture_of(config, format).build(), config)
         return
-    with torch.device("meta"):
-        apply_topology(architecture_of(config, format).build(), config)
+    with generators_kept():
+        model = apply_topology(build_network(config, format, make=make), config)
+        if pruned:
+            prune_network(model, torch.zeros(1, format.channels, format.size, format.size), config)
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -248,11 +254,44 @@ def prune_network(model: ModelT, example: Tensor, config: TrainConfig) -> ModelT
     Raises:
         ValueError: the blocks are too large for the density.
     """
+    for objective, budget in _budgets(config):
+        _prune(model, example, config, objective, budget)
+    return model
 
+
+def trim_network(model: ModelT, example: Tensor, config: TrainConfig) -> ModelT:
+    """Freeze a learned topology within the run's budgets, in place: the weakest blocks over them go.
+
+    Where the blocks do not let it come to a budget, it comes as near as they do.
+
+    Args:
+        model: the best network of the coarse stage.
+        example: one image's worth of anything.
+        config: the run.
+    """
+    for layer in lhc_layers(model).values():
+        layer.freeze()
+    for objective, budget in _budgets(config):
+        try:
+            _prune(model, example, config, objective, budget)
+        except OutOfReachError as error:
+            _prune(model, example, config, objective, error.least)
+    return model
+
+
+def _budgets(config: TrainConfig) -> list[tuple[Objective, float]]:
+    """What a run's topology may have at most, in the order in which blocks go."""
+    assert config.density is not None  # the settings see to it
+    budgets: list[tuple[Objective, float]] = [(config.penalty, config.density)]
+    if config.mac_budget > 0:
+        budgets.append(("macs", config.mac_budget))
+    return budgets
+
+
+def _prune(
+    model: nn.Module, example: Tensor, config: TrainConfig, objective: Objective, budget: float
+) -> None:
     def learnt(name: str, conv: nn.Conv2d) -> bool:
         return isinstance(conv, LHCConv2d)
 
-    prune(model, example, config.lhc, budget=config.density, objective=config.penalty, filter_fn=learnt)
-    if config.mac_budget > 0:
-        prune(model, example, config.lhc, budget=config.mac_budget, objective="macs", filter_fn=learnt)
-    return model
+    prune(model, example, config.lhc, budget=budget, objective=objective, filter_fn=learnt)

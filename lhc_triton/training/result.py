@@ -35,6 +35,7 @@ TOPOLOGY_SETTINGS = (
     "mac_budget",
     "gradual",
     "pattern_weight",
+    "trim",
     "share",
 )
 FILES = {

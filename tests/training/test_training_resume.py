@@ -34,6 +34,7 @@ RICH = dataclasses.replace(
     mac_share=0.2,
     mac_budget=0.3,
     gradual=True,
+    trim=True,
     shapes="rigid",
     dense_twin="none",
 )

@@ -119,6 +119,7 @@ def test_numbers_may_begin_with_their_point():
         {"penalty": "macs"},
         {"mac_budget": 0.2},
         {"gradual": True},
+        {"trim": True},
     ],
 )
 @pytest.mark.parametrize("without", [{"density": None}, {"topology": "cross"}])

@@ -106,6 +106,54 @@ def test_learning_from_the_twin_starts_at_its_weights_with_their_larger_half(twi
     assert (result.coarse_epoch, result.epochs["dense"]) != (None, 5)
 
 
+def coarse_masks(folder):
+    """The topology that the coarse stage chose, by layer."""
+    (file,) = folder.glob("coarse_best-*.safetensors")
+    state = load_file(file)
+    return {n.removeprefix("model/"): t for n, t in state.items() if n.endswith(".topology")}
+
+
+@pytest.mark.parametrize("settings", [{}, {"penalty": "macs"}, {"mac_budget": 0.2}])
+def test_what_learning_leaves_over_its_budgets_is_trimmed_before_the_fine_stage(
+    settings, tmp_path, monkeypatch
+):
+    slow = dataclasses.replace(CONFIG, effect_lr=1e-6, trim=True, dense_twin="none", **settings)
+    start, result = first_state(slow, tmp_path, monkeypatch, "fine")
+    assert (result.mac_density if settings else result.density) <= settings.get("mac_budget", 0.3)
+    assert result.density_reached or "mac_budget" in settings  # which may ask for more
+    chosen = coarse_masks(tmp_path)
+    assert chosen
+    for name, mask in chosen.items():
+        assert not (start[name] & ~mask).any()  # nothing comes back
+        assert start[name].sum() <= mask.sum()
+    assert any((mask & ~start[name]).any() for name, mask in chosen.items())
+    for name, layer in lhc_layers(load_network(result.files["lhc"]).model).items():
+        assert torch.equal(layer.topology, start[f"{name}.topology"])
+
+
+def test_a_topology_within_its_budgets_is_not_trimmed(tmp_path, monkeypatch):
+    wide = dataclasses.replace(CONFIG, density=1.0, trim=True, dense_twin="none")
+    start, _ = first_state(wide, tmp_path, monkeypatch, "fine")
+    assert all(torch.equal(start[name], mask) for name, mask in coarse_masks(tmp_path).items())
+
+
+def test_what_cannot_come_down_to_its_budget_is_trimmed_as_far_as_it_can(tmp_path):
+    low = dataclasses.replace(CONFIG, density=0.01, effect_lr=1e-6, trim=True, dense_twin="none")
+    with pytest.warns(UserWarning, match=r"the density target 0.01 is out of reach"):
+        result = train(low, tmp_path, progress=False, data=tiny_data())
+    layers = lhc_layers(load_network(result.files["lhc"]).model).values()
+    assert all((layer.topology.flatten(1).sum(1) == 1).all() for layer in layers)
+
+
+def test_a_budget_that_pruning_cannot_reach_is_refused_before_anything_is_trained(tmp_path):
+    state = torch.get_rng_state()
+    config = dataclasses.replace(PRUNED, density=0.01)
+    with pytest.raises(ValueError, match=r"budget=0.01 cannot be reached: one entry in each filter group"):
+        train(config, tmp_path / "run", progress=False, data=tiny_data())
+    assert not (tmp_path / "run").exists()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_run_without_a_twin_may_take_one_over_later(twin, tmp_path):
     alone = dataclasses.replace(CONFIG, density=0.5, dense_twin="none")
     before = train(alone, tmp_path, progress=False, data=tiny_data())

@@ -292,7 +292,7 @@ class LHCConv2d(nn.Conv2d):
         Under autocast it has the type that the convolution would turn it into.
         """
         dtype, device = self.weight.dtype, self.weight.device.type
-        if dtype == torch.float32 and torch.is_autocast_enabled(device):
+        if dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         mixture = None if self._frozen else self.masked_filters
         blocks = self.config.in_block, self.config.out_block

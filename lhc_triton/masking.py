@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from .topology import expand_mask
 
@@ -49,7 +50,8 @@ def apply_mask(
     if masked_filters is not None:
         # Mixed while a block has one number for all of its channels: a choice among weights takes longer.
         mask = torch.where(masked_filters.view(-1, out_block, 1, 1, 1), mask, 1)
-    if traced or tiles.step >= tiles.grid[0]:  # in one piece: plain operators have less to do around them
+    if traced or tiles.step >= tiles.grid[0] or _transformed(weight):
+        # In one piece there is less to do around plain operators, and tracers and transforms know them.
         return tiles.to_weight(tiles.of_weight(weight) * mask).to(dtype)
     return _Product.apply(weight, mask, tiles, dtype)
 
@@ -57,6 +59,11 @@ def apply_mask(
 def _whole(filters: Tensor) -> bool:
     """Whether all are known to be set; a GPU would have to be waited for, and a fake tensor has no values."""
     return filters.device.type == "cpu" and type(filters) is Tensor and bool(filters.all())
+
+
+def _transformed(weight: Tensor) -> bool:
+    """Whether torch.func or forward-mode differentiation looks at what is computed."""
+    return torch._C._are_functorch_transforms_active() or unpack_dual(weight).tangent is not None
 
 
 class _Tiles(NamedTuple):
@@ -73,7 +80,9 @@ class _Tiles(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor, in_block: int, out_block: int) -> _Tiles:
-        last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        last = weight.is_contiguous(memory_format=torch.channels_last)
+        # A 1x1 weight is contiguous in both formats: its strides say which one it was given.
+        last = last and weight.stride(3) == weight.shape[1] > 1
         grid = weight.shape[0] // out_block, weight.shape[1] // in_block
         step = max(1, _PIECE * grid[0] // weight.numel()) if weight.device.type == "cpu" else grid[0]
         return cls(tuple(weight.shape), grid, last, step)
@@ -120,7 +129,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, mask: Tensor, tiles: _Tiles, dtype: torch.dtype) -> Tensor:
-        product = torch.empty_like(weight, dtype=dtype, memory_format=tiles.format)
+        product = torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=tiles.format)
         into, factors = tiles.of_weight(product), tiles.of_weight(weight)
         if dtype == weight.dtype:
             torch.mul(factors, mask, out=into)
@@ -143,7 +152,9 @@ class _Product(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again
             pulls = pulls.to(weight.dtype)
             return tiles.to_weight(pulls * mask), (pulls * factors).sum_to_size(mask.shape), None, None
-        weight_grad = torch.empty_like(weight, memory_format=tiles.format)
+        weight_grad = torch.empty(
+            weight.shape, dtype=weight.dtype, device=weight.device, memory_format=tiles.format
+        )
         mask_grad = torch.empty_like(mask) if ctx.needs_input_grad[1] else None
         into = tiles.of_weight(weight_grad)
         for start in range(0, tiles.grid[0], tiles.step):

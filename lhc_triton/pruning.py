@@ -39,21 +39,6 @@ _NAMES = {"weights": "weights", "macs": "MACs", "latency": "predicted time"}
 Chosen = dict[str, tuple[nn.Conv2d, LHCConfig]]
 
 
-class OutOfReachError(ValueError):
-    """A budget that one entry in each filter group is above.
-
-    Attributes:
-        least: the share that can be reached, rounded up.
-    """
-
-    def __init__(self, budget: float, least: float, name: str) -> None:
-        self.least = min(1.0, math.ceil(1e4 * least) / 1e4)
-        super().__init__(
-            f"budget={budget:g} cannot be reached: one entry in each filter group takes"
-            f" {self.least:.4f} of the {name}; give that or more, or smaller blocks"
-        )
-
-
 @dataclass(frozen=True)
 class PrunedLayer:
     """What pruning left of one layer.
@@ -197,7 +182,11 @@ def prune(
     masks: Masks = {}
     least = share(layers, {layer.name: layer.mask(math.inf) for layer in layers})
     if least > budget:
-        raise OutOfReachError(budget, least, _NAMES[objective])
+        raise ValueError(
+            f"budget={budget:g} cannot be reached: one entry in each filter group takes"
+            f" {math.ceil(1e4 * least) / 1e4:.4f} of the {_NAMES[objective]}; give that or more, or smaller"
+            " blocks"
+        )
     for part in [layers] if scope == "network" else [[layer] for layer in layers]:
         masks |= select(part, budget, share, fill=objective != "latency")
     found = PruningReport(

@@ -176,9 +176,7 @@ def straight_through(grad: Tensor, effects: Tensor, shapes: Tensor | None = None
     if shapes is not None:
         grad = (grad.unsqueeze(2) * shapes.to(grad.dtype)).sum(dim=(-2, -1))
         effects = effects - effects.mean(dim=-1, keepdim=True)
-    # The gradient inside, 0 outside, and a tenth of the way back: two operators, where a choice takes four.
-    inside = torch.ops.aten.hardtanh_backward(grad, effects, -_LINEAR_RANGE, _LINEAR_RANGE)
-    return torch.lerp(inside, grad, _DAMPING)
+    return torch.where(effects.abs() < _LINEAR_RANGE, grad, _DAMPING * grad)
 
 
 def learned_mask(effects: Tensor, shapes: Tensor | None = None) -> Tensor:

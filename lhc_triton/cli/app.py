@@ -20,7 +20,8 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 SOURCE_HELP = (
     "package.module:factory; a .pt2 of torch.export; a run folder or weights of `train`; an artefact; a name"
-    " in torchvision or timm, where installed; or a shipped network (lhc, dense)."
+    " in torchvision or timm, where installed; or a shipped network (lhc, dense,"
+    " cifar10-lhc, cifar10-dense)."
 )
 Network = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)]
 Weights = Annotated[

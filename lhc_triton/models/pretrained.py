@@ -16,11 +16,17 @@ from lhc_triton.models.architecture import Architecture, OwnArchitecture
 from lhc_triton.models.weights import MAX_FILE_BYTES, read_state, read_tensors, write_tensors
 from lhc_triton.topology import LHCConfig, expand_mask
 
-Kind = Literal["lhc", "dense"]
+Kind = Literal["lhc", "dense", "cifar10-lhc", "cifar10-dense"]
 
 WEIGHTS_KIND = "network weights"
 WEIGHTS_VERSION = 3
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
+_FILES: dict[Kind, str] = {
+    "lhc": "fashion_vgg_lhc",
+    "dense": "fashion_vgg_dense",
+    "cifar10-lhc": "cifar10_vgg16_lhc",
+    "cifar10-dense": "cifar10_vgg16_dense",
+}
 
 
 @dataclass(frozen=True)
@@ -256,12 +262,15 @@ def _fitted(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> di
 
 
 def load_pretrained(kind: Kind) -> nn.Module:
-    """One of the two networks that ship with the package, trained on Fashion-MNIST for equally many epochs.
+    """One of the networks that ship with the package: two of learned topology, and their dense twins.
 
-    Input: images [N, 1, 28, 28], normalised as batches of lhc_triton.training.open_data("fashion-mnist") are.
+    "lhc" and "dense" are small VGGs for Fashion-MNIST, trained for equally many epochs: images
+    [N, 1, 28, 28]. "cifar10-lhc" and "cifar10-dense" are VGG16 with half of its filters for CIFAR-10, trained
+    on copies of its images that went through JPEG, 12 epochs, the first one 12 more from the second's
+    weights: images [N, 3, 32, 32]. Both normalised as the batches of lhc_triton.training.open_data are.
 
     Args:
-        kind: "lhc" for the network of learned topology (frozen LHCConv2d layers), "dense" for its dense twin.
+        kind: which; those named "lhc" hold frozen LHCConv2d layers.
 
     Returns:
         The network in float32, eval mode.
@@ -277,4 +286,4 @@ def load_pretrained(kind: Kind) -> nn.Module:
 
 def pretrained_path(kind: Kind) -> Path:
     """Where the packaged weights of that kind lie."""
-    return _ASSETS / f"fashion_vgg_{kind}.safetensors"
+    return _ASSETS / f"{_FILES[kind]}.safetensors"

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lhc_triton.artifact import is_artifact, load
 from lhc_triton.files import printable
 from lhc_triton.models.factory import call_factory, is_factory, one_line
-from lhc_triton.models.pretrained import WEIGHTS_KIND, SavedNetwork, load_network, pretrained_path
+from lhc_triton.models.pretrained import WEIGHTS_KIND, Kind, SavedNetwork, load_network, pretrained_path
 from lhc_triton.models.weights import read_state
 from lhc_triton.runtime.network.accelerated import AcceleratedModel
 
@@ -25,13 +25,13 @@ from .exported import read_exported
 from .shapes import parse_input, random_inputs
 from .weights import TORCH_FILES, fit_weights, read_weights
 
-SHIPPED = ("lhc", "dense")
+SHIPPED = get_args(Kind)
 ZOOS = {"torchvision": "torchvision.models", "timm": "timm"}
 """Libraries whose models go by their names, and where those are."""
 
 HOW = (
     "give package.module:factory with --weights FILE, a .pt2 of torch.export, a run folder of `train`, an"
-    " artefact of `accelerate`, a torchvision or timm name, or lhc or dense"
+    " artefact of `accelerate`, a torchvision or timm name, or a shipped network: " + ", ".join(SHIPPED)
 )
 
 
@@ -69,7 +69,7 @@ def open_network(
     """Return the network that a source stands for.
 
     Args:
-        source: a shipped network ("lhc", "dense"); a file: trained weights or an artefact of this package, a
+        source: a shipped network (one of SHIPPED); a file: trained weights or an artefact of this package, a
             .pt2 of torch.export; a run folder of `train`; package.module:factory, a function or class that
             is called without arguments, or a module; a model's name in torchvision or timm, where installed.
         weights: state_dict for a factory or a name: a safetensors file, or a torch file of tensors alone.

@@ -167,7 +167,7 @@ class TrainConfig:
     trim: Annotated[
         bool,
         Setting(
-            "whether blocks over the density or mac_budget go before the fine stage, by lhc.prune; "
+            "whether blocks over density and mac_budget go before the fine stage, by lhc.prune; "
             "false: the paper"
         ),
     ] = False
@@ -460,6 +460,8 @@ def _check_together(config: TrainConfig) -> None:
             f"share {config.share} needs a topology that is learned or pruned, topology {config.topology} is "
             "made by hand; leave share out"
         )
+    if config.trim and config.penalty == "latency":
+        raise ValueError("trim keeps budgets of weights or macs, penalty is latency; leave trim at False")
     if config.topology == "pruned" and config.density is None:
         raise ValueError("topology pruned needs a density: the share to keep")
     if config.target is None:

@@ -66,8 +66,6 @@ def start_of(run: Run, stage: StageName, rows: list[EpochMetrics]) -> Trainee:
                 prune_network(model, run.example(), config)
             else:
                 run.load_best("coarse", rows, model)
-                if config.trim:
-                    trim_network(model, run.example(), config)
             if run.between_stages is not None:
                 run.between_stages(model)
         if begun or not run.world.is_main:  # a checkpoint brings the topology; one process warns
@@ -75,6 +73,8 @@ def start_of(run: Run, stage: StageName, rows: list[EpochMetrics]) -> Trainee:
                 layer.freeze()
         else:
             freeze(model, entry_costs=entry_costs(model, run.example(), config.penalty))
+        if config.trim and not begun:
+            trim_network(model, run.example(), config)
         if config.share is not None and not begun:
             consolidate(model, share=config.share)
     if config.sync_batchnorm:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from lhc_triton.conversion import blocks_by_width, convert, evaluating, lhc_layers, output_pixels
 from lhc_triton.errors import first_line
-from lhc_triton.generators import generators_kept
 from lhc_triton.handcrafted import impose
 from lhc_triton.layers import LHCConv2d
 from lhc_triton.models.architecture import Architecture, OwnArchitecture
@@ -22,7 +22,7 @@ from lhc_triton.models.factory import call_factory, is_factory
 from lhc_triton.models.pretrained import load_initial
 from lhc_triton.models.resnet import WIDTHS
 from lhc_triton.models.vgg import VGG16_WIDTHS, VGG19_WIDTHS, Images
-from lhc_triton.pruning import Objective, OutOfReachError, prune
+from lhc_triton.pruning import Objective, prune
 from lhc_triton.topology import Effects
 from lhc_triton.training.config import GIVEN, TrainConfig, is_given
 from lhc_triton.training.data import ImageFormat, expected_format, most_images
@@ -183,18 +183,13 @@ def check_topology(config: TrainConfig, format: ImageFormat, make: Make | None =
     """Refuse a network that its images or its topology do not suit, before anything is trained.
 
     Raises:
-        ValueError: the images are too small for the network, no convolution can have the topology, or what
-            is to be pruned cannot come down to its budgets.
+        ValueError: the images are too small for the network, or no convolution can have the topology.
     """
-    pruned = config.topology == "pruned"
-    if config.factory is None and not pruned:
-        with torch.device("meta"):
-            apply_topology(architecture_of(config, format).build(), config)
+    if config.factory is not None:
+        apply_topology(build_network(config, format, make=make), config)
         return
-    with generators_kept():
-        model = apply_topology(build_network(config, format, make=make), config)
-        if pruned:
-            prune_network(model, torch.zeros(1, format.channels, format.size, format.size), config)
+    with torch.device("meta"):
+        apply_topology(architecture_of(config, format).build(), config)
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -260,22 +255,20 @@ def prune_network(model: ModelT, example: Tensor, config: TrainConfig) -> ModelT
 
 
 def trim_network(model: ModelT, example: Tensor, config: TrainConfig) -> ModelT:
-    """Freeze a learned topology within the run's budgets, in place: the weakest blocks over them go.
+    """Bring a learned topology within the run's budgets, in place: the weakest blocks over them go.
 
-    Where the blocks do not let it come to a budget, it comes as near as they do.
+    Where the blocks do not let it come to a budget, it stays over that one, and a warning says so.
 
     Args:
-        model: the best network of the coarse stage.
+        model: the best network of the coarse stage, frozen.
         example: one image's worth of anything.
         config: the run.
     """
-    for layer in lhc_layers(model).values():
-        layer.freeze()
     for objective, budget in _budgets(config):
         try:
             _prune(model, example, config, objective, budget)
-        except OutOfReachError as error:
-            _prune(model, example, config, objective, error.least)
+        except ValueError as error:  # nothing is changed then
+            warnings.warn(f"not trimmed to its budget of {objective}: {error}", stacklevel=2)
     return model
 
 

@@ -143,6 +143,7 @@ def test_trained_weights_are_told_from_artefacts(run, tmp_path, command):
         (("demo", "--batch", "0"), "batch"),
         (("demo", "--batch", "10001"), "10000 test images"),
         (("demo", "--out", "/proc/nowhere"), "/proc/nowhere"),
+        (("demo", "--cifar10", "no-such-folder"), "no-such-folder"),
         (("bench", "--only", "nothing"), "nothing"),
         (("bench", "--seed", "-1"), "seed"),
         (("bench", "--suite", "loading", "--only", "nothing"), "the cases are train/0 workers"),

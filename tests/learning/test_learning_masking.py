@@ -141,22 +141,47 @@ def test_autocast_leaves_double_precision_alone():
         assert layer(torch.zeros(1, 4, 4, 4, dtype=torch.float64)).dtype == torch.float64
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_functional_gradients_are_those_of_backward(frozen):
-    layer, x = large_layer(torch.channels_last, frozen), torch.randn(1, LARGE[1], 3, 3)
-    weight = {"weight": layer.weight.detach()}
-    layer.effects.requires_grad_(False)
+def test_transforms_of_a_large_layer_are_those_of_its_product():
+    layer, x = large_layer(torch.channels_last, frozen=True), torch.randn(3, LARGE[1], 3, 3)
+    weight, tangent = layer.weight.detach(), torch.randn(LARGE)
 
-    def loss(weight):
-        return torch.func.functional_call(layer, weight, (x,)).square().sum()
+    def found(weight, x):
+        return torch.func.functional_call(layer, {"weight": weight}, (x[None],))
 
-    if not frozen:
-        with pytest.raises(RuntimeError, match="setup_context"):  # of masks that learn: torch says why
-            torch.func.grad(loss)(weight)
-        return
-    found = torch.func.grad(loss)(weight)["weight"]
-    loss({}).backward()
-    torch.testing.assert_close(found, layer.weight.grad)
+    def expected(weight, x):
+        return nn.functional.conv2d(x[None], weight * layer.mask(), layer.bias)
+
+    def loss(convolve):
+        return lambda weight, x: convolve(weight, x).square().sum()
+
+    close = {"rtol": 1e-3, "atol": 1e-3}
+    for convolve in (found, loss(found)):
+        plain = expected if convolve is found else loss(expected)
+        each = [torch.func.vmap(function, (None, 0))(weight, x) for function in (convolve, plain)]
+        torch.testing.assert_close(*each, **close)
+    per_sample = [torch.func.vmap(torch.func.grad(loss(f)), (None, 0))(weight, x) for f in (found, expected)]
+    torch.testing.assert_close(*per_sample, **close)
+    pushed = [torch.func.jvp(lambda w, f=f: f(w, x[0]), (weight,), (tangent,)) for f in (found, expected)]
+    torch.testing.assert_close(*pushed, **close)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(weight, tangent)
+        ahead = torch.autograd.forward_ad.unpack_dual(found(dual, x[0])).tangent
+    torch.testing.assert_close(ahead, pushed[1][1], **close)
+
+
+@formats
+@pytest.mark.parametrize("channels", [64, 1024])
+def test_a_1x1_weight_keeps_its_strides_and_its_gradient_has_them(form, channels):
+    layer = LHCConv2d(channels, 512, 1).to(memory_format=form)
+    product = layer.masked_weight()
+    assert product.stride() == layer.weight.stride()
+    layer(torch.randn(1, channels, 4, 4)).sum().backward()
+    assert layer.weight.grad.stride() == layer.weight.stride()
+
+
+def test_a_layer_that_learns_runs_on_the_meta_device():
+    layer = LHCConv2d(8, 8, 3, device="meta")
+    assert layer(torch.zeros(1, 8, 5, 5, device="meta")).shape == (1, 8, 3, 3)
 
 
 def test_a_layer_that_learns_runs_on_fake_tensors():

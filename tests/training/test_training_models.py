@@ -336,7 +336,7 @@ def test_weights_to_start_from_that_do_not_fit_give_one_line(tmp_path):
 
 
 def test_an_unknown_pretrained_network_is_refused():
-    with pytest.raises(ValueError, match="'huge' is not one of lhc, dense"):
+    with pytest.raises(ValueError, match="'huge' is not one of lhc, dense, cifar10-lhc, cifar10-dense"):
         load_pretrained("huge")
 
 
@@ -352,6 +352,20 @@ def test_the_pretrained_pair_keeps_its_promise():
     assert sum(row.weights for row in converted) >= 8 * sum(row.live_weights for row in converted)
     assert sum(row.macs for row in converted) >= 4 * sum(row.live_macs for row in converted)
     assert not lhc_layers(load_pretrained("dense"))
+
+
+def test_the_pair_for_cifar10_keeps_the_papers_promise_but_for_its_length_and_width():
+    """By its notes, whose accuracies are those of all 10,000 test images (JPEG copies)."""
+    notes = {kind: load_network(pretrained_path(f"cifar10-{kind}")).training for kind in ("dense", "lhc")}
+    assert notes["lhc"]["test_accuracy"] >= notes["dense"]["test_accuracy"] - 0.01
+    for note in notes.values():
+        assert note["command"].startswith("lhc-triton train --preset modern --set data_folder=FOLDER")
+    model = load_pretrained("cifar10-lhc")
+    found = summary(model, (1, 3, 32, 32)).converted
+    assert found.weights >= 9.9 * found.live_weights
+    assert found.macs >= 4.9 * found.live_macs
+    assert not lhc_layers(load_pretrained("cifar10-dense"))
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("kind", ["dense", "lhc"])

@@ -322,7 +322,7 @@ def test_a_run_from_before_some_settings_goes_on_as_one_without_them(whole, tmp_
     for path in tmp_path.glob("*.safetensors"):
         tensors, document = weights.read_tensors(path, CHECKPOINT_KIND, CHECKPOINT_VERSION)
         for part in (document["run"], document["schedule"] or {}):
-            for name in ("start", "mac_budget", "gradual"):
+            for name in ("start", "mac_budget", "gradual", "trim", "share"):
                 part.pop(name, None)
         weights.write_tensors(path, tensors, document)
     with pytest.raises(ValueError, match=r"another run \(gradual False, now True\)"):

@@ -118,14 +118,15 @@ def test_what_learning_leaves_over_its_budgets_is_trimmed_before_the_fine_stage(
     settings, tmp_path, monkeypatch
 ):
     slow = dataclasses.replace(CONFIG, effect_lr=1e-6, trim=True, dense_twin="none", **settings)
-    start, result = first_state(slow, tmp_path, monkeypatch, "fine")
-    assert (result.mac_density if settings else result.density) <= settings.get("mac_budget", 0.3)
+    with pytest.warns(UserWarning, match="target"):  # that the search missed it, all the same
+        start, result = first_state(slow, tmp_path, monkeypatch, "fine")
+    assert result.steered_density <= 0.3
+    assert result.mac_density <= settings.get("mac_budget", 1)
     assert result.density_reached or "mac_budget" in settings  # which may ask for more
     chosen = coarse_masks(tmp_path)
     assert chosen
     for name, mask in chosen.items():
         assert not (start[name] & ~mask).any()  # nothing comes back
-        assert start[name].sum() <= mask.sum()
     assert any((mask & ~start[name]).any() for name, mask in chosen.items())
     for name, layer in lhc_layers(load_network(result.files["lhc"]).model).items():
         assert torch.equal(layer.topology, start[f"{name}.topology"])
@@ -137,21 +138,11 @@ def test_a_topology_within_its_budgets_is_not_trimmed(tmp_path, monkeypatch):
     assert all(torch.equal(start[name], mask) for name, mask in coarse_masks(tmp_path).items())
 
 
-def test_what_cannot_come_down_to_its_budget_is_trimmed_as_far_as_it_can(tmp_path):
-    low = dataclasses.replace(CONFIG, density=0.01, effect_lr=1e-6, trim=True, dense_twin="none")
-    with pytest.warns(UserWarning, match=r"the density target 0.01 is out of reach"):
-        result = train(low, tmp_path, progress=False, data=tiny_data())
-    layers = lhc_layers(load_network(result.files["lhc"]).model).values()
-    assert all((layer.topology.flatten(1).sum(1) == 1).all() for layer in layers)
-
-
-def test_a_budget_that_pruning_cannot_reach_is_refused_before_anything_is_trained(tmp_path):
-    state = torch.get_rng_state()
-    config = dataclasses.replace(PRUNED, density=0.01)
-    with pytest.raises(ValueError, match=r"budget=0.01 cannot be reached: one entry in each filter group"):
-        train(config, tmp_path / "run", progress=False, data=tiny_data())
-    assert not (tmp_path / "run").exists()
-    assert torch.equal(torch.get_rng_state(), state)
+def test_what_cannot_come_down_to_a_budget_stays_over_it_with_a_warning(tmp_path, monkeypatch):
+    low = dataclasses.replace(CONFIG, mac_budget=0.01, trim=True, dense_twin="none")
+    with pytest.warns(UserWarning, match=r"not trimmed to its budget of macs: budget=0.01 cannot be reached"):
+        _, result = first_state(low, tmp_path, monkeypatch, "fine")
+    assert result.density <= 0.3
 
 
 def test_a_run_without_a_twin_may_take_one_over_later(twin, tmp_path):
@@ -187,6 +178,7 @@ def test_a_run_from_the_twin_is_another_run(twin, tmp_path):
         ({"topology": "pruned", "mac_share": 0.5}, "mac_share 0.5 needs a learned topology"),
         ({"topology": "pruned", "gradual": True}, "gradual True needs a learned topology"),
         ({"topology": "standard", "mac_budget": 0.2}, "mac_budget 0.2 needs a learned topology"),
+        ({"trim": True, "penalty": "latency"}, "trim keeps budgets of weights or macs, penalty is latency"),
         ({"start": "elsewhere"}, "start 'elsewhere' is not one of random, twin"),
     ],
 )

@@ -62,14 +62,21 @@ def _draw_layers(axis: Any, report: Mapping[str, Any]) -> None:
     layers = report["layers"]
     measured = [layer["dense_us"] / layer["lhc_us"] for layer in layers]
     saved = [layer["macs"] / layer["live_macs"] for layer in layers]
+    small = 8 if len(layers) <= 8 else 7
     for index, (layer, speedup, ideal) in enumerate(zip(layers, measured, saved, strict=True)):
         axis.bar([index - 0.2], [ideal], width=0.38, color="white", edgecolor=IDEAL, linewidth=1.2)
-        axis.text(index - 0.2, ideal, f"{ideal:.1f}", ha="center", va="bottom", fontsize=8, color=IDEAL)
+        axis.text(index - 0.2, ideal, f"{ideal:.1f}", ha="center", va="bottom", fontsize=small, color=IDEAL)
         color = DENSE if layer["backend"] == "dense" else SPARSE
         axis.bar([index + 0.2], [speedup], width=0.38, color=color)
-        axis.text(index + 0.2, speedup, f"{speedup:.1f}", ha="center", va="bottom", fontsize=8)
+        axis.text(index + 0.2, speedup, f"{speedup:.1f}", ha="center", va="bottom", fontsize=small)
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    axis.set_xticks(range(len(layers)), [f"{x['layer']}\n{x['backend']}" for x in layers], fontsize=8)
+    names = [layer["layer"] for layer in layers]
+    owners = {name.rpartition(".")[0] for name in names}
+    if len(owners) == 1 and "" not in owners:  # said once: there is no room beneath every bar
+        names = [name.rpartition(".")[2] for name in names]
+        axis.set_xlabel(f"{owners.pop()}.*")
+    ticks = [f"{name}\n{layer['backend']}" for name, layer in zip(names, layers, strict=True)]
+    axis.set_xticks(range(len(layers)), ticks, fontsize=8)
     axis.set_ylim(0, max(*saved, *measured) * 1.15)
     axis.set_ylabel("times less than dense")
     axis.set_title(

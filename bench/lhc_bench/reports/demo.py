@@ -20,7 +20,7 @@ from lhc_triton.models.pretrained import load_pretrained
 from lhc_triton.runtime.choosing.doctor import cpu_name
 from lhc_triton.runtime.choosing.timing import time_paired
 from lhc_triton.runtime.network.accelerated import AcceleratedModel
-from lhc_triton.training.data import open_data
+from lhc_triton.training.data import DataName, open_data
 
 Progress = Callable[[str], None]
 TARGET_DENSITY = 0.1
@@ -31,8 +31,8 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500)
     """Share of images that the model puts into their class.
 
     Args:
-        model: maps [N, 1, 28, 28] to scores [N, classes].
-        images: normalised, float [N, 1, 28, 28].
+        model: maps [N, C, H, W] to scores [N, classes].
+        images: normalised, float [N, C, H, W].
         labels: int64 [N].
         batch: images per call.
     """
@@ -42,9 +42,16 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500)
 
 
 def run_demo(
-    out_dir: str | Path, batch: int = 64, rounds: int = 20, progress: Progress = lambda stage: None
+    out_dir: str | Path,
+    batch: int = 64,
+    rounds: int = 20,
+    progress: Progress = lambda stage: None,
+    cifar10: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Run the shipped network against its dense twin and write what came out.
+    """Run a shipped network against its dense twin and write what came out.
+
+    It is the small VGG on the packaged images of Fashion-MNIST, or, where there is a folder with CIFAR-10,
+    VGG16 with half of its filters on that (trained on JPEG copies; see `load_pretrained`).
 
     Written: report.json, speedup.png, topology.png and net.safetensors, the accelerated network.
 
@@ -53,6 +60,7 @@ def run_demo(
         batch: images per timed call.
         rounds: interleaved rounds of each timing.
         progress: called with the name of each stage as it begins.
+        cifar10: folder or archive of CIFAR-10, as `open_cifar` takes it.
 
     Returns:
         What report.json holds: accuracies on the 10,000 test images; weights and MACs of the converted
@@ -60,31 +68,38 @@ def run_demo(
         per layer.
 
     Raises:
-        ValueError: for a batch or a number of rounds below 1, or a batch above the 10,000 test images.
-        OSError: if the folder cannot be written.
+        ValueError: for a batch or a number of rounds below 1, a batch above the number of test images, or
+            damaged files of images.
+        OSError: if there are no images, or the folder cannot be written.
     """
     for name, value in (("batch", batch), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    test = open_data("fashion-mnist").test
+    data: DataName = "fashion-mnist" if cifar10 is None else "cifar10"
+    test = open_data(data, cifar10).test
     if batch > len(test):
         raise ValueError(f"batch is {batch}; there are {len(test)} test images")
     out = made_folder(out_dir)
 
     progress("load the shipped networks")
-    sparse, dense = load_pretrained("lhc"), load_pretrained("dense")
+    if cifar10 is None:
+        sparse, dense = load_pretrained("lhc"), load_pretrained("dense")
+    else:
+        sparse, dense = load_pretrained("cifar10-lhc"), load_pretrained("cifar10-dense")
     ((images, labels),) = test.batches([torch.arange(len(test))])
     example = images[:batch]
 
     progress("plan and pack the learned topology, measuring each layer's backends")
     fast = lhc.accelerate(sparse, example, tune="full")
     counts = lhc.summary(sparse, tuple(example.shape)).converted
-    topologies = [layer.topology for layer in fast.plan.layers if layer.topology.density < 1]
+    # Its layers are whole; the fast network has lost the channels that its topology leaves dead.
+    whole = lhc.accelerate(sparse, example, backend="dense", tune="off")
+    topologies = [layer.topology for layer in whole.plan.layers if layer.topology.density < 1]
 
     progress("prepare the dense twin: batch norm folded, eager and compiled")
     peers, skipped = network_peers(dense, example)
 
-    progress("classify 10,000 test images with both")
+    progress(f"classify {len(test):,} test images with both")
     lhc_accuracy = accuracy(fast, images, labels)
     dense_accuracy = accuracy(next(iter(peers.values())), images, labels)
 
@@ -106,9 +121,10 @@ def run_demo(
         )
 
     progress("time each converted layer against its dense form")
-    layers = _layer_rows(fast, lhc.accelerate(sparse, example, backend="dense", tune="off"), example, rounds)
+    layers = _layer_rows(fast, whole, example, rounds)
 
     report: dict[str, Any] = {
+        "data": data,
         "dense_accuracy": dense_accuracy,
         "lhc_accuracy": lhc_accuracy,
         "weights": counts.weights,
@@ -154,27 +170,38 @@ def _layer_rows(
     fast: AcceleratedModel, dense: AcceleratedModel, example: Tensor, rounds: int
 ) -> list[dict[str, Any]]:
     """Return the rows of the planned layers, with measured times of each layer and its dense form."""
-    planned = {layer.name for layer in fast.plan.layers if layer.topology.density < 1}
-    inputs: dict[str, tuple[Any, ...]] = {}
-    handles = [
-        module.register_forward_pre_hook(lambda _module, args, name=name: inputs.__setitem__(name, args))
-        for name, module in fast.fused_layers().items()
-    ]
-    with torch.inference_mode():
-        fast(example)
-    for handle in handles:
-        handle.remove()
-    twins = dense.fused_layers()
+    inputs, dense_inputs = _layer_inputs(fast, example), _layer_inputs(dense, example)
+    layers, twins = fast.fused_layers(), dense.fused_layers()
+    learned = {row["layer"]: row for row in dense.report()["layers"] if row["density"] < 1}
     rows = []
     for row in fast.report()["layers"]:
         name = row["layer"]
-        if name not in planned or name not in inputs or name not in twins:
+        if name not in learned or name not in inputs or name not in dense_inputs:
             continue
-        layer = fast.fused_layers()[name]
-        calls = {"dense": _call(twins[name], *inputs[name]), "lhc": _call(layer, *inputs[name])}
+        calls = {
+            "dense": _call(twins[name], *dense_inputs[name]),
+            "lhc": _call(layers[name], *inputs[name]),
+        }
         times = time_paired(calls, rounds=rounds)
-        rows.append({**row, "dense_us": times["dense"].median_us, "lhc_us": times["lhc"].median_us})
+        as_learned = {key: learned[name][key] for key in ("density", "patterns", "macs", "live_macs")}
+        rows.append(
+            {**row, **as_learned, "dense_us": times["dense"].median_us, "lhc_us": times["lhc"].median_us}
+        )
     return rows
+
+
+def _layer_inputs(model: AcceleratedModel, example: Tensor) -> dict[str, tuple[Any, ...]]:
+    """What each fused layer is called with, by its name."""
+    inputs: dict[str, tuple[Any, ...]] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda _module, args, name=name: inputs.__setitem__(name, args))
+        for name, module in model.fused_layers().items()
+    ]
+    with torch.inference_mode():
+        model(example)
+    for handle in handles:
+        handle.remove()
+    return inputs
 
 
 def _call(model: Callable[..., Any], *inputs: Tensor) -> Callable[[], Any]:

@@ -291,6 +291,8 @@ class LHCConv2d(nn.Conv2d):
 
         Under autocast it has the type that the convolution would turn it into.
         """
+        if self._frozen and type(self).masked_weight is not LHCConv2d.masked_weight:
+            return self.masked_weight()  # a subclass computes it in a way of its own
         dtype, device = self.weight.dtype, self.weight.device.type
         if dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)

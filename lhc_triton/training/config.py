@@ -165,11 +165,7 @@ class TrainConfig:
         float, Setting("weight of the aim for fewer patterns in a layer; 0: none", 0, 100)
     ] = 0.0
     trim: Annotated[
-        bool,
-        Setting(
-            "whether blocks over density and mac_budget go before the fine stage, by lhc.prune; "
-            "false: the paper"
-        ),
+        bool, Setting("whether blocks over both budgets are pruned before the fine stage; false: the paper")
     ] = False
     share: Annotated[
         int | None,

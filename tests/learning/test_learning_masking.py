@@ -135,6 +135,16 @@ def test_under_autocast_a_layer_computes_what_a_convolution_of_its_weight_does(f
     torch.testing.assert_close(found, expected)
 
 
+def test_a_subclass_with_a_masked_weight_of_its_own_is_run_with_it():
+    class Doubled(LHCConv2d):
+        def masked_weight(self):
+            return 2 * super().masked_weight()
+
+    layer, x = Doubled(8, 8, 3, bias=False), torch.randn(1, 8, 5, 5)
+    layer.freeze()
+    torch.testing.assert_close(layer(x), 2 * nn.functional.conv2d(x, layer.weight * layer.mask()))
+
+
 def test_autocast_leaves_double_precision_alone():
     layer = LHCConv2d(4, 4, 3).double()
     with torch.autocast("cpu", torch.bfloat16):

@@ -120,15 +120,26 @@ def rigid_shapes(kernel_size: int | tuple[int, int]) -> Tensor:
 
 
 class _LearnedMask(torch.autograd.Function):
+    """Effects, and None or the rigid shapes -> mask [Go, Gi, kh, kw]; straight-through backward."""
+
     @staticmethod
     def forward(ctx: Any, effects: Tensor, shapes: Tensor | None) -> Tensor:
         ctx.save_for_backward(effects, shapes)
-        return live_entries(effects, shapes).to(effects.dtype)
+        if shapes is not None:
+            return shapes.to(effects.dtype)[_rigid_choice(effects, shapes)]
+        # The best entry of a group lives if any does: it can be switched on without a look at the others.
+        rows = effects.flatten(1)
+        live = (rows > 0).scatter_(1, rows.argmax(dim=1, keepdim=True), True)
+        return live.view(effects.shape).to(effects.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return straight_through(grad, *ctx.saved_tensors), None
+        effects, shapes = ctx.saved_tensors
+        if shapes is not None:
+            grad = (grad.unsqueeze(2) * shapes.to(grad.dtype)).sum(dim=(-2, -1))
+            effects = effects - effects.mean(dim=-1, keepdim=True)
+        return torch.where(effects.abs() < _LINEAR_RANGE, grad, _DAMPING * grad), None
 
 
 def _rigid_choice(effects: Tensor, shapes: Tensor) -> Tensor:
@@ -143,8 +154,8 @@ def _rigid_choice(effects: Tensor, shapes: Tensor) -> Tensor:
     return torch.where(dead & rescued_block, best_shape, choice)
 
 
-def live_entries(effects: Tensor, shapes: Tensor | None = None) -> Tensor:
-    """Return the mask that effects stand for, bool [Go, Gi, kh, kw].
+def learned_mask(effects: Tensor, shapes: Tensor | None = None) -> Tensor:
+    """Return the mask that effects stand for, ones and zeros.
 
     Of free shapes an entry lives where its effect is above 0, and a filter group without any keeps the one
     with its largest effect. Of rigid shapes each block has the one with the largest effect (the first of
@@ -153,36 +164,11 @@ def live_entries(effects: Tensor, shapes: Tensor | None = None) -> Tensor:
     Args:
         effects: [Go, Gi, kh, kw] for free shapes, [Go, Gi, S] for rigid ones.
         shapes: None for free shapes, else the rigid shapes, bool [S, kh, kw], see `rigid_shapes`.
-    """
-    if shapes is not None:
-        return shapes[_rigid_choice(effects, shapes)]
-    # The best entry of a group lives if any does: it can be switched on without a look at the others.
-    rows = effects.flatten(1)
-    live = (rows > 0).scatter_(1, rows.argmax(dim=1, keepdim=True), True)
-    return live.view(effects.shape)
 
-
-def straight_through(grad: Tensor, effects: Tensor, shapes: Tensor | None = None) -> Tensor:
-    """Return the effects' gradient, from that of their mask.
-
-    Free shapes: the entry's own, times 0.1 where ``|E| >= 1``. Rigid ones: ``sum(grad * shape_s)`` for
-    shape s, times 0.1 unless its effect lies within 1 of the mean of its block's.
-
-    Args:
-        grad: of the mask, [Go, Gi, kh, kw].
-        effects: as in `live_entries`.
-        shapes: as in `live_entries`.
-    """
-    if shapes is not None:
-        grad = (grad.unsqueeze(2) * shapes.to(grad.dtype)).sum(dim=(-2, -1))
-        effects = effects - effects.mean(dim=-1, keepdim=True)
-    return torch.where(effects.abs() < _LINEAR_RANGE, grad, _DAMPING * grad)
-
-
-def learned_mask(effects: Tensor, shapes: Tensor | None = None) -> Tensor:
-    """Return the mask of `live_entries`, [Go, Gi, kh, kw] of the effects' dtype.
-
-    Its gradient reaches the effects as `straight_through` has it.
+    Returns:
+        The mask, [Go, Gi, kh, kw] of the effects' dtype. Its gradient g reaches the effects straight through:
+        unchanged where ``|E| < 1``, times 0.1 elsewhere; that of rigid shape s is ``sum(g * shape_s)``, times
+        0.1 unless it lies within 1 of the mean of its block's effects.
     """
     return _LearnedMask.apply(effects, shapes)
 

@@ -183,13 +183,18 @@ def check_topology(config: TrainConfig, format: ImageFormat, make: Make | None =
     """Refuse a network that its images or its topology do not suit, before anything is trained.
 
     Raises:
-        ValueError: the images are too small for the network, or no convolution can have the topology.
+        ValueError: the images are too small for the network, no convolution can have the topology, or its
+            blocks are too large for what is to be left after pruning.
     """
-    if config.factory is not None:
-        apply_topology(build_network(config, format, make=make), config)
+    pruned = config.topology == "pruned"
+    if config.factory is None and not pruned:
+        with torch.device("meta"):
+            apply_topology(architecture_of(config, format).build(), config)
         return
-    with torch.device("meta"):
-        apply_topology(architecture_of(config, format).build(), config)
+    with torch.random.fork_rng(devices=[]):
+        model = apply_topology(build_network(replace(config, pretrained=None), format, make=make), config)
+    if pruned and config.penalty != "latency":  # whose least depends on the weights as well
+        prune_network(model, torch.zeros(1, format.channels, format.size, format.size), config)
 
 
 def check_settings(config: TrainConfig) -> None:

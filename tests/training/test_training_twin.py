@@ -145,6 +145,19 @@ def test_what_cannot_come_down_to_a_budget_stays_over_it_with_a_warning(tmp_path
     assert result.density <= 0.3
 
 
+@pytest.mark.parametrize(
+    "settings, said",
+    [({"density": 0.01}, r"budget=0.01 .* of the weights"), ({"mac_budget": 0.01}, r"budget=0.01 .* MACs")],
+)
+def test_a_pruned_run_whose_blocks_are_too_large_is_refused_before_its_twin_is_trained(
+    settings, said, tmp_path
+):
+    config = dataclasses.replace(PRUNED, dense_twin="train", **settings)
+    with pytest.raises(ValueError, match=said):
+        train(config, tmp_path / "run", progress=False, data=tiny_data())
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_without_a_twin_may_take_one_over_later(twin, tmp_path):
     alone = dataclasses.replace(CONFIG, density=0.5, dense_twin="none")
     before = train(alone, tmp_path, progress=False, data=tiny_data())

@@ -26,11 +26,14 @@ MAX_RUNS = 1000
 MAX_BYTES = 1 << 20
 LONGEST_NAME = 120
 BUILT_FROM = (
-    *("data", "image_size", "network", "stem", "width", "widths", "topology", "parts", "pointwise_layers"),
+    *("data", "image_size", "factory", "network", "stem", "width", "widths"),
+    *("topology", "parts", "pointwise_layers"),
     *OF_BLOCKS,
     "shapes",
 )
 """Settings that say what network a run builds."""
+PRUNED_TO = ("penalty", "density", "mac_budget")
+"""Those that say how far a pruned one has to come down."""
 
 Progress = Callable[[str], None]
 
@@ -150,10 +153,11 @@ def check_ablation(runs: Mapping[str, TrainConfig]) -> None:
     Raises:
         ValueError: there are such runs; one line that names the first.
     """
-    reasons: dict[tuple[Any, ...], str] = {}  # building takes up to half a second, and many are the same
+    reasons: dict[tuple[Any, ...], str] = {}  # building takes half a second or more, and many are the same
     unsuited = {}
     for name, config in runs.items():
-        key = tuple(getattr(config, setting) for setting in BUILT_FROM)
+        settings = (*BUILT_FROM, *PRUNED_TO) if config.topology == "pruned" else BUILT_FROM
+        key = tuple(getattr(config, setting) for setting in settings)
         if key not in reasons:
             try:
                 check_topology(config, _image_format(config))

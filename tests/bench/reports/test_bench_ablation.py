@@ -249,6 +249,11 @@ def test_the_command_line_names_the_runs_without_training(spec, run):
             "2 of 4 runs cannot be trained; the first is data=imagenet,data_folder=nowhere,network=vgg19,"
             "image_size=16",
         ),
+        (
+            '[[grid]]\ntopology = "pruned"\ndensity = [0.5, 0.01]',
+            "1 of 2 runs cannot be trained; the first is topology=pruned,density=0.01,seed=0: budget=0.01 "
+            "cannot be reached",
+        ),
     ],
 )
 def test_a_dry_run_refuses_what_cannot_be_built(spec, run, text, message):

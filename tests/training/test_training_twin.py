@@ -146,7 +146,7 @@ def test_what_cannot_come_down_to_a_budget_stays_over_it_with_a_warning(tmp_path
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    ("settings", "said"),
     [({"density": 0.01}, r"budget=0.01 .* of the weights"), ({"mac_budget": 0.01}, r"budget=0.01 .* MACs")],
 )
 def test_a_pruned_run_whose_blocks_are_too_large_is_refused_before_its_twin_is_trained(

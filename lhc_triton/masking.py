@@ -152,15 +152,17 @@ class _Product(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again
             pulls = pulls.to(weight.dtype)
             return tiles.to_weight(pulls * mask), (pulls * factors).sum_to_size(mask.shape), None, None
-        weight_grad = torch.empty(
-            weight.shape, dtype=weight.dtype, device=weight.device, memory_format=tiles.format
-        )
-        mask_grad = torch.empty_like(mask) if ctx.needs_input_grad[1] else None
-        into = tiles.of_weight(weight_grad)
+        weight_grad = mask_grad = None
+        if ctx.needs_input_grad[0]:
+            weight_grad = torch.empty_like(weight, memory_format=tiles.format)
+            into = tiles.of_weight(weight_grad)
+        if ctx.needs_input_grad[1]:
+            mask_grad = torch.empty_like(mask)
         for start in range(0, tiles.grid[0], tiles.step):
             piece = slice(start, start + tiles.step)
             pull = pulls[piece].to(weight.dtype)
-            torch.mul(pull, mask[piece], out=into[piece])
+            if weight_grad is not None:
+                torch.mul(pull, mask[piece], out=into[piece])
             if mask_grad is not None:
                 # Over a block's channels first: they lie side by side in memory.
                 sums = (pull * factors[piece]).sum(tiles.channels, keepdim=True)

@@ -112,6 +112,9 @@ def test_a_large_weight_is_the_same_product_with_the_same_gradients(form, mixed,
     assert torch.equal(found[0], wanted[0])
     assert found[0].is_contiguous(memory_format=form)
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-4)
+    for index, operands in enumerate([(weight, mask.detach()), (weight.detach(), mask)]):  # one learns alone
+        alone = torch.autograd.grad(apply_mask(*operands, 32, 16, used, dtype), operands[index], pull)[0]
+        assert torch.equal(alone, found[index])
 
 
 @formats

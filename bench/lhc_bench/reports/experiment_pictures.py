@@ -42,7 +42,7 @@ COST_UNITS = {"live_weights": 1e3, "live_macs": 1e6, "time_us": 1e3}
 SPEED_AXIS = "times as fast as dense"
 LINE = 0.235  # inches for a layer
 SHAPES_SHOWN = 14
-LEGEND_WIDTH = 72  # characters, of the narrowest figure with a legend below
+LEGEND_WIDTH = 58  # characters of a legend's column, which is as wide as a panel
 BIGGEST_GLYPH = 0.42
 SHOWN_SHARE = 0.5  # percent; less rounds to nothing
 
@@ -58,8 +58,11 @@ def accuracy_figure(found: Sequence[Experiment], against: Sequence[str]) -> Figu
     density, costs = list(against) == ["density"], set(against) <= COSTS.keys()
     wide, tall, gap = (6.4 if density else 4.3), 3.6, 0.3
     width = 0.85 + (wide + gap) * len(against)
-    legend_lines = len(dense_twins(found)) + sum(1 + _wrapped(one.label).count("\n") for one in found)
-    bottom = 0.7 + canvas.LEGEND_LINE * legend_lines
+    entries = [*([1] * len(dense_twins(found))), *(1 + _wrapped(one.label).count("\n") for one in found)]
+    columns = len(against)
+    # As matplotlib spreads entries over columns.
+    legend_lines = max(int(part.sum()) for part in np.array_split(entries, columns))
+    bottom = 0.75 + canvas.LEGEND_LINE * legend_lines
     what = "density" if density else "what the whole network costs" if costs else "speed-up"
     title = f"Accuracy against {what}"
     caption = ["Large: mean over the seeds, bars one standard deviation; small: each run."]
@@ -77,7 +80,7 @@ def accuracy_figure(found: Sequence[Experiment], against: Sequence[str]) -> Figu
             axis.tick_params(labelleft=False)
         axes.append(axis)
     axes[0].set_ylabel("test accuracy, %", fontsize=9)
-    canvas.legend(figure, axes[0], 0.22 + canvas.LEGEND_LINE * legend_lines, 1)
+    canvas.legend(figure, axes[0], 0.27 + canvas.LEGEND_LINE * legend_lines, columns)
     return figure
 
 

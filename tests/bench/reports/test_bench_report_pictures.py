@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 from fabricated_runs import COARSE, FINE, fabricated_run
@@ -106,6 +107,30 @@ def test_measured_time_is_what_a_network_costs_too(made):
     assert [container.lines[0].get_xdata()[0] for container in axis.containers] == [1.0, 3.0, 9.0]
     (unmeasured,) = dense_twins(plain[:1]).values()
     assert unmeasured.time_us is None
+
+
+@pytest.mark.parametrize(
+    "against",
+    [["density"], ["live_weights", "live_macs"], ["live_weights", "live_macs", "predicted_cpu"]],
+    ids=len,
+)
+def test_the_legend_has_a_column_for_each_panel_and_overlaps_nothing(made, against):
+    plain = made(*({"out_block": 8 * block} for block in range(1, 8)))
+    labels = [f"setting {number}, " + "of WIDE NAMES " * (7 * number % 13) for number in range(len(plain))]
+    drawn = accuracy_figure(
+        [replace(one, label=label) for one, label in zip(plain, labels, strict=True)], against
+    )
+    drawn.canvas.draw()
+    (legend,) = drawn.legends
+    boxes = [text.get_window_extent() for text in legend.get_texts()]
+    assert len({round(box.x0) for box in boxes}) == len(against)
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    whole = legend.get_window_extent()
+    assert whole.x0 >= 0
+    assert whole.x1 <= drawn.bbox.width
+    caption = min((text.get_window_extent() for text in drawn.texts), key=lambda box: box.y0)
+    assert whole.y0 >= caption.y1
+    assert whole.y1 <= min(axis.xaxis.get_tightbbox().y0 for axis in drawn.axes)
 
 
 @pytest.mark.parametrize("figure", [training_figure, layers_figure, shapes_figure])

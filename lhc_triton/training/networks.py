@@ -184,7 +184,7 @@ def check_topology(config: TrainConfig, format: ImageFormat, make: Make | None =
 
     Raises:
         ValueError: the images are too small for the network, no convolution can have the topology, or its
-            blocks are too large for what is to be left after pruning.
+            blocks are surely too large for what is to be left after pruning.
     """
     pruned = config.topology == "pruned"
     if config.factory is None and not pruned:
@@ -193,7 +193,12 @@ def check_topology(config: TrainConfig, format: ImageFormat, make: Make | None =
         return
     with torch.random.fork_rng(devices=[]):
         model = apply_topology(build_network(replace(config, pretrained=None), format, make=make), config)
-    if pruned and config.penalty != "latency":  # whose least depends on the weights as well
+    # The least that can be left hangs on the weights for times, and where a layer's last block is smaller.
+    sure = config.penalty != "latency" and all(
+        layer.in_channels % min(layer.config.in_block, layer.in_channels) == 0
+        for layer in lhc_layers(model).values()
+    )
+    if pruned and sure:
         prune_network(model, torch.zeros(1, format.channels, format.size, format.size), config)
 
 

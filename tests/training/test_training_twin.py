@@ -14,7 +14,8 @@ from lhc_triton.models import load_network
 from lhc_triton.pruning import prune
 from lhc_triton.topology import LHCConfig
 from lhc_triton.training import TrainConfig, epochs, train
-from lhc_triton.training.networks import build_network
+from lhc_triton.training.data.fashion import FORMAT
+from lhc_triton.training.networks import build_network, check_topology
 from lhc_triton.training.stage import train_epoch
 
 PRUNED = dataclasses.replace(CONFIG, topology="pruned")
@@ -156,6 +157,14 @@ def test_a_pruned_run_whose_blocks_are_too_large_is_refused_before_its_twin_is_t
     with pytest.raises(ValueError, match=said):
         train(config, tmp_path / "run", progress=False, data=tiny_data())
     assert not (tmp_path / "run").exists()
+
+
+def test_where_the_least_hangs_on_the_weights_a_pruned_run_is_not_refused_beforehand():
+    config = dataclasses.replace(PRUNED, density=0.01, dense_twin="train")
+    with pytest.raises(ValueError, match=r"budget=0.01 cannot be reached"):
+        check_topology(config, FORMAT)
+    for unsure in ({"penalty": "latency"}, {"in_block": 6}):  # 8 and 16 channels: a block of 2 or 4 is last
+        check_topology(dataclasses.replace(config, **unsure), FORMAT)
 
 
 def test_a_run_without_a_twin_may_take_one_over_later(twin, tmp_path):

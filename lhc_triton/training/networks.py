@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lhc_triton.conversion import blocks_by_width, convert, evaluating, lhc_layers, output_pixels
 from lhc_triton.errors import first_line
+from lhc_triton.generators import generators_kept
 from lhc_triton.handcrafted import impose
 from lhc_triton.layers import LHCConv2d
 from lhc_triton.models.architecture import Architecture, OwnArchitecture
@@ -23,9 +24,11 @@ from lhc_triton.models.pretrained import load_initial
 from lhc_triton.models.resnet import WIDTHS
 from lhc_triton.models.vgg import VGG16_WIDTHS, VGG19_WIDTHS, Images
 from lhc_triton.pruning import Objective, prune
+from lhc_triton.schedule import least_density
 from lhc_triton.topology import Effects
 from lhc_triton.training.config import GIVEN, TrainConfig, is_given
 from lhc_triton.training.data import ImageFormat, expected_format, most_images
+from lhc_triton.training.entry_costs import entry_costs
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Make = Callable[[], nn.Module]
@@ -184,22 +187,29 @@ def check_topology(config: TrainConfig, format: ImageFormat, make: Make | None =
 
     Raises:
         ValueError: the images are too small for the network, no convolution can have the topology, or its
-            blocks are surely too large for what is to be left after pruning.
+            blocks are too large for what pruning is to leave of its weights or MACs.
     """
     pruned = config.topology == "pruned"
-    if config.factory is None and not pruned:
+    blocks = replace(config, topology="learned") if pruned else config  # none of them is frozen yet
+    size = (1, format.channels, format.size, format.size)
+    if config.factory is None:
         with torch.device("meta"):
-            apply_topology(architecture_of(config, format).build(), config)
-        return
-    with torch.random.fork_rng(devices=[]):
-        model = apply_topology(build_network(replace(config, pretrained=None), format, make=make), config)
-    # The least that can be left hangs on the weights for times, and where a layer's last block is smaller.
-    sure = config.penalty != "latency" and all(
-        layer.in_channels % min(layer.config.in_block, layer.in_channels) == 0
-        for layer in lhc_layers(model).values()
-    )
-    if pruned and sure:
-        prune_network(model, torch.zeros(1, format.channels, format.size, format.size), config)
+            model = apply_topology(architecture_of(config, format).build(), blocks)
+            example = torch.zeros(size)
+    else:
+        with generators_kept():
+            model = apply_topology(build_network(config, format, make=make), blocks)
+        example = torch.zeros(size)
+    for objective, budget in _budgets(config) if pruned else ():
+        if objective == "latency":
+            continue  # the least hangs on which patterns the weights will share
+        least = least_density(lhc_layers(model), entry_costs(model, example, objective))
+        if least > budget:
+            raise ValueError(
+                f"topology pruned cannot come down to {budget:g} of the {objective}: each filter group keeps"
+                f" one entry, and in these blocks that is {least:.4f} in all; take smaller blocks (in_block,"
+                " out_block)"
+            )
 
 
 def check_settings(config: TrainConfig) -> None:

@@ -153,7 +153,7 @@ def check_ablation(runs: Mapping[str, TrainConfig]) -> None:
     Raises:
         ValueError: there are such runs; one line that names the first.
     """
-    reasons: dict[tuple[Any, ...], str] = {}  # building takes half a second or more, and many are the same
+    reasons: dict[tuple[Any, ...], str] = {}  # building takes up to half a second, and many are the same
     unsuited = {}
     for name, config in runs.items():
         settings = (*BUILT_FROM, *PRUNED_TO) if config.topology == "pruned" else BUILT_FROM

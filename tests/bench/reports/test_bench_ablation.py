@@ -251,8 +251,8 @@ def test_the_command_line_names_the_runs_without_training(spec, run):
         ),
         (
             '[[grid]]\ntopology = "pruned"\ndensity = [0.5, 0.01]',
-            "1 of 2 runs cannot be trained; the first is topology=pruned,density=0.01,seed=0: budget=0.01 "
-            "cannot be reached",
+            "1 of 2 runs cannot be trained; the first is topology=pruned,density=0.01,seed=0: topology "
+            "pruned cannot come down to 0.01 of the weights",
         ),
     ],
 )
